@@ -1,0 +1,56 @@
+"""Fine-tune Gemma with Keras 3 on JAX.
+
+    import gemma_tune
+
+    config = gemma_tune.Config(data=gemma_tune.DataConfig(source="support.jsonl"))
+    model = gemma_tune.train(config)
+    print(gemma_tune.generate(model, "How do I reset my phone?"))
+
+Everything below is imported at first use, so that `import gemma_tune` costs next to nothing.
+"""
+
+import importlib
+import os
+import sys
+
+from gemma_tune.version import __version__
+
+if "keras" not in sys.modules:
+    os.environ["KERAS_BACKEND"] = "jax"  # Keras reads it once, at its import.
+
+_PUBLIC = {
+    "Config": "gemma_tune.config",
+    "ModelConfig": "gemma_tune.config",
+    "DataConfig": "gemma_tune.config",
+    "LoraConfig": "gemma_tune.config",
+    "OptimizerConfig": "gemma_tune.config",
+    "TrainingConfig": "gemma_tune.config",
+    "GenerationConfig": "gemma_tune.config",
+    "Example": "gemma_tune.data",
+    "Turn": "gemma_tune.data",
+    "load_examples": "gemma_tune.data",
+    "load_model": "gemma_tune.models",
+    "load_adapter": "gemma_tune.models",
+    "save_adapter": "gemma_tune.models",
+    "train": "gemma_tune.pipeline",
+    "evaluate": "gemma_tune.pipeline",
+    "generate": "gemma_tune.serving",
+    "stream": "gemma_tune.serving",
+    "GemmaTuneError": "gemma_tune.errors",
+    "ConfigError": "gemma_tune.errors",
+    "DataError": "gemma_tune.errors",
+    "ModelError": "gemma_tune.errors",
+    "TrainingError": "gemma_tune.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'gemma_tune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,83 @@
+"""`gemma-tune chat`."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags as absl_flags
+
+from gemma_tune.cli import flags
+from gemma_tune.cli.output import Output
+
+USAGE = "--model=WORKDIR"
+DESCRIPTION = """A conversation in the terminal. The model sees all turns so far. /reset begins anew, /exit or Ctrl-D
+leaves; Ctrl-C stops an answer."""
+EXAMPLES = (
+    "gemma-tune chat --model=runs/mine",
+    "gemma-tune chat --model=gemma3_instruct_1b --precision=bfloat16 --temperature=0.7 --top_p=0.9",
+)
+
+
+def define_flags(values: absl_flags.FlagValues) -> None:
+    """Defines the verb's flags."""
+    flags.define(values, "model", "max_new_tokens", "temperature", "top_k", "top_p", "precision", "seed")
+    absl_flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
+    absl_flags.DEFINE_string("system", "", "A system turn at the beginning.", flag_values=values)
+
+
+def run(
+    values: absl_flags.FlagValues, overrides: Sequence[str], positional: Sequence[str], output: Output
+) -> dict[str, Any]:
+    """Reads turns until the end of input."""
+    del positional
+    config = flags.to_config(values, overrides)
+    from gemma_tune.data import Turn
+    from gemma_tune.models.load import load_model
+    from gemma_tune.serving import stream
+
+    console = output.console
+    with console.status(f"Loading {config.model.source}…"):
+        model = load_model(
+            config.model.source, precision=config.model.precision, adapter=values.adapter, seed=config.seed
+        )
+    console.print("Ask away. /reset begins anew, /exit leaves.", style="dim")
+    beginning = [Turn("system", values.system)] if values.system else []
+    turns = list(beginning)
+    while (line := _read_line(output)) is not None:
+        if line == "/reset":
+            turns = list(beginning)
+            console.print("A new conversation.", style="dim")
+            continue
+        turns.append(Turn("user", line))
+        pieces: list[str] = []
+        try:
+            for piece in stream(model, turns, **dataclasses.asdict(config.generation), seed=config.seed + len(turns)):
+                pieces.append(piece)
+                console.print(piece, end="", markup=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            console.print(" …", style="dim", end="")
+        console.print("\n")
+        turns.append(Turn("model", "".join(pieces)))
+    command = f"gemma-tune eval --model={config.model.source}"
+    output.next(command)
+    return {"turns": [turn._asdict() for turn in turns], "next": [command]}
+
+
+def _read_line(output: Output) -> str | None:
+    """Returns the next line that isn't empty, or None at the end."""
+    while True:
+        try:
+            if sys.stdin.isatty():
+                output.console.print("you ", style="bold green", end="")
+                import readline  # noqa: F401  (makes input() editable, with a history)
+            line = input().strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            output.console.print()
+            return None
+        if line in ("/exit", "/quit"):
+            return None
+        if line:
+            return line

@@ -1,0 +1,136 @@
+"""The flags that several verbs share, and the way from flags, config file and overrides to a Config."""
+
+import runpy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from gemma_tune.config import METHODS, PRECISIONS, Config, flatten, setting_paths
+from gemma_tune.errors import ConfigError, did_you_mean
+
+# Flag -> (setting, help). Types and defaults are the setting's: they stand in Config alone.
+_FLAGS = {
+    "model": (
+        "model.source",
+        "A preset (see `gemma-tune models`), kaggle://…, hf://…, a directory, a .gguf file, demo, tiny, or the workdir "
+        "of a run.",
+    ),
+    "data": (
+        "data.source",
+        "Training data: .jsonl, .json, .csv, .tsv or .parquet files (also .gz; globs and commas allowed), "
+        "tfds:name/config, or sample:smartphone_support.",
+    ),
+    "eval_data": ("data.eval_source", "Held-out data of its own. If not given, a part of --data is held out."),
+    "workdir": ("workdir", "Folder of the run. The same command on the same folder goes on where it was."),
+    "method": ("training.method", f"{' or '.join(METHODS)}."),
+    "lora_rank": ("lora.rank", "Width of the LoRA factors."),
+    "lora_alpha": ("lora.alpha", "LoRA updates are scaled by alpha / rank; 0: alpha = rank."),
+    "lora_targets": ("lora.target_layers", "Layers with LoRA: attention, all-linear, or names with commas between."),
+    "learning_rate": ("optimizer.learning_rate", "Peak learning rate; 0: 5e-4 for lora, 5e-5 for full."),
+    "num_epochs": ("training.num_epochs", "Passes over the data."),
+    "batch_size": ("training.batch_size", "Rows of --max_length tokens in one step. Short examples share a row."),
+    "max_length": ("data.max_length", "Longest example in tokens."),
+    "precision": ("model.precision", f"{', '.join(PRECISIONS)}."),
+    "on_error": ("data.on_error", "raise: stop at the first unreadable row. skip: count and report such rows."),
+    "max_new_tokens": ("generation.max_new_tokens", "Longest answer in tokens."),
+    "temperature": ("generation.temperature", "0: the likeliest token each time. Higher: bolder."),
+    "top_k": ("generation.top_k", "Sample from the k likeliest tokens; 0: from all."),
+    "top_p": ("generation.top_p", "Sample from the fewest tokens that hold this probability."),
+    "seed": ("seed", "Of everything random."),
+}
+_DEFINITIONS: dict[type, Callable[..., Any]] = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+    list: flags.DEFINE_string,
+}
+
+
+def define(values: flags.FlagValues, *names: str) -> None:
+    """Defines shared flags, in the given order, and `--config`. A flag that isn't given is None."""
+    defaults = flatten(Config().to_dict())
+    for name in names:
+        path, text = _FLAGS[name]
+        default = defaults[path]
+        shown = ",".join(default) if isinstance(default, list) else default
+        text = f"{text} (default: {shown})" if shown != "" else text
+        _DEFINITIONS[type(default)](name, None, text, flag_values=values)
+    flags.DEFINE_string(
+        "config", None, "A config file, or the workdir of an earlier run, to start from.", flag_values=values
+    )
+
+
+def to_config(values: flags.FlagValues, overrides: Sequence[str], base: Config | None = None) -> Config:
+    """Returns the Config of a command: defaults, then the config file, then flags, then `--config.KEY=value`.
+
+    Args:
+        values: Parsed flags.
+        overrides: The arguments that begin with `--config.`.
+        base: What to start from instead of the defaults.
+
+    Raises:
+        ConfigError: A file, key or value is wrong.
+    """
+    config = base or Config()
+    if "config" in values and values["config"].value:
+        config = load_config_file(values["config"].value)
+    given = {path: values[name].value for name, (path, _) in _FLAGS.items() if name in values and values[name].present}
+    return apply_overrides(config.replace(given), overrides)
+
+
+def load_config_file(name: str) -> Config:
+    """Returns the Config that a config file's `get_config()` makes, or that a workdir's config.json holds."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.exists():
+        siblings = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise ConfigError(f"There is no config file {path}.{did_you_mean(path.name, siblings)}")
+    if path.suffix == ".json":
+        import json
+
+        try:
+            return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+    except Exception as error:
+        raise ConfigError(f"{path} can't be run: {type(error).__name__}: {error}.") from error
+    config = get_config() if callable(get_config) else None
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"{path} must define get_config() and return a gemma_tune.Config; got {type(config).__name__}."
+        )
+    return config
+
+
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """Applies `--config.KEY=value` arguments with ml_collections, which reads each value as the type of the setting.
+
+    Raises:
+        ConfigError: No such key (suggests the nearest), or a value of another type.
+    """
+    if not overrides:
+        return config
+    from ml_collections import config_dict, config_flags
+
+    for argument in overrides:
+        key, equals, _ = argument.lstrip("-").removeprefix("config.").partition("=")
+        if key not in setting_paths():
+            raise ConfigError(f"There is no setting {key!r}.{did_you_mean(key, setting_paths())}")
+        if not equals:
+            raise ConfigError(f"{argument}: write --config.{key}=value.")
+    tree = config.to_dict()
+    tree["lora"]["target_layers"] = ",".join(tree["lora"]["target_layers"])
+    values = flags.FlagValues()
+    arguments = ["gemma-tune", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config_dict.ConfigDict(tree), flag_values=values, sys_argv=arguments)
+        values(arguments)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ConfigError(f"{' '.join(overrides)}: {error}") from error
+    tree = values.config.to_dict()
+    return Config.from_dict(tree)

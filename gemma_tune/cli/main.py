@@ -1,0 +1,97 @@
+"""Finds the verb, parses its flags, runs it, and turns errors into one message and an exit code."""
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from gemma_tune.cli import help as help_text
+from gemma_tune.cli.output import Output
+from gemma_tune.errors import ConfigError, GemmaTuneError, did_you_mean
+from gemma_tune.version import __version__
+
+# Verb -> what it does, in the order in which a user meets them.
+VERBS = {
+    "quickstart": "Fine-tune a real Gemma on the shipped support data and see the difference.",
+    "doctor": "Check this machine: devices, memory, packages, tokens.",
+    "models": "List the Gemma models, and which fit into your memory.",
+    "data": "Look at a data set: rendered examples, lengths, what is dropped and why.",
+    "train": "Fine-tune a model.",
+    "eval": "Compare base and tuned model on held-out data.",
+    "generate": "Answer questions.",
+    "chat": "Talk to a model.",
+}
+_USAGE, _FAILED, _INTERRUPTED = 2, 1, 130
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command line, without the program's name, and returns the exit code: 0 done, 1 failed, 2 wrong usage, 130
+    Ctrl-C.
+    """
+    arguments = list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        if len(arguments) > 1 and arguments[1] in VERBS:
+            arguments = [arguments[1], "--help"]
+        else:
+            print(help_text.overview(VERBS))
+            return 0
+    if arguments[0] == "--version":
+        print(f"gemma_tune {__version__}")
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        print(
+            f"gemma-tune: there is no verb {verb!r}.{did_you_mean(verb, VERBS)} Verbs: {', '.join(VERBS)}.",
+            file=sys.stderr,
+        )
+        return _USAGE
+    return _run_verb(verb, rest)
+
+
+def _run_verb(verb: str, arguments: list[str]) -> int:
+    module = importlib.import_module(f"gemma_tune.cli.{verb}")
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
+    flags.DEFINE_bool(
+        "json", False, "Print one JSON object on stdout, and everything else on stderr.", flag_values=values
+    )
+    module.define_flags(values)
+    overrides = [a for a in arguments if a.startswith(("--config.", "-config."))]
+    values.set_gnu_getopt(True)
+    try:
+        positional = values([f"gemma-tune {verb}", *[a for a in arguments if a not in overrides]])[1:]
+    except flags.Error as error:
+        hint = (
+            did_you_mean(f"{error}".split("'")[1].lstrip("-") if "'" in f"{error}" else "", list(values))
+            if "Unknown" in f"{error}"
+            else ""
+        )
+        text = f"{error}".split(" Did you mean")[0].rstrip(".")
+        print(f"gemma-tune {verb}: {text}.{hint} See `gemma-tune {verb} --help`.", file=sys.stderr)
+        return _USAGE
+    if values.help:
+        print(help_text.for_verb(verb, module, values))
+        return 0
+    with Output(values.json) as output:
+        return _guarded(verb, lambda: module.run(values, overrides, positional, output), output)
+
+
+def _guarded(verb: str, call, output: Output) -> int:
+    """Calls the verb; errors that the user can act on become one message."""
+    try:
+        output.result(call())
+        return 0
+    except GemmaTuneError as error:
+        code = getattr(error, "exit_code", _USAGE if isinstance(error, ConfigError) else _FAILED)
+        output.error(f"gemma-tune {verb}: {error}", code)
+        return code
+    except KeyboardInterrupt:
+        output.error(f"gemma-tune {verb}: stopped.", _INTERRUPTED)
+        return _INTERRUPTED
+    except BrokenPipeError:  # The reader of stdout went away, as `head` does.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

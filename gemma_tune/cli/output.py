@@ -1,0 +1,62 @@
+"""Where a verb's output goes: tables on stdout for people, or one JSON object there and all else on stderr."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+
+class Output:
+    """A verb's way out.
+
+    Attributes:
+        console: For what people read: stdout, or stderr when stdout belongs to the JSON object.
+        is_json: Whether `--json` was given.
+    """
+
+    def __init__(self, is_json: bool):
+        self.is_json = is_json
+        self.console = Console(stderr=is_json, highlight=False, soft_wrap=False)
+        self._json_fd: int | None = None
+
+    def __enter__(self) -> "Output":
+        if self.is_json:
+            # Libraries that print, in C++ too, then can't spoil the JSON.
+            sys.stdout.flush()
+            self._json_fd = os.dup(1)
+            os.dup2(2, 1)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._json_fd is not None:
+            sys.stdout.flush()
+            os.dup2(self._json_fd, 1)
+            os.close(self._json_fd)
+            self._json_fd = None
+
+    def result(self, value: dict[str, Any]) -> None:
+        """Prints the verb's JSON object, if asked for."""
+        self._write_json(value)
+
+    def error(self, message: str, code: int) -> None:
+        """Prints an error on stderr, and as JSON, if asked for."""
+        print(message, file=sys.stderr)
+        self._write_json({"error": message, "exit_code": code})
+
+    def next(self, *commands: str | Sequence[str]) -> None:
+        """Prints the commands that one would run next, whole, so that they can be copied."""
+        self.console.print("\nNext:")
+        for command in commands:
+            self.console.print(
+                f"  {command if isinstance(command, str) else ' '.join(command)}",
+                style="bold",
+                markup=False,
+                soft_wrap=True,
+            )
+
+    def _write_json(self, value: dict[str, Any]) -> None:
+        if self._json_fd is not None:
+            os.write(self._json_fd, (json.dumps(value, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,71 @@
+"""Prints what a run came to."""
+
+import resource
+import sys
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from gemma_tune.cli.output import Output
+from gemma_tune.pipeline import RunResult
+
+
+def show_result(result: RunResult, output: Output) -> None:
+    """Prints held-out values before and after, answers side by side, and where everything is."""
+    console = output.console
+    if result.before and result.after:
+        table = Table(box=box.SIMPLE_HEAD, title="Held-out questions", title_justify="left")
+        table.add_column("")
+        for name in ("base model", "tuned model"):
+            table.add_column(name, justify="right")
+        for name, label, style in (
+            ("loss", "loss", ".4f"),
+            ("perplexity", "perplexity", ".2f"),
+            ("token_accuracy", "token accuracy", ".1%"),
+        ):
+            table.add_row(label, format(result.before[name], style), format(result.after[name], style))
+        console.print(table)
+    if result.samples:
+        console.print(_answers(result))
+    if result.scores:
+        right = sum(score.is_right for score in result.scores)
+        console.print(f"{right} of {len(result.scores)} held-out questions are answered with their own answer.")
+    console.print(f"\nSaved in {result.workdir}:")
+    for path, what in (
+        (result.saved_to.relative_to(result.workdir), "what was learnt"),
+        ("report.html", "curves, figures and answers, for a browser"),
+        ("metrics.jsonl, tensorboard/", "every step"),
+        ("checkpoints/", "to go on with"),
+    ):
+        console.print(f"  {path!s:<30}{what}", markup=False)
+
+
+def _answers(result: RunResult) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, show_lines=True, title="Answers to held-out questions", title_justify="left", expand=True
+    )
+    table.add_column("question", ratio=3)
+    table.add_column("base model", ratio=4, style="dim")
+    table.add_column("tuned model", ratio=4)
+    for sample in result.samples:
+        table.add_row(Text(sample.question), Text(_shorten(sample.base_answer)), Text(_shorten(sample.tuned_answer)))
+    return table
+
+
+def _shorten(text: str, limit: int = 240) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def next_commands(result: RunResult) -> list[str]:
+    """Returns the commands one would run next."""
+    question = result.samples[0].question if result.samples else "…"
+    quoted = question.replace('"', "'")
+    return [f"gemma-tune chat --model={result.workdir}", f'gemma-tune generate --model={result.workdir} "{quoted}"']
+
+
+def peak_memory_gb() -> float:
+    """Returns the most memory that this process has held, in 10^9 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

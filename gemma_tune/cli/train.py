@@ -1,0 +1,52 @@
+"""`gemma-tune train`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags as absl_flags
+
+from gemma_tune.cli import flags
+from gemma_tune.cli.output import Output
+
+USAGE = "--data=FILE [--model=…] [--workdir=…]"
+DESCRIPTION = """Fine-tunes a model on your data and saves an adapter (or, with --method=full, a model) in the
+workdir, with metrics, checkpoints, answers before and after, and a report. Killed or stopped, the same command goes
+on where it was."""
+EXAMPLES = (
+    "gemma-tune train --data=questions.jsonl --workdir=runs/mine",
+    "gemma-tune train --model=gemma3_1b --data='data/*.csv' --lora_targets=all-linear --precision=bfloat16",
+    "gemma-tune train --config=configs/gemma3_270m.py --config.optimizer.warmup_steps=20",
+    "gemma-tune train --data=questions.jsonl --dry_run",
+)
+_FLAGS = (
+    "model", "data", "eval_data", "workdir", "method", "lora_rank", "lora_alpha", "lora_targets", "learning_rate",
+    "num_epochs", "batch_size", "max_length", "precision", "on_error", "seed",
+)  # fmt: skip
+
+
+def define_flags(values: absl_flags.FlagValues) -> None:
+    """Defines the verb's flags."""
+    flags.define(values, *_FLAGS)
+    absl_flags.DEFINE_bool(
+        "dry_run", False, "Show examples, parameters, steps and memory, and train nothing.", flag_values=values
+    )
+
+
+def run(
+    values: absl_flags.FlagValues, overrides: Sequence[str], positional: Sequence[str], output: Output
+) -> dict[str, Any]:
+    """Trains, or shows what training would do."""
+    del positional
+    config = flags.to_config(values, overrides)
+    if values.dry_run:
+        from gemma_tune.cli.dry_run import dry_run
+
+        return dry_run(config, output)
+    from gemma_tune import pipeline
+    from gemma_tune.cli.result import next_commands, show_result
+
+    result = pipeline.run(config)
+    show_result(result, output)
+    commands = next_commands(result)
+    output.next(*commands)
+    return {**result.to_dict(), "next": commands}

@@ -1,0 +1,334 @@
+"""One tree of frozen dataclasses: every setting of a run, its default, and its check.
+
+This is the only place where a default stands. `Config()` is a complete, valid run. Settings are named by their path
+in the tree, `lora.rank`, in flags (`--config.lora.rank=8`), in error messages and in a run's `config.json`.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_tune.errors import ConfigError, did_you_mean
+
+METHODS = ("full", "lora")
+PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+OVERLONG = ("truncate", "drop", "error")
+ON_ERROR = ("raise", "skip")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and in which number format.
+
+    Attributes:
+        source: A preset, `kaggle://…`, `hf://…`, a directory, a `.gguf` file, `demo`, `tiny` or `tiny:FAMILY`, or the
+            workdir of an earlier run (its base model with its adapter).
+        precision: `float32`, `bfloat16` (weights and arithmetic), or `mixed_bfloat16` (float32 weights, bfloat16
+            arithmetic).
+    """
+
+    source: str = "demo"
+    precision: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to learn from, and how it becomes batches.
+
+    Attributes:
+        source: Files (globs and comma-separated lists allowed), `tfds:name/config`, or `sample:NAME`.
+        eval_source: Held-out data of its own, named like `source`. Empty: the sample's own held-out set if `source` is
+            a sample that has one, else `eval_fraction` of `source`.
+        split: Split to read from a TFDS data set.
+        eval_split: Split of the same TFDS data set to hold out; empty: hold out `eval_fraction` of `split`.
+        eval_fraction: Share of the questions to hold out, chosen by content hash.
+        system_prompt: A system turn put before every conversation that has none.
+        max_length: Longest example, and the length of a packed row, in tokens.
+        overlong: What to do with longer examples: `truncate` (counted), `drop` (counted) or `error`.
+        on_error: What to do with unreadable rows: `raise`, or `skip` (counted and reported).
+        packing: Put several examples into one row, kept apart by the attention mask.
+    """
+
+    source: str = "sample:smartphone_support"
+    eval_source: str = ""
+    split: str = "train"
+    eval_split: str = ""
+    eval_fraction: float = 0.1
+    system_prompt: str = ""
+    max_length: int = 512
+    overlong: str = "truncate"
+    on_error: str = "raise"
+    packing: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685).
+
+    Attributes:
+        rank: Width R of the factors.
+        alpha: The update is scaled by alpha / rank. 0: the same as `rank`, as KerasHub's `enable_lora` does.
+        target_layers: Layer names, or one of the groups `attention` and `all-linear`. The default is KerasHub's.
+    """
+
+    rank: int = 4
+    alpha: float = 0.0
+    target_layers: tuple[str, ...] = ("query", "value")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule (Optax) and its learning rate over time.
+
+    Attributes:
+        name: `adamw`, `adafactor`, `lion` or `sgd`.
+        learning_rate: Peak. 0: 5e-4 for LoRA and 5e-5 for full fine-tuning, a tenth of it, as "LoRA Without Regret"
+            (Thinking Machines, 2025) found.
+        schedule: `constant`, `linear` (to zero) or `cosine` (to zero), after the warm-up.
+        warmup_steps: Steps of linear warm-up from zero.
+        weight_decay: Decoupled; never on norms, biases and other vectors.
+        b1, b2, epsilon: Of adamw; lion uses b1 and b2, sgd uses b1 as momentum.
+        clip_norm: Gradients are scaled down to this global norm; 0 switches it off.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 0.0
+    schedule: str = "cosine"
+    warmup_steps: int = 10
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How long, in which portions, and what is kept.
+
+    Attributes:
+        method: `lora` or `full`.
+        num_epochs: Passes over the training data.
+        num_train_steps: Stop after so many steps; 0: after `num_epochs`.
+        batch_size: Rows of `data.max_length` tokens in one optimizer step.
+        grad_accum_steps: Portions in which a batch goes through the model, to save memory; must divide `batch_size`.
+        eval_every_steps: Held-out loss every so many steps, and always at the start and the end; 0: only then.
+        checkpoint_every_steps: 0: only at the end, on Ctrl-C and on SIGTERM.
+        keep_last: Checkpoints to keep besides the best one.
+        early_stopping_patience: Stop after so many evaluations without a better held-out loss; 0: never.
+        log_every_steps: Metrics go to `metrics.jsonl` and TensorBoard every so many steps.
+        num_sample_answers: Held-out questions answered before and after training, and shown side by side.
+        num_scored_answers: Held-out questions whose answers are compared with the wanted ones at the end.
+    """
+
+    method: str = "lora"
+    num_epochs: int = 3
+    num_train_steps: int = 0
+    batch_size: int = 4
+    grad_accum_steps: int = 1
+    eval_every_steps: int = 50
+    checkpoint_every_steps: int = 50
+    keep_last: int = 2
+    early_stopping_patience: int = 0
+    log_every_steps: int = 1
+    num_sample_answers: int = 5
+    num_scored_answers: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """How answers are written.
+
+    Attributes:
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0: greedy. Higher: bolder sampling.
+        top_k: Sample from the k likeliest tokens; 0: from all.
+        top_p: Sample from the smallest set of tokens that holds this much probability; 1: from all.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of a run.
+
+    Attributes:
+        workdir: Folder of the run: everything it writes. The same command on the same workdir goes on where it was.
+        seed: Of the weights of tiny models, LoRA factors, data split and order, and sampling.
+    """
+
+    workdir: str = "runs/gemma_tune"
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    generation: GenerationConfig = GenerationConfig()
+
+    def __post_init__(self):
+        _check_types(self, "")
+        _check_values(self)
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate, with the method's default filled in."""
+        if self.optimizer.learning_rate:
+            return self.optimizer.learning_rate
+        return 5e-4 if self.training.method == "lora" else 5e-5
+
+    @property
+    def lora_alpha(self) -> float:
+        """alpha, with its default filled in."""
+        return self.lora.alpha or float(self.lora.rank)
+
+    def replace(self, settings: Mapping[str, Any]) -> "Config":
+        """Returns a copy with some settings changed: `config.replace({"lora.rank": 8})`."""
+        tree = self.to_dict()
+        for path, value in settings.items():
+            *parents, leaf = path.split(".")
+            node = tree
+            for parent in parents:
+                node = node[parent] if isinstance(node.get(parent), dict) else {}
+            if leaf not in node:
+                raise ConfigError(f"There is no setting {path!r}.{did_you_mean(path, setting_paths())}")
+            node[leaf] = value
+        return Config.from_dict(tree)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested dicts of plain values; tuples become lists, as in JSON."""
+        return _to_plain(self)
+
+    @staticmethod
+    def from_dict(tree: Mapping[str, Any]) -> "Config":
+        """Builds a Config from nested dicts. Missing settings take their default; an unknown one is an error."""
+        return _from_plain(Config, tree, "")
+
+
+def setting_paths(config: Any = Config, prefix: str = "") -> list[str]:
+    """Returns the path of every setting: `['workdir', 'seed', 'model.source', …]`."""
+    paths = []
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(field.type):
+            paths += setting_paths(field.type, f"{prefix}{field.name}.")
+        else:
+            paths.append(prefix + field.name)
+    return paths
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns `{path: value}` for the nested dicts that `Config.to_dict` makes."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _to_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _from_plain(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {}
+    for name, value in tree.items():
+        if name not in fields:
+            raise ConfigError(f"There is no setting {prefix + name!r}.{did_you_mean(prefix + name, setting_paths())}")
+        field_type = fields[name].type
+        if dataclasses.is_dataclass(field_type):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{prefix + name} is a group of settings, got {value!r}.")
+            value = _from_plain(field_type, value, f"{prefix}{name}.")
+        values[name] = value
+    return cls(**values)
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    """Checks each value's type, and turns lists into tuples and whole numbers into floats where those are meant."""
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            _check_types(value, path + ".")
+            continue
+        object.__setattr__(config, field.name, _coerce(value, field.type, path))
+
+
+def _coerce(value: Any, expected: Any, path: str) -> Any:
+    if isinstance(expected, types.GenericAlias):  # tuple[str, ...] is the only one.
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not all(
+            isinstance(item, typing.get_args(expected)[0]) for item in items
+        ):
+            raise ConfigError(f"{path} must be a list of names, got {value!r}.")
+        return tuple(item.strip() for item in items if item.strip())
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        raise ConfigError(f"{path} must be {_TYPE_NAMES[expected]}, got {value!r}.")
+    return value
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _check_values(config: Config) -> None:
+    model, data, lora, optimizer = config.model, config.data, config.lora, config.optimizer
+    training, generation = config.training, config.generation
+
+    _one_of("model.precision", model.precision, PRECISIONS)
+    _one_of("data.overlong", data.overlong, OVERLONG)
+    _one_of("data.on_error", data.on_error, ON_ERROR)
+    _one_of("optimizer.name", optimizer.name, OPTIMIZERS)
+    _one_of("optimizer.schedule", optimizer.schedule, SCHEDULES)
+    _one_of("training.method", training.method, METHODS)
+
+    _at_least("data.max_length", data.max_length, 8)
+    _at_least("lora.rank", lora.rank, 1)
+    _at_least("lora.alpha", lora.alpha, 0)
+    for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
+        _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
+    for name in ("num_epochs", "batch_size", "grad_accum_steps", "log_every_steps", "keep_last"):
+        _at_least(f"training.{name}", getattr(training, name), 1)
+    for name in ("num_train_steps", "eval_every_steps", "checkpoint_every_steps", "early_stopping_patience",
+                 "num_sample_answers", "num_scored_answers"):  # fmt: skip
+        _at_least(f"training.{name}", getattr(training, name), 0)
+    _at_least("generation.max_new_tokens", generation.max_new_tokens, 1)
+    _at_least("generation.temperature", generation.temperature, 0)
+    _at_least("generation.top_k", generation.top_k, 0)
+
+    if not 0 < data.eval_fraction < 1:
+        raise ConfigError(f"data.eval_fraction must lie between 0 and 1, got {data.eval_fraction}.")
+    if not 0 < generation.top_p <= 1:
+        raise ConfigError(f"generation.top_p must be above 0 and at most 1, got {generation.top_p}.")
+    if not lora.target_layers:
+        raise ConfigError("lora.target_layers must name at least one layer, got none.")
+    if training.batch_size % training.grad_accum_steps:
+        raise ConfigError(
+            f"training.grad_accum_steps must divide training.batch_size, got {training.grad_accum_steps} and "
+            f"{training.batch_size}."
+        )
+    if training.early_stopping_patience and not training.eval_every_steps:
+        raise ConfigError("training.early_stopping_patience needs training.eval_every_steps above 0, got 0.")
+
+
+def _one_of(path: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{path} must be one of {', '.join(choices)}; got {value!r}.{did_you_mean(value, choices)}")
+
+
+def _at_least(path: str, value: float, minimum: float) -> None:
+    if not value >= minimum:  # Also catches NaN.
+        raise ConfigError(f"{path} must be at least {minimum}, got {value}.")

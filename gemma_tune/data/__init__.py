@@ -1,0 +1,26 @@
+"""Steps 2 and 3: collect and preprocess. Pure functions from files to packed batches; imports no Keras."""
+
+from gemma_tune.data.chat_template import ChatTemplate, template_for
+from gemma_tune.data.dataset import DataReport, PreparedData, Splits, load_examples, load_splits, tokenize_splits
+from gemma_tune.data.example import Batch, Example, TokenizedExample, Tokenizer, Turn
+from gemma_tune.data.packing import make_batch, num_positions, plan_epoch, plan_rows
+
+__all__ = [
+    "Batch",
+    "ChatTemplate",
+    "DataReport",
+    "Example",
+    "PreparedData",
+    "Splits",
+    "TokenizedExample",
+    "Tokenizer",
+    "Turn",
+    "load_examples",
+    "load_splits",
+    "make_batch",
+    "num_positions",
+    "plan_epoch",
+    "plan_rows",
+    "template_for",
+    "tokenize_splits",
+]

@@ -1,0 +1,29 @@
+"""Held-out loss, perplexity and token accuracy."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gemma_tune.data import Batch
+
+
+def evaluate_batches(step: Callable[[Batch], Any], batches: Iterable[Batch]) -> dict[str, float]:
+    """Scores batches, each token counting once.
+
+    Args:
+        step: Batch -> sums with `loss_sum`, `weight_sum` and `correct_sum`.
+        batches: At least one with something to score.
+
+    Returns:
+        loss (mean nats per learnt token), perplexity (exp(loss)), token_accuracy (share of learnt tokens that are the
+        model's likeliest), num_tokens.
+    """
+    sums = [step(batch) for batch in batches]
+    num_tokens = sum(float(part.weight_sum) for part in sums)
+    loss = sum(float(part.loss_sum) for part in sums) / num_tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),  # exp(710) overflows.
+        "token_accuracy": sum(float(part.correct_sum) for part in sums) / num_tokens,
+        "num_tokens": num_tokens,
+    }

@@ -1,0 +1,76 @@
+"""Keras and KerasHub on JAX, imported without TensorFlow. Every other module takes them from here.
+
+keras-hub imports TensorFlow where it is installed, which doubles the start-up time (5 s more) and the memory, for
+preprocessing layers that gemma_tune doesn't use. While keras_hub is being imported TensorFlow is hidden from it; the
+user may import TensorFlow before or afterwards.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+import jax
+
+from gemma_tune.errors import ConfigError
+
+_HIDDEN = ("tensorflow", "tensorflow_text")
+_WORTH_KEEPING_SECONDS = 0.5
+
+
+@contextlib.contextmanager
+def _without_tensorflow():
+    hidden = [name for name in _HIDDEN if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # An import of it now raises ImportError.
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+with _without_tensorflow():
+    import keras
+    import keras_hub
+
+if keras.config.backend() != "jax":
+    raise ConfigError(
+        f"gemma_tune needs Keras on the JAX backend, but Keras runs on {keras.config.backend()!r}. Import gemma_tune "
+        "before "
+        "keras, or set the environment variable KERAS_BACKEND=jax and start Python again."
+    )
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made again: compiled programs and tokenizers. `GEMMA_TUNE_CACHE` moves it."""
+    base = os.environ.get("GEMMA_TUNE_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gemma_tune"
+    )
+    return Path(base)
+
+
+def _keep_compiled_programs() -> None:
+    """Lets JAX keep compiled programs on disk, so that a second run of the same shape starts at once.
+
+    JAX's own variables win.
+    """
+    if getattr(jax.config, "jax_compilation_cache_dir", None):
+        return
+    # A home folder may be shared by machines whose CPUs know different instructions; programs of one can crash another.
+    try:
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
+        )
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    machine = hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:8]
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / f"xla-{machine}"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING_SECONDS)
+
+
+_keep_compiled_programs()
+
+__all__ = ["cache_dir", "jax", "keras", "keras_hub"]

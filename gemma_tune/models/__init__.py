@@ -1,0 +1,25 @@
+"""Step 1: choose a model, load it by any of its names, and operate on it.
+
+Imported lazily, since Keras takes seconds.
+"""
+
+import importlib
+
+_PUBLIC = {
+    "load_model": "load",
+    "load_adapter": "adapter",
+    "save_adapter": "adapter",
+    "read_adapter_metadata": "adapter",
+    "enable_lora": "lora",
+    "enable_packing": "packing",
+    "presets": "presets",
+    "tokenizer_of": "tokenizer",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'gemma_tune.models' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"gemma_tune.models.{_PUBLIC[name]}"), name)

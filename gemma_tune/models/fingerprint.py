@@ -1,0 +1,27 @@
+"""A short name for a model's weights, by which an adapter knows its base."""
+
+import hashlib
+
+import numpy as np
+
+from gemma_tune.keras_runtime import keras
+from gemma_tune.models.functional import variables_by_path
+
+_SAMPLE = 256
+
+
+def fingerprint(model: keras.Model) -> str:
+    """Returns 16 hexadecimal digits that depend on every base variable's path and shape, and on a sample of its values.
+
+    The values are compared in bfloat16, so that a base loaded in float32 and in bfloat16 has the same fingerprint. LoRA
+    factors don't count.
+    """
+    digest = hashlib.sha256()
+    bfloat16 = np.dtype("bfloat16")
+    for path, variable in sorted(variables_by_path(model).items()):
+        if "lora_" in path.rsplit("/", 1)[-1]:
+            continue
+        sample = np.asarray(variable.value.reshape(-1)[:_SAMPLE])
+        digest.update(f"{path}{tuple(variable.shape)}".encode())
+        digest.update(sample.astype(np.float32).astype(bfloat16).tobytes())
+    return digest.hexdigest()[:16]

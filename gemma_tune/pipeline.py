@@ -1,0 +1,414 @@
+"""One run from its Config to a tuned model: the pipeline's steps in order.
+
+The only place, besides the command line, that reads a Config.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gemma_tune import progress
+from gemma_tune.config import Config
+from gemma_tune.data import (
+    Batch,
+    DataReport,
+    Example,
+    PreparedData,
+    Splits,
+    load_examples,
+    load_splits,
+    template_for,
+    tokenize_splits,
+)
+from gemma_tune.errors import TrainingError
+from gemma_tune.evaluation import AnswerScore, evaluate_batches, score_answers
+from gemma_tune.evaluation.report import write_report
+from gemma_tune.keras_runtime import keras
+from gemma_tune.models.adapter import save_adapter
+from gemma_tune.models.family import family_of
+from gemma_tune.models.functional import Params, assign, check_text_only, parameters
+from gemma_tune.models.linear import use_plain_products
+from gemma_tune.models.load import load_model
+from gemma_tune.models.lora import enable_lora, lora_layers, merge_lora
+from gemma_tune.models.packing import enable_packing
+from gemma_tune.models.source import parse_source
+from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.serving.generate import generate
+from gemma_tune.training.batches import TrainingBatches, heldout_batches, most_targets
+from gemma_tune.training.checkpoints import Checkpoints, Progress
+from gemma_tune.training.loop import Loop, LoopSettings
+from gemma_tune.training.metrics import MetricsWriter, read_metrics
+from gemma_tune.training.optimizer import make_optimizer, make_schedule
+from gemma_tune.training.step import TrainState, init_state, make_eval_step, make_train_step
+from gemma_tune.training.workdir import ADAPTER, CHECKPOINTS, MODEL, check_workdir, open_workdir, write_json
+
+SAMPLES_FILE, RESULT_FILE = "samples.json", "result.json"
+
+
+@dataclasses.dataclass
+class SampleAnswer:
+    """One held-out question: the wanted answer, and what the model wrote before and after."""
+
+    question: str
+    reference: str
+    base_answer: str
+    tuned_answer: str = ""
+
+
+@dataclasses.dataclass
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        model: The tuned CausalLM.
+        saved_to: The adapter file, or the preset directory of a fully tuned model.
+        before, after: Held-out values; empty when nothing is held out. `after` is of the best step.
+    """
+
+    model: keras.Model
+    workdir: Path
+    saved_to: Path
+    data: DataReport
+    num_trainable: int
+    num_steps: int
+    best_step: int
+    before: dict[str, float]
+    after: dict[str, float]
+    samples: list[SampleAnswer]
+    scores: list[AnswerScore]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values for `result.json` and `--json`."""
+        return {
+            "workdir": str(self.workdir),
+            "saved_to": str(self.saved_to),
+            "num_steps": self.num_steps,
+            "best_step": self.best_step,
+            "num_trainable_parameters": self.num_trainable,
+            "heldout_before": self.before,
+            "heldout_after": self.after,
+            "num_answers_scored": len(self.scores),
+            "num_answers_right": sum(score.is_right for score in self.scores),
+            "mean_answer_f1": sum(score.f1 for score in self.scores) / len(self.scores) if self.scores else None,
+            "samples": [dataclasses.asdict(sample) for sample in self.samples],
+            "data": self.data.to_dict(),
+        }
+
+
+@dataclasses.dataclass
+class Setup:
+    """Everything that a run needs before its first step."""
+
+    config: Config
+    model: keras.Model
+    data: PreparedData
+    batches: TrainingBatches
+    heldout: list[Batch]
+    frozen: dict[str, jax.Array]
+    state: TrainState
+    train_step: Any
+    eval_step: Any
+    schedule: Any
+
+    def evaluate(self, trainable: Params) -> dict[str, float]:
+        """Scores the held-out batches."""
+        return evaluate_batches(lambda batch: self.eval_step(trainable, self.frozen, batch), self.heldout)
+
+
+def train(config: Config) -> keras.Model:
+    """Fine-tunes a model, and saves what was learnt in the workdir.
+
+    Running it again with the same config goes on where it was stopped.
+
+    Args:
+        config: The run.
+
+    Returns:
+        The tuned KerasHub CausalLM. Metrics, samples, the adapter or model and a report are in `config.workdir`.
+
+    Raises:
+        ConfigError, DataError, ModelError, TrainingError: Says what is wrong and what to do.
+    """
+    return run(config).model
+
+
+def run(config: Config) -> RunResult:
+    """Like `train`, and returns the figures too."""
+    check_workdir(
+        config
+    )  # What can be wrong is looked for before what takes long, and nothing is written before all is well.
+    setup = set_up(config, read_splits(config))
+    workdir = open_workdir(config)
+    samples = _base_answers(setup, workdir)
+    state, best = _train(setup, workdir)
+    return _finish(setup, workdir, state, best, samples)
+
+
+def read_splits(config: Config) -> Splits:
+    """Reads, cleans and splits the data. Needs no model, so that bad data fails at once."""
+    data = config.data
+    family_tokens = {token for family in ("gemma3", "gemma4") for token in template_for(family).control_tokens}
+    return load_splits(
+        data.source,
+        sorted(family_tokens),
+        eval_source=data.eval_source,
+        split=data.split,
+        eval_split=data.eval_split,
+        eval_fraction=data.eval_fraction,
+        system_prompt=data.system_prompt,
+        on_error=data.on_error,
+        seed=config.seed,
+    )
+
+
+def prepare_data(config: Config, splits: Splits, model: keras.Model) -> PreparedData:
+    """Tokenizes for a model."""
+    return tokenize_splits(
+        splits, template_for(family_of(model)), tokenizer_of(model), config.data.max_length, config.data.overlong
+    )
+
+
+def set_up(config: Config, splits: Splits) -> Setup:
+    """Loads and prepares the model in the fixed order precision → merge → LoRA → packing, and compiles nothing yet."""
+    training, optimizer_config = config.training, config.optimizer
+    model = load_model(config.model.source, precision=config.model.precision, seed=config.seed)
+    merge_lora(model.backbone)  # Training on top of an earlier run.
+    check_text_only(model)
+    data = prepare_data(config, splits, model)
+    if training.method == "lora":
+        enable_lora(model.backbone, config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
+    use_plain_products(model.backbone)
+    if config.data.packing:
+        enable_packing(model.backbone)
+    batches = TrainingBatches(
+        data.train,
+        batch_size=training.batch_size,
+        row_length=config.data.max_length,
+        packing=config.data.packing,
+        seed=config.seed,
+        num_epochs=training.num_epochs,
+        num_train_steps=training.num_train_steps,
+    )
+    heldout = heldout_batches(data.heldout, training.batch_size, config.data.max_length, config.data.packing)
+    schedule = make_schedule(
+        optimizer_config.schedule, config.learning_rate, optimizer_config.warmup_steps, len(batches)
+    )
+    optimizer = make_optimizer(
+        optimizer_config.name,
+        schedule,
+        weight_decay=optimizer_config.weight_decay,
+        b1=optimizer_config.b1,
+        b2=optimizer_config.b2,
+        epsilon=optimizer_config.epsilon,
+        clip_norm=optimizer_config.clip_norm,
+    )
+    return Setup(
+        config=config,
+        model=model,
+        data=data,
+        batches=batches,
+        heldout=heldout,
+        frozen=parameters(model).frozen,
+        state=init_state(model, optimizer),
+        train_step=make_train_step(model, optimizer, batches.most_targets, training.grad_accum_steps),
+        eval_step=make_eval_step(model, most_targets(heldout)),
+        schedule=schedule,
+    )
+
+
+def _train(setup: Setup, workdir: Path) -> tuple[TrainState, Progress]:
+    """Runs the loop from where the workdir's checkpoints end.
+
+    Returns the best state if something is held out, else the last.
+    """
+    training = setup.config.training
+    with Checkpoints(workdir / CHECKPOINTS, training.keep_last) as checkpoints, progress.ProgressReporter() as reporter:
+        state, best = setup.state, Progress()
+        if checkpoints.steps:
+            state, best = checkpoints.restore(state)
+            progress.console.print(f"Going on from the checkpoint of step {int(state.step)} in {workdir}.")
+        metrics = MetricsWriter(workdir, int(state.step))
+        loop = Loop(
+            train_step=setup.train_step,
+            frozen=setup.frozen,
+            batches=setup.batches,
+            evaluate=setup.evaluate if setup.heldout else None,
+            schedule=setup.schedule,
+            settings=LoopSettings(
+                training.eval_every_steps,
+                training.checkpoint_every_steps,
+                training.early_stopping_patience,
+                training.log_every_steps,
+            ),
+            checkpoints=checkpoints,
+            metrics=metrics,
+            reporter=reporter,
+        )
+        try:
+            state, best = loop.run(state, best)
+        finally:
+            metrics.close()
+        if best.best_step not in (-1, 0, int(state.step)) and best.best_step in checkpoints.steps:
+            state, _ = checkpoints.restore(state, best.best_step)
+    return state, best
+
+
+def _finish(setup: Setup, workdir: Path, state: TrainState, best: Progress, samples: list[SampleAnswer]) -> RunResult:
+    """Puts the learnt weights into the model, saves them, answers held-out questions, and writes the report."""
+    model, config = setup.model, setup.config
+    assign(model, state.trainable)
+    if config.training.method == "lora":
+        saved_to = save_adapter(model, workdir / ADAPTER, base_model=config.model.source)
+    else:
+        saved_to = workdir / MODEL
+        model.save_to_preset(str(saved_to))
+    scored = _scored_examples(setup)
+    with progress.console.status(f"Answering {max(len(scored), len(samples))} held-out questions…"):
+        answers = _answer(setup, scored)
+    for sample, answer in zip(samples, answers, strict=False):
+        sample.tuned_answer = answer
+    rows = read_metrics(workdir)
+    heldout = {row["step"]: row for row in rows if "heldout_loss" in row}
+    result = RunResult(
+        model=model,
+        workdir=workdir,
+        saved_to=saved_to,
+        data=setup.data.report,
+        num_trainable=sum(math.prod(value.shape) for value in state.trainable.values()),
+        num_steps=len(setup.batches),
+        best_step=int(state.step),
+        before=_heldout_values(heldout.get(0)),
+        after=_heldout_values(heldout.get(int(state.step))),
+        samples=samples,
+        scores=score_answers(answers[: len(scored)], [example.answer for example in scored]),
+    )
+    write_json(workdir / SAMPLES_FILE, [dataclasses.asdict(sample) for sample in samples])
+    write_json(workdir / RESULT_FILE, result.to_dict())
+    write_report(workdir, config.to_dict(), result.to_dict(), rows)
+    return result
+
+
+def _base_answers(setup: Setup, workdir: Path) -> list[SampleAnswer]:
+    """Answers the sample questions with the model as it is, or reads what an interrupted run has written."""
+    file = workdir / SAMPLES_FILE
+    if file.exists():
+        return [SampleAnswer(**values) for values in json.loads(file.read_text(encoding="utf-8"))]
+    chosen = _scored_examples(setup)[: setup.config.training.num_sample_answers]
+    with progress.console.status(f"Answering {len(chosen)} held-out questions with the base model…"):
+        answers = _answer(setup, chosen)
+    samples = [
+        SampleAnswer(example.question, example.answer, answer) for example, answer in zip(chosen, answers, strict=True)
+    ]
+    write_json(file, [dataclasses.asdict(sample) for sample in samples])
+    return samples
+
+
+def _scored_examples(setup: Setup) -> list[Example]:
+    """Returns held-out conversations in a fixed random order, those with new answers first, as many as are to be
+    answered.
+    """
+    training = setup.config.training
+    chats = [example for example in setup.data.heldout_examples if example.turns[-1].role == "model"]
+    random.Random(setup.config.seed).shuffle(chats)
+    first_of_answer = {example.answer: example for example in reversed(chats)}
+    ordered = sorted(chats, key=lambda example: first_of_answer[example.answer] is not example)
+    return ordered[: max(training.num_sample_answers, training.num_scored_answers)]
+
+
+def _answer(setup: Setup, examples: Sequence[Example]) -> list[str]:
+    if not examples:
+        return []
+    return generate(  # type: ignore[return-value]  # A list of prompts gives a list.
+        setup.model,
+        [example.turns[:-1] for example in examples],
+        **dataclasses.asdict(setup.config.generation),
+        seed=setup.config.seed,
+    )
+
+
+def _heldout_values(row: dict[str, Any] | None) -> dict[str, float]:
+    return {name.removeprefix("heldout_"): value for name, value in (row or {}).items() if name.startswith("heldout_")}
+
+
+def evaluate(
+    model: keras.Model, examples: Sequence[Example], *, max_length: int = 512, batch_size: int = 4
+) -> dict[str, float]:
+    """Returns loss, perplexity and token accuracy of a model on examples.
+
+    Args:
+        model: From `load_model` or `train`.
+        examples: From `load_examples`.
+        max_length: Longer examples are cut.
+        batch_size: Rows at a time.
+
+    Raises:
+        TrainingError: No example has an answer to score.
+    """
+    from gemma_tune.data.tokenize import tokenize_examples
+
+    enable_packing(model.backbone)
+    tokens = tokenize_examples(examples, template_for(family_of(model)), tokenizer_of(model), max_length, "truncate")
+    if not tokens.examples:
+        raise TrainingError(f"None of {len(examples)} examples has an answer that fits into {max_length} tokens.")
+    batches = heldout_batches(tokens.examples, batch_size, max_length, packing=True)
+    groups = parameters(model)
+    step = functools.partial(make_eval_step(model, most_targets(batches)), groups.trainable, groups.frozen)
+    return evaluate_batches(step, batches)
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Held-out values of a tuned model and its base; `tuned` is empty when there is nothing tuned."""
+
+    data_source: str
+    num_examples: int
+    base: dict[str, float]
+    tuned: dict[str, float]
+
+
+def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comparison:
+    """Scores `config.model.source`, with an adapter if one is named, and the base under it.
+
+    Args:
+        config: Which model, data, length and batch size.
+        adapter: A LoRA adapter, or ''.
+        data_is_given: False: for the workdir of a run, score what that run held out.
+    """
+    source, workdir = config.model.source, Path(config.model.source).expanduser()
+    run_config = (
+        Config.from_dict(json.loads((workdir / "config.json").read_text()))
+        if parse_source(source).kind == "run"
+        else None
+    )
+    if run_config and not data_is_given:
+        examples = read_splits(run_config).heldout
+        data_source = f"{run_config.data.source} (held out)"
+    else:
+        examples, data_source = (
+            load_examples(config.data.source, config.data.split, config.data.on_error),
+            config.data.source,
+        )
+    model = load_model(source, precision=config.model.precision, adapter=adapter, seed=config.seed)
+    score = functools.partial(
+        evaluate, examples=examples, max_length=config.data.max_length, batch_size=config.training.batch_size
+    )
+    if lora_layers(model.backbone):
+        tuned = score(model)
+        zeros = {
+            path: jax.numpy.zeros_like(value)
+            for path, value in parameters(model).trainable.items()
+            if path.endswith("_b")
+        }
+        assign(model, zeros)  # B = 0 is the base.
+        return Comparison(data_source, len(examples), score(model), tuned)
+    if run_config:
+        base = load_model(run_config.model.source, precision=config.model.precision, seed=run_config.seed)
+        return Comparison(data_source, len(examples), score(base), score(model))
+    return Comparison(data_source, len(examples), score(model), {})

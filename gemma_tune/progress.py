@@ -1,0 +1,63 @@
+"""What a person sees while something takes long: a progress bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+# Everything that is no result goes to stderr, so that stdout can be piped.
+console = Console(stderr=True, highlight=False)
+
+
+class ProgressReporter:
+    """Shows training: loss, tokens per second, time left. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._last_line = 0.0
+        self._heldout = ""
+
+    def __enter__(self) -> "ProgressReporter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_step(self, step: int, num_steps: int, values: dict[str, float]) -> None:
+        """Moves the bar, or prints a line."""
+        text = f"loss {values['loss']:.3f}  {values['tokens_per_second']:.0f} tokens/s{self._heldout}"
+        if not console.is_terminal:
+            self._print_now_and_then(step, num_steps, text)
+            return
+        if self._bar is None:
+            columns = (
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("<"),
+                TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
+            )  # fmt: skip
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("training", total=num_steps, completed=step - 1, text="")
+            self._bar.start()
+        self._bar.update(self._task, completed=step, text=text)
+
+    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Prints the held-out values."""
+        when = "before training" if step == 0 else f"after step {step}"
+        self._heldout = f"  held-out {values['loss']:.3f}"
+        console.print(
+            f"held-out {when}: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}, token accuracy "
+            f"{values['token_accuracy']:.1%}"
+        )
+
+    def _print_now_and_then(self, step: int, num_steps: int, text: str) -> None:
+        now = time.monotonic()
+        if step == num_steps or now - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            console.print(f"step {step}/{num_steps}  {text}")
+            sys.stderr.flush()

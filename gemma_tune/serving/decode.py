@@ -1,0 +1,124 @@
+"""Token by token generation on KerasHub's own layers: one compiled prefill and one compiled step for each bucket of
+sizes.
+
+KerasHub's `generate` compiles anew for every prompt length, keeps a batch in lockstep and returns only at the end. Here
+every row has its own position (the model is run under `vmap`, so that `call_with_cache`'s scalar index becomes one for
+each row), and tokens come out as they are made.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_tune.keras_runtime import keras
+from gemma_tune.models.functional import Params, bound, parameters
+from gemma_tune.serving.sampling import GREEDY, Sampling, sample
+
+_PROMPT_BUCKET = 32
+_CACHE_BUCKET = 128
+_ROW_BUCKET = 8
+
+
+class Decoder:
+    """Generates tokens with one model. Programs are compiled at first use, and kept."""
+
+    def __init__(self, model: keras.Model):
+        self._model = model
+        self._prefill = jax.jit(self._prefill_fn, static_argnames=("cache_length", "sampling"))
+        self._step = jax.jit(self._step_fn, static_argnames=("sampling",), donate_argnames=("cache",))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        params: Params | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Yields the next token of each row; None for rows that have stopped. Ends when all have.
+
+        Args:
+            prompts: Token ids of each row, `<bos>` included.
+            max_new_tokens: Of each row.
+            stop_ids: A row stops at the first of these, which is not yielded.
+            sampling: How tokens are picked.
+            seed: Of the sampling.
+            params: The model's arrays; None: its current ones.
+        """
+        num_rows = len(prompts)
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        padded_rows = 1 if num_rows == 1 else _round_up(num_rows, _ROW_BUCKET)
+        prompt_length = _round_up(int(lengths.max()), _PROMPT_BUCKET)
+        cache_length = _round_up(max(prompt_length, int(lengths.max()) + max_new_tokens), _CACHE_BUCKET)
+        token_ids = np.zeros((padded_rows, prompt_length), np.int32)
+        for row, prompt in enumerate(prompts):
+            token_ids[row, : len(prompt)] = prompt
+        positions = np.ones(padded_rows, np.int32)
+        positions[:num_rows] = lengths
+        if params is None:
+            groups = parameters(self._model)
+            params = {**groups.trainable, **groups.frozen}
+        key = jax.random.key(seed)
+
+        tokens, cache = self._prefill(params, token_ids, positions, key, cache_length=cache_length, sampling=sampling)
+        stopped = [False] * num_rows
+        for step in range(max_new_tokens):
+            made = np.asarray(tokens)[:num_rows].tolist()
+            stopped = [done or token in stop_ids for done, token in zip(stopped, made, strict=True)]
+            if all(stopped):
+                return
+            yield [None if done else token for done, token in zip(stopped, made, strict=True)]
+            if step + 1 < max_new_tokens:
+                tokens, cache = self._step(
+                    params, tokens, positions + step, cache, jax.random.fold_in(key, step), sampling=sampling
+                )
+
+    def _prefill_fn(
+        self, params: Params, token_ids: Any, lengths: Any, key: Any, *, cache_length: int, sampling: Sampling
+    ):
+        """Reads the prompts. Padding stands behind each, where causality hides it until decoding overwrites it."""
+        with bound(self._model, params):
+            cache = jax.tree.map(
+                lambda spec: jnp.zeros(spec.shape, spec.dtype), self._cache_spec(token_ids.shape[0], cache_length)
+            )
+            _, hidden, cache = self._model.call_with_cache(token_ids, cache, 0)
+            last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+            logits = self._model.backbone.token_embedding(last, reverse=True)[:, 0]
+        return sample(logits, sampling, key), cache
+
+    def _step_fn(self, params: Params, tokens: Any, positions: Any, cache: Any, key: Any, *, sampling: Sampling):
+        """Reads one token a row, [B], each at its own position, [B]."""
+
+        def one_row(token, position, row_cache):
+            row_cache = jax.tree.map(lambda leaf: leaf[None], row_cache)
+            logits, _, row_cache = self._model.call_with_cache(token[None, None], row_cache, position)
+            return logits[0, 0], jax.tree.map(lambda leaf: leaf[0], row_cache)
+
+        with bound(self._model, params):
+            logits, cache = jax.vmap(one_row)(tokens, positions, cache)
+        return sample(logits, sampling, key), cache
+
+    def _cache_spec(self, num_rows: int, cache_length: int) -> Any:
+        """Returns shapes and dtypes of the family's cache, from its own `_build_cache`."""
+        build = self._model._build_cache
+        required = [p for p in inspect.signature(build).parameters.values() if p.default is inspect.Parameter.empty]
+        token_ids = jax.ShapeDtypeStruct((num_rows, cache_length), jnp.int32)
+        return jax.eval_shape(lambda ids: build(ids, *[None] * (len(required) - 1))[1], token_ids)
+
+
+def decoder_of(model: keras.Model) -> Decoder:
+    """Returns the model's Decoder, made once, so that compiled programs are kept."""
+    decoder = getattr(model, "_gemma_tune_decoder", None)
+    if decoder is None:
+        decoder = Decoder(model)
+        object.__setattr__(model, "_gemma_tune_decoder", decoder)
+    return decoder
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,1 @@
+"""Step 4: fine-tune. Losses, optimizer, step, checkpoints and the loop."""

@@ -1,0 +1,207 @@
+"""The next-token loss, without ever holding the logits.
+
+With a vocabulary of 262,144 the logits of 2,048 tokens are 2.1 GB in float32, and their gradient again as much. Here
+the vocabulary is visited in blocks with a running log-sum-exp, as in Cut Cross-Entropy (arXiv:2411.09009), so that
+memory is O(T·D + block·T).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+VOCABULARY_BLOCK = 8192
+
+
+class LossSums(NamedTuple):
+    """Sums over tokens, all [] float32. Divide only after adding up everything that counts as one batch.
+
+    loss_sum: of weight · cross-entropy, in nats. weight_sum: of weights. correct_sum: of weight where the target is the
+        likeliest token.
+    """
+
+    loss_sum: jax.Array
+    weight_sum: jax.Array
+    correct_sum: jax.Array
+
+
+def fused_linear_cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    target_ids: jax.Array,
+    weights: jax.Array,
+    *,
+    soft_cap: float | None = None,
+    head_is_trained: bool = False,
+    block: int = VOCABULARY_BLOCK,
+) -> LossSums:
+    """Sums the cross-entropy of next-token predictions from hidden states.
+
+    With h the hidden state, w_v the rows of the head and y the target, a token's loss is log Σ_v exp z_v − z_y for
+    logits z_v = h·w_v, or z_v = c·tanh(h·w_v / c) with a soft cap c (Gemma 2, arXiv:2408.00118). Its gradient in h is
+    Σ_v p_v·z'_v·w_v − z'_y·w_y.
+
+    Args:
+        hidden: [T, D] final hidden states of the positions to be scored, in any float dtype.
+        head: [V, D] tied embedding; V need not be a multiple of `block`.
+        target_ids: [T] int32.
+        weights: [T] float32; 0 drops a position.
+        soft_cap: c, or None.
+        head_is_trained: Whether the head needs a gradient. If not, the gradient in `hidden` is made in the forward
+            pass, and the head is read once instead of three times.
+        block: Rows of the head at a time.
+
+    Returns:
+        LossSums; gradients flow through loss_sum alone.
+    """
+    loss = _trained_head_loss if head_is_trained else _frozen_head_loss
+    loss_sum, correct_sum = loss(soft_cap, block, hidden, head, target_ids, weights.astype(jnp.float32))
+    return LossSums(loss_sum, jnp.sum(weights, dtype=jnp.float32), lax.stop_gradient(correct_sum))
+
+
+class _Running(NamedTuple):
+    """What is known after some blocks. All [T] float32; weighted_rows is [D, T], or None where no gradient is made."""
+
+    top: jax.Array  # Largest logit so far.
+    total: jax.Array  # Σ exp(logit − top).
+    target: jax.Array  # The target's logit, once its block was visited.
+    target_slope: jax.Array  # dz/dx at the target; 1 without a soft cap.
+    weighted_rows: jax.Array | None  # Σ exp(logit − top) · slope · row.
+
+
+def _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient) -> _Running:
+    num_tokens, width = hidden.shape
+    start = _Running(
+        top=jnp.full((num_tokens,), -jnp.inf, jnp.float32),
+        total=jnp.zeros((num_tokens,), jnp.float32),
+        target=jnp.zeros((num_tokens,), jnp.float32),
+        target_slope=jnp.ones((num_tokens,), jnp.float32),
+        weighted_rows=jnp.zeros((width, num_tokens), jnp.float32) if with_gradient else None,
+    )
+
+    def visit(running: _Running, first, rows) -> _Running:
+        logits, slope = _block_logits(soft_cap, rows, hidden)
+        top = jnp.maximum(running.top, logits.max(axis=0))
+        shrink = jnp.exp(running.top - top)
+        unnormalized = jnp.exp(logits - top)
+        inside = (target_ids >= first) & (target_ids < first + rows.shape[0])
+        place = (jnp.clip(target_ids - first, 0, rows.shape[0] - 1), jnp.arange(num_tokens))
+        weighted_rows = running.weighted_rows
+        if weighted_rows is not None:
+            sloped = unnormalized if slope is None else unnormalized * slope
+            weighted_rows = weighted_rows * shrink + _dot(rows.T, sloped.astype(rows.dtype))
+        return _Running(
+            top=top,
+            total=running.total * shrink + unnormalized.sum(axis=0),
+            target=jnp.where(inside, logits[place], running.target),
+            target_slope=running.target_slope
+            if slope is None
+            else jnp.where(inside, slope[place], running.target_slope),
+            weighted_rows=weighted_rows,
+        )
+
+    return _over_blocks(head, block, hidden.dtype, start, visit)
+
+
+def _over_blocks(head, block, dtype, carry, visit):
+    """Runs visit(carry, first row's index, rows) over all blocks of the head, in the given dtype; the last may be
+    shorter.
+    """
+    vocabulary = head.shape[0]
+    num_whole = vocabulary // block
+
+    def step(index, carry):
+        rows = lax.dynamic_slice_in_dim(head, index * block, block)
+        return visit(carry, index * block, rows.astype(dtype))
+
+    if num_whole:
+        carry = lax.fori_loop(0, num_whole, step, carry)
+    if vocabulary % block:
+        carry = visit(carry, num_whole * block, head[num_whole * block :].astype(dtype))
+    return carry
+
+
+def _block_logits(soft_cap, rows, hidden):
+    """Returns ([block, T] logits in float32, dz/dx or None).
+
+    XLA on CPU is three times faster at rows·hiddenᵀ than at hidden·rowsᵀ.
+    """
+    logits = _dot(rows, hidden.T)
+    if soft_cap is None:
+        return logits, None
+    ratio = jnp.tanh(logits / soft_cap)
+    return soft_cap * ratio, 1.0 - jnp.square(ratio)
+
+
+def _dot(a, b):
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _sums(running: _Running, weights):
+    losses = running.top + jnp.log(running.total) - running.target
+    correct = (running.target >= running.top).astype(jnp.float32)
+    return jnp.sum(losses * weights), jnp.sum(correct * weights)
+
+
+# A head that stays as it is: the forward pass makes the gradient in `hidden` along the way.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _frozen_head_loss(soft_cap, block, hidden, head, target_ids, weights):
+    return _sums(_visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient=False), weights)
+
+
+def _frozen_head_forward(soft_cap, block, hidden, head, target_ids, weights):
+    running = _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient=True)
+    assert running.weighted_rows is not None
+    expected_row = (running.weighted_rows / running.total).T
+    target_row = head[target_ids].astype(jnp.float32) * running.target_slope[:, None]
+    gradient = ((expected_row - target_row) * weights[:, None]).astype(hidden.dtype)
+    return _sums(running, weights), gradient
+
+
+def _frozen_head_backward(soft_cap, block, gradient, cotangents):
+    del soft_cap, block
+    return (gradient * cotangents[0].astype(gradient.dtype), None, None, None)
+
+
+_frozen_head_loss.defvjp(_frozen_head_forward, _frozen_head_backward)
+
+
+# A head that is trained: the backward pass visits the blocks again, and makes both gradients.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _trained_head_loss(soft_cap, block, hidden, head, target_ids, weights):
+    return _sums(_visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient=False), weights)
+
+
+def _trained_head_forward(soft_cap, block, hidden, head, target_ids, weights):
+    running = _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient=False)
+    return _sums(running, weights), (hidden, head, target_ids, weights, running.top + jnp.log(running.total))
+
+
+def _trained_head_backward(soft_cap, block, saved, cotangents):
+    hidden, head, target_ids, weights, log_total = saved
+    scale = weights * cotangents[0]
+
+    def visit(carry, first, rows):
+        hidden_gradient, head_gradient = carry
+        logits, slope = _block_logits(soft_cap, rows, hidden)
+        is_target = (first + jnp.arange(rows.shape[0]))[:, None] == target_ids[None, :]
+        by_logit = (jnp.exp(logits - log_total) - is_target) * scale
+        by_logit = (by_logit if slope is None else by_logit * slope).astype(rows.dtype)
+        rows_gradient = _dot(by_logit, hidden).astype(head_gradient.dtype)
+        return (
+            hidden_gradient + _dot(rows.T, by_logit),
+            lax.dynamic_update_slice_in_dim(head_gradient, rows_gradient, first, axis=0),
+        )
+
+    start = (jnp.zeros(hidden.shape[::-1], jnp.float32), jnp.zeros_like(head))
+    hidden_gradient, head_gradient = _over_blocks(head, block, hidden.dtype, start, visit)
+    return hidden_gradient.T.astype(hidden.dtype), head_gradient, None, None
+
+
+_trained_head_loss.defvjp(_trained_head_forward, _trained_head_backward)

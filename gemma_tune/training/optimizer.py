@@ -1,0 +1,75 @@
+"""The learning rate over time, and the update rule, from Optax."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def make_schedule(name: str, learning_rate: float, warmup_steps: int, num_train_steps: int) -> optax.Schedule:
+    """Returns step -> learning rate: a linear warm-up from zero, then constant, or falling to zero at the last step.
+
+    Args:
+        name: `constant`, `linear` or `cosine`.
+        learning_rate: The peak.
+        warmup_steps: At most half of the run is warm-up, so that short runs also reach the peak.
+        num_train_steps: Length of the run.
+    """
+    warmup_steps = min(warmup_steps, num_train_steps // 2)
+    rest = max(num_train_steps - warmup_steps, 1)
+    after = {
+        "constant": lambda: optax.constant_schedule(learning_rate),
+        "linear": lambda: optax.linear_schedule(learning_rate, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest),
+    }[name]()
+    if not warmup_steps:
+        return after
+    # The first step already moves: it gets 1/warmup_steps of the peak, not zero.
+    warmup = (
+        optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps - 1)
+        if warmup_steps > 1
+        else after
+    )
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def make_optimizer(
+    name: str,
+    schedule: optax.Schedule,
+    *,
+    weight_decay: float,
+    b1: float,
+    b2: float,
+    epsilon: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    """Returns the chain: clip the gradients' global norm, update rule, decoupled weight decay on matrices only.
+
+    Its state is float32, whatever the parameters are: give it float32 gradients and parameters.
+    """
+    decay = {"weight_decay": weight_decay, "mask": is_matrix}
+    rule = {
+        "adamw": lambda: optax.adamw(schedule, b1=b1, b2=b2, eps=epsilon, **decay),
+        "lion": lambda: optax.lion(schedule, b1=b1, b2=b2, **decay),
+        "adafactor": lambda: optax.adafactor(
+            schedule, weight_decay_rate=weight_decay or None, weight_decay_mask=is_matrix
+        ),
+        "sgd": lambda: optax.chain(
+            optax.trace(decay=b1),
+            optax.add_decayed_weights(weight_decay, mask=is_matrix),
+            optax.scale_by_learning_rate(schedule),
+        ),
+    }[name]()
+    return optax.chain(optax.clip_by_global_norm(clip_norm), rule) if clip_norm else rule
+
+
+def is_matrix(params: Mapping[str, Any]) -> dict[str, bool]:
+    """Says for each parameter whether it decays: kernels and embeddings do, norms, biases and other vectors don't."""
+    return {path: jnp.ndim(value) >= 2 for path, value in params.items()}
+
+
+def as_float32(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the same values in float32."""
+    return {path: value.astype(jnp.float32) for path, value in tree.items()}

