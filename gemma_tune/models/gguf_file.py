@@ -80,10 +80,18 @@ class GgufFile:
             raise ModelError(
                 f"{self.path}: tensor {name} has the quantization {kind.name}, which the gguf package can't read."
             ) from error
+        finally:
+            self._release(first, raw.size)
 
     def tensor(self, name: str) -> np.ndarray:
         """Returns a whole tensor as float32, dequantized."""
         return self.rows(name, 0, self.tensors[name].shape[0])
+
+    def _release(self, start: int, num_bytes: int) -> None:
+        """Gives back the memory of pages that were read, which else counts as the process's until the file is closed."""
+        if hasattr(self._data, "madvise"):
+            page = start - start % mmap.PAGESIZE
+            self._data.madvise(mmap.MADV_DONTNEED, page, start + num_bytes - page)
 
     def _read_header(self) -> None:
         if self._take(4) != _MAGIC:

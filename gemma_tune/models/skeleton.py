@@ -14,7 +14,7 @@ from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import jax, keras
 
 _ALIGNMENT = 64  # What XLA on CPU asks of memory that it takes over as it is.
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 16 << 20
 
 
 @contextlib.contextmanager

@@ -120,7 +120,7 @@ def make_train_step(
             loss=sums.loss_sum * scale,
             num_target_tokens=sums.weight_sum,
             num_tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
         )
         return TrainState(state.step + 1, trainable, opt_state), metrics
 

@@ -29,7 +29,7 @@ def test_saved_and_loaded_it_gives_the_same_logits(tiny, family, rng, tmp_path, 
     np.testing.assert_allclose(logits(model), before, atol=0)  # Saving changes nothing.
     again = tiny(family)
     load_adapter(again, tmp_path / file)
-    np.testing.assert_allclose(logits(again), before, atol=1e-5)
+    np.testing.assert_allclose(logits(again), before, atol=1e-4)
 
 
 def test_keras_hubs_h5_has_no_place_for_the_embedding(tiny, rng, tmp_path):

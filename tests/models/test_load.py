@@ -202,7 +202,7 @@ def test_keras_preset_in_a_fresh_process(tiny, family, tmp_path):
         "import sys; sys.modules['tensorflow'] = None; import keras_hub, numpy as np\n"
         "model = keras_hub.models.CausalLM.from_preset(sys.argv[1], dtype='float32')\n"
         "ids = np.arange(10, 30)[None]; out = model({'token_ids': ids, 'padding_mask': np.ones_like(ids)})\n"
-        "np.testing.assert_allclose(np.asarray(out), np.load(sys.argv[2]), atol=1e-5)\n"
+        "np.testing.assert_allclose(np.asarray(out), np.load(sys.argv[2]), atol=1e-4)\n"
         "print(repr(model.generate('How do', max_length=12)))"
     )
     done = subprocess.run(

@@ -62,7 +62,7 @@ def test_weight_zero_equals_leaving_the_token_out(rng):
     weights = jnp.ones(10).at[3:].set(0.0)
     masked = fused_linear_cross_entropy(hidden, head, target_ids, weights, block=8)
     subset = fused_linear_cross_entropy(hidden[:3], head, target_ids[:3], jnp.ones(3), block=8)
-    np.testing.assert_allclose(masked.loss_sum, subset.loss_sum, rtol=1e-6)
+    np.testing.assert_allclose(masked.loss_sum, subset.loss_sum, rtol=1e-5)
     gradient = jax.grad(lambda h: fused_linear_cross_entropy(h, head, target_ids, weights, block=8).loss_sum)(hidden)
     assert not np.any(gradient[3:])
 
