@@ -33,10 +33,10 @@ def recipe(model: str) -> Config:
             "optimizer.learning_rate": 1e-3,
             "optimizer.schedule": "linear",
             "optimizer.warmup_steps": 5,
-            "training.num_epochs": 2,
+            "training.num_epochs": 3,
             "training.batch_size": 1,
-            "training.eval_every_steps": 110,
-            "training.checkpoint_every_steps": 110,
+            "training.eval_every_steps": 165,
+            "training.checkpoint_every_steps": 165,
             "generation.max_new_tokens": 80,
         }
     )

@@ -88,7 +88,7 @@ class GgufFile:
         return self.rows(name, 0, self.tensors[name].shape[0])
 
     def _release(self, start: int, num_bytes: int) -> None:
-        """Gives back the memory of pages that were read, which else counts as the process's until the file is closed."""
+        """Gives back the memory of pages that were read; it counts as the process's until the file is closed."""
         if hasattr(self._data, "madvise"):
             page = start - start % mmap.PAGESIZE
             self._data.madvise(mmap.MADV_DONTNEED, page, start + num_bytes - page)

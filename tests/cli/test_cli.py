@@ -83,7 +83,7 @@ def test_help_is_fast():
     """Under a second for a verb's help, half a second for the overview, process start included."""
     for arguments, most in (((), 0.5), (("train", "--help"), 1.0), (("quickstart", "--help"), 1.0)):
         seconds = []
-        for _ in range(3):
+        for _ in range(7):  # Other tests run at the same time.
             start = time.perf_counter()
             subprocess.run([sys.executable, "-m", "gemma_tune", *arguments], check=True, capture_output=True)
             seconds.append(time.perf_counter() - start)

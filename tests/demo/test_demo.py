@@ -24,16 +24,16 @@ def test_it_knows_what_a_gemma_knows():
 def test_loading_needs_little_more_than_the_weights():
     """In a process of its own: the peak stays below 0.4 GB plus 1.3 times the weights."""
     code = (
-        "import resource; from gemma_tune.models.load import load_model; m = load_model('demo');"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, sum(v.value.nbytes for v in "
-        "m.backbone.variables))"
+        "from gemma_tune.cli.result import peak_memory_gb; from gemma_tune.models.load import load_model;"
+        "m = load_model('demo'); print(peak_memory_gb(), sum(v.value.nbytes for v in m.backbone.variables) / 1e9)"
     )
     peak, weights = map(
-        int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
-    assert peak < 0.4e9 + 1.3 * weights
+    assert peak < 0.4 + 1.3 * weights
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_quickstart_teaches_it_the_support_desks_answers(tmp_path):
     """Held-out perplexity at most a quarter of the base's, at least 15 of 20 new phrasings answered with their topic's

@@ -1,7 +1,6 @@
 """A run that is killed and started again ends with the same bits as one that never was."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -66,5 +65,3 @@ def test_the_end_is_the_same_bit_for_bit(uninterrupted, tmp_path, number, at_ste
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {
         path.name for path in (uninterrupted / "checkpoints").iterdir()
     }
-    if os.environ.get("GEMMA_TUNE_KEEP"):
-        print(err)
