@@ -5,12 +5,11 @@ in the tree, `lora.rank`, in flags (`--config.lora.rank=8`), in error messages a
 """
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
 
 from gemma_tune.errors import ConfigError, did_you_mean
+from gemma_tune.settings import check_types, from_plain, setting_paths, to_plain
 
 METHODS = ("full", "lora")
 PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
@@ -175,7 +174,7 @@ class Config:
     generation: GenerationConfig = GenerationConfig()
 
     def __post_init__(self):
-        _check_types(self, "")
+        check_types(self, "")
         _check_values(self)
 
     @property
@@ -199,89 +198,18 @@ class Config:
             for parent in parents:
                 node = node[parent] if isinstance(node.get(parent), dict) else {}
             if leaf not in node:
-                raise ConfigError(f"There is no setting {path!r}.{did_you_mean(path, setting_paths())}")
+                raise ConfigError(f"There is no setting {path!r}.{did_you_mean(path, setting_paths(Config))}")
             node[leaf] = value
         return Config.from_dict(tree)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested dicts of plain values; tuples become lists, as in JSON."""
-        return _to_plain(self)
+        return to_plain(self)
 
     @staticmethod
     def from_dict(tree: Mapping[str, Any]) -> "Config":
         """Builds a Config from nested dicts. Missing settings take their default; an unknown one is an error."""
-        return _from_plain(Config, tree, "")
-
-
-def setting_paths(config: Any = Config, prefix: str = "") -> list[str]:
-    """Returns the path of every setting: `['workdir', 'seed', 'model.source', …]`."""
-    paths = []
-    for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(field.type):
-            paths += setting_paths(field.type, f"{prefix}{field.name}.")
-        else:
-            paths.append(prefix + field.name)
-    return paths
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns `{path: value}` for the nested dicts that `Config.to_dict` makes."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _to_plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {field.name: _to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _from_plain(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    values = {}
-    for name, value in tree.items():
-        if name not in fields:
-            raise ConfigError(f"There is no setting {prefix + name!r}.{did_you_mean(prefix + name, setting_paths())}")
-        field_type = fields[name].type
-        if dataclasses.is_dataclass(field_type):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{prefix + name} is a group of settings, got {value!r}.")
-            value = _from_plain(field_type, value, f"{prefix}{name}.")
-        values[name] = value
-    return cls(**values)
-
-
-def _check_types(config: Any, prefix: str) -> None:
-    """Checks each value's type, and turns lists into tuples and whole numbers into floats where those are meant."""
-    for field in dataclasses.fields(config):
-        value, path = getattr(config, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
-            _check_types(value, path + ".")
-            continue
-        object.__setattr__(config, field.name, _coerce(value, field.type, path))
-
-
-def _coerce(value: Any, expected: Any, path: str) -> Any:
-    if isinstance(expected, types.GenericAlias):  # tuple[str, ...] is the only one.
-        items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)) or not all(
-            isinstance(item, typing.get_args(expected)[0]) for item in items
-        ):
-            raise ConfigError(f"{path} must be a list of names, got {value!r}.")
-        return tuple(item.strip() for item in items if item.strip())
-    if expected is float and type(value) is int:
-        return float(value)
-    if type(value) is not expected:
-        raise ConfigError(f"{path} must be {_TYPE_NAMES[expected]}, got {value!r}.")
-    return value
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        return from_plain(Config, tree)
 
 
 def _check_values(config: Config) -> None:

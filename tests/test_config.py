@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from gemma_tune.config import Config, DataConfig, LoraConfig, flatten, setting_paths
+from gemma_tune.config import Config, DataConfig, LoraConfig
 from gemma_tune.errors import ConfigError
+from gemma_tune.settings import flatten, setting_paths
 
 
 def test_it_survives_json():
@@ -15,7 +16,7 @@ def test_it_survives_json():
 
 
 def test_paths_and_values_agree():
-    assert list(flatten(Config().to_dict())) == setting_paths()
+    assert list(flatten(Config().to_dict())) == setting_paths(Config)
 
 
 def test_a_missing_setting_takes_its_default():

@@ -8,10 +8,11 @@ from rich.table import Table
 
 from gemma_tune.cli.data import render_tokens
 from gemma_tune.cli.output import Output
-from gemma_tune.config import Config, flatten
+from gemma_tune.config import Config
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.pipeline import read_splits, set_up
+from gemma_tune.settings import flatten
 
 _NUM_EXAMPLES = 3
 

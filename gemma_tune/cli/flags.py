@@ -7,8 +7,9 @@ from typing import Any
 
 from absl import flags
 
-from gemma_tune.config import METHODS, PRECISIONS, Config, flatten, setting_paths
+from gemma_tune.config import METHODS, PRECISIONS, Config
 from gemma_tune.errors import ConfigError, did_you_mean
+from gemma_tune.settings import flatten, setting_paths
 
 # Flag -> (setting, help). Types and defaults are the setting's: they stand in Config alone.
 _FLAGS = {
@@ -119,8 +120,8 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
     for argument in overrides:
         key, equals, _ = argument.lstrip("-").removeprefix("config.").partition("=")
-        if key not in setting_paths():
-            raise ConfigError(f"There is no setting {key!r}.{did_you_mean(key, setting_paths())}")
+        if key not in setting_paths(Config):
+            raise ConfigError(f"There is no setting {key!r}.{did_you_mean(key, setting_paths(Config))}")
         if not equals:
             raise ConfigError(f"{argument}: write --config.{key}=value.")
     tree = config.to_dict()

@@ -148,6 +148,6 @@ def _data(data: dict[str, Any]) -> str:
 
 
 def _settings(config: dict[str, Any]) -> str:
-    from gemma_tune.config import flatten
+    from gemma_tune.settings import flatten
 
     return "\n".join(f"{path} = {value!r}" for path, value in flatten(config).items())

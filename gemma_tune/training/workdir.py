@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.config import Config, flatten
+from gemma_tune.config import Config
 from gemma_tune.errors import TrainingError
+from gemma_tune.settings import flatten
 
 CONFIG_FILE, VERSIONS_FILE = "config.json", "versions.json"
 CHECKPOINTS, ADAPTER, MODEL = "checkpoints", "adapter", "model"

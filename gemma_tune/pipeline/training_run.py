@@ -1,10 +1,6 @@
-"""One run from its Config to a tuned model: the pipeline's steps in order.
-
-The only place, besides the command line, that reads a Config.
-"""
+"""One run from its Config to a tuned model: the pipeline's steps in order."""
 
 import dataclasses
-import functools
 import json
 import math
 import random
@@ -12,41 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from gemma_tune import progress
 from gemma_tune.config import Config
 from gemma_tune.data import (
-    Batch,
     DataReport,
     Example,
-    PreparedData,
-    Splits,
-    load_examples,
-    load_splits,
-    template_for,
-    tokenize_splits,
 )
-from gemma_tune.errors import TrainingError
-from gemma_tune.evaluation import AnswerScore, evaluate_batches, score_answers
+from gemma_tune.evaluation import AnswerScore, score_answers
 from gemma_tune.evaluation.report import write_report
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.adapter import save_adapter
-from gemma_tune.models.family import family_of
-from gemma_tune.models.functional import Params, assign, check_text_only, parameters
-from gemma_tune.models.linear import use_plain_products
-from gemma_tune.models.load import load_model
-from gemma_tune.models.lora import enable_lora, lora_layers, merge_lora
-from gemma_tune.models.packing import enable_packing
-from gemma_tune.models.source import parse_source
-from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.models.functional import assign
+from gemma_tune.pipeline.setup import Setup, read_splits, set_up
 from gemma_tune.serving.generate import generate
-from gemma_tune.training.batches import TrainingBatches, heldout_batches, most_targets
 from gemma_tune.training.checkpoints import Checkpoints, Progress
 from gemma_tune.training.loop import Loop, LoopSettings
 from gemma_tune.training.metrics import MetricsWriter, read_metrics
-from gemma_tune.training.optimizer import make_optimizer, make_schedule
-from gemma_tune.training.step import TrainState, init_state, make_eval_step, make_train_step
+from gemma_tune.training.step import TrainState
 from gemma_tune.training.workdir import ADAPTER, CHECKPOINTS, MODEL, check_workdir, open_workdir, write_json
 
 SAMPLES_FILE, RESULT_FILE = "samples.json", "result.json"
@@ -102,26 +80,6 @@ class RunResult:
         }
 
 
-@dataclasses.dataclass
-class Setup:
-    """Everything that a run needs before its first step."""
-
-    config: Config
-    model: keras.Model
-    data: PreparedData
-    batches: TrainingBatches
-    heldout: list[Batch]
-    frozen: dict[str, jax.Array]
-    state: TrainState
-    train_step: Any
-    eval_step: Any
-    schedule: Any
-
-    def evaluate(self, trainable: Params) -> dict[str, float]:
-        """Scores the held-out batches."""
-        return evaluate_batches(lambda batch: self.eval_step(trainable, self.frozen, batch), self.heldout)
-
-
 def train(config: Config) -> keras.Model:
     """Fine-tunes a model, and saves what was learnt in the workdir.
 
@@ -149,78 +107,6 @@ def run(config: Config) -> RunResult:
     samples = _base_answers(setup, workdir)
     state, best = _train(setup, workdir)
     return _finish(setup, workdir, state, best, samples)
-
-
-def read_splits(config: Config) -> Splits:
-    """Reads, cleans and splits the data. Needs no model, so that bad data fails at once."""
-    data = config.data
-    family_tokens = {token for family in ("gemma3", "gemma4") for token in template_for(family).control_tokens}
-    return load_splits(
-        data.source,
-        sorted(family_tokens),
-        eval_source=data.eval_source,
-        split=data.split,
-        eval_split=data.eval_split,
-        eval_fraction=data.eval_fraction,
-        system_prompt=data.system_prompt,
-        on_error=data.on_error,
-        seed=config.seed,
-    )
-
-
-def prepare_data(config: Config, splits: Splits, model: keras.Model) -> PreparedData:
-    """Tokenizes for a model."""
-    return tokenize_splits(
-        splits, template_for(family_of(model)), tokenizer_of(model), config.data.max_length, config.data.overlong
-    )
-
-
-def set_up(config: Config, splits: Splits) -> Setup:
-    """Loads and prepares the model in the fixed order precision → merge → LoRA → packing, and compiles nothing yet."""
-    training, optimizer_config = config.training, config.optimizer
-    model = load_model(config.model.source, precision=config.model.precision, seed=config.seed)
-    merge_lora(model.backbone)  # Training on top of an earlier run.
-    check_text_only(model)
-    data = prepare_data(config, splits, model)
-    if training.method == "lora":
-        enable_lora(model.backbone, config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
-    use_plain_products(model.backbone)
-    if config.data.packing:
-        enable_packing(model.backbone)
-    batches = TrainingBatches(
-        data.train,
-        batch_size=training.batch_size,
-        row_length=config.data.max_length,
-        packing=config.data.packing,
-        seed=config.seed,
-        num_epochs=training.num_epochs,
-        num_train_steps=training.num_train_steps,
-    )
-    heldout = heldout_batches(data.heldout, training.batch_size, config.data.max_length, config.data.packing)
-    schedule = make_schedule(
-        optimizer_config.schedule, config.learning_rate, optimizer_config.warmup_steps, len(batches)
-    )
-    optimizer = make_optimizer(
-        optimizer_config.name,
-        schedule,
-        weight_decay=optimizer_config.weight_decay,
-        b1=optimizer_config.b1,
-        b2=optimizer_config.b2,
-        epsilon=optimizer_config.epsilon,
-        clip_norm=optimizer_config.clip_norm,
-    )
-    return Setup(
-        config=config,
-        model=model,
-        data=data,
-        batches=batches,
-        heldout=heldout,
-        frozen=parameters(model).frozen,
-        state=init_state(model, optimizer),
-        train_step=make_train_step(model, optimizer, batches.most_targets, training.grad_accum_steps),
-        eval_step=make_eval_step(model, most_targets(heldout)),
-        schedule=schedule,
-    )
 
 
 def _train(setup: Setup, workdir: Path) -> tuple[TrainState, Progress]:
@@ -335,80 +221,3 @@ def _answer(setup: Setup, examples: Sequence[Example]) -> list[str]:
 
 def _heldout_values(row: dict[str, Any] | None) -> dict[str, float]:
     return {name.removeprefix("heldout_"): value for name, value in (row or {}).items() if name.startswith("heldout_")}
-
-
-def evaluate(
-    model: keras.Model, examples: Sequence[Example], *, max_length: int = 512, batch_size: int = 4
-) -> dict[str, float]:
-    """Returns loss, perplexity and token accuracy of a model on examples.
-
-    Args:
-        model: From `load_model` or `train`.
-        examples: From `load_examples`.
-        max_length: Longer examples are cut.
-        batch_size: Rows at a time.
-
-    Raises:
-        TrainingError: No example has an answer to score.
-    """
-    from gemma_tune.data.tokenize import tokenize_examples
-
-    enable_packing(model.backbone)
-    tokens = tokenize_examples(examples, template_for(family_of(model)), tokenizer_of(model), max_length, "truncate")
-    if not tokens.examples:
-        raise TrainingError(f"None of {len(examples)} examples has an answer that fits into {max_length} tokens.")
-    batches = heldout_batches(tokens.examples, batch_size, max_length, packing=True)
-    groups = parameters(model)
-    step = functools.partial(make_eval_step(model, most_targets(batches)), groups.trainable, groups.frozen)
-    return evaluate_batches(step, batches)
-
-
-@dataclasses.dataclass
-class Comparison:
-    """Held-out values of a tuned model and its base; `tuned` is empty when there is nothing tuned."""
-
-    data_source: str
-    num_examples: int
-    base: dict[str, float]
-    tuned: dict[str, float]
-
-
-def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comparison:
-    """Scores `config.model.source`, with an adapter if one is named, and the base under it.
-
-    Args:
-        config: Which model, data, length and batch size.
-        adapter: A LoRA adapter, or ''.
-        data_is_given: False: for the workdir of a run, score what that run held out.
-    """
-    source, workdir = config.model.source, Path(config.model.source).expanduser()
-    run_config = (
-        Config.from_dict(json.loads((workdir / "config.json").read_text()))
-        if parse_source(source).kind == "run"
-        else None
-    )
-    if run_config and not data_is_given:
-        examples = read_splits(run_config).heldout
-        data_source = f"{run_config.data.source} (held out)"
-    else:
-        examples, data_source = (
-            load_examples(config.data.source, config.data.split, config.data.on_error),
-            config.data.source,
-        )
-    model = load_model(source, precision=config.model.precision, adapter=adapter, seed=config.seed)
-    score = functools.partial(
-        evaluate, examples=examples, max_length=config.data.max_length, batch_size=config.training.batch_size
-    )
-    if lora_layers(model.backbone):
-        tuned = score(model)
-        zeros = {
-            path: jax.numpy.zeros_like(value)
-            for path, value in parameters(model).trainable.items()
-            if path.endswith("_b")
-        }
-        assign(model, zeros)  # B = 0 is the base.
-        return Comparison(data_source, len(examples), score(model), tuned)
-    if run_config:
-        base = load_model(run_config.model.source, precision=config.model.precision, seed=run_config.seed)
-        return Comparison(data_source, len(examples), score(base), score(model))
-    return Comparison(data_source, len(examples), score(model), {})

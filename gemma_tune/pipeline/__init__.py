@@ -1,0 +1,22 @@
+"""The pipeline's steps in order, from a Config to a tuned model.
+
+The only place, besides the command line, that reads a Config.
+"""
+
+from gemma_tune.pipeline.compare import Comparison, compare_with_base, evaluate
+from gemma_tune.pipeline.setup import Setup, prepare_data, read_splits, set_up
+from gemma_tune.pipeline.training_run import RunResult, SampleAnswer, run, train
+
+__all__ = [
+    "Comparison",
+    "RunResult",
+    "SampleAnswer",
+    "Setup",
+    "compare_with_base",
+    "evaluate",
+    "prepare_data",
+    "read_splits",
+    "run",
+    "set_up",
+    "train",
+]

@@ -1,0 +1,106 @@
+"""Held-out values of a model, and of a tuned model beside its base."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from gemma_tune.config import Config
+from gemma_tune.data import (
+    Example,
+    load_examples,
+    template_for,
+)
+from gemma_tune.errors import TrainingError
+from gemma_tune.evaluation import evaluate_batches
+from gemma_tune.keras_runtime import keras
+from gemma_tune.models.family import family_of
+from gemma_tune.models.functional import assign, parameters
+from gemma_tune.models.load import load_model
+from gemma_tune.models.lora import lora_layers
+from gemma_tune.models.packing import enable_packing
+from gemma_tune.models.source import parse_source
+from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.pipeline.setup import read_splits
+from gemma_tune.training.batches import heldout_batches, most_targets
+from gemma_tune.training.step import make_eval_step
+
+
+def evaluate(
+    model: keras.Model, examples: Sequence[Example], *, max_length: int = 512, batch_size: int = 4
+) -> dict[str, float]:
+    """Returns loss, perplexity and token accuracy of a model on examples.
+
+    Args:
+        model: From `load_model` or `train`.
+        examples: From `load_examples`.
+        max_length: Longer examples are cut.
+        batch_size: Rows at a time.
+
+    Raises:
+        TrainingError: No example has an answer to score.
+    """
+    from gemma_tune.data.tokenize import tokenize_examples
+
+    enable_packing(model.backbone)
+    tokens = tokenize_examples(examples, template_for(family_of(model)), tokenizer_of(model), max_length, "truncate")
+    if not tokens.examples:
+        raise TrainingError(f"None of {len(examples)} examples has an answer that fits into {max_length} tokens.")
+    batches = heldout_batches(tokens.examples, batch_size, max_length, packing=True)
+    groups = parameters(model)
+    step = functools.partial(make_eval_step(model, most_targets(batches)), groups.trainable, groups.frozen)
+    return evaluate_batches(step, batches)
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Held-out values of a tuned model and its base; `tuned` is empty when there is nothing tuned."""
+
+    data_source: str
+    num_examples: int
+    base: dict[str, float]
+    tuned: dict[str, float]
+
+
+def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comparison:
+    """Scores `config.model.source`, with an adapter if one is named, and the base under it.
+
+    Args:
+        config: Which model, data, length and batch size.
+        adapter: A LoRA adapter, or ''.
+        data_is_given: False: for the workdir of a run, score what that run held out.
+    """
+    source, workdir = config.model.source, Path(config.model.source).expanduser()
+    run_config = (
+        Config.from_dict(json.loads((workdir / "config.json").read_text()))
+        if parse_source(source).kind == "run"
+        else None
+    )
+    if run_config and not data_is_given:
+        examples = read_splits(run_config).heldout
+        data_source = f"{run_config.data.source} (held out)"
+    else:
+        examples, data_source = (
+            load_examples(config.data.source, config.data.split, config.data.on_error),
+            config.data.source,
+        )
+    model = load_model(source, precision=config.model.precision, adapter=adapter, seed=config.seed)
+    score = functools.partial(
+        evaluate, examples=examples, max_length=config.data.max_length, batch_size=config.training.batch_size
+    )
+    if lora_layers(model.backbone):
+        tuned = score(model)
+        zeros = {
+            path: jax.numpy.zeros_like(value)
+            for path, value in parameters(model).trainable.items()
+            if path.endswith("_b")
+        }
+        assign(model, zeros)  # B = 0 is the base.
+        return Comparison(data_source, len(examples), score(model), tuned)
+    if run_config:
+        base = load_model(run_config.model.source, precision=config.model.precision, seed=run_config.seed)
+        return Comparison(data_source, len(examples), score(base), score(model))
+    return Comparison(data_source, len(examples), score(model), {})

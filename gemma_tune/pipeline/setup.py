@@ -1,0 +1,120 @@
+"""Everything that a run needs before its first step."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from gemma_tune.config import Config
+from gemma_tune.data import (
+    Batch,
+    PreparedData,
+    Splits,
+    load_splits,
+    template_for,
+    tokenize_splits,
+)
+from gemma_tune.evaluation import evaluate_batches
+from gemma_tune.keras_runtime import keras
+from gemma_tune.models.family import family_of
+from gemma_tune.models.functional import Params, check_text_only, parameters
+from gemma_tune.models.linear import use_plain_products
+from gemma_tune.models.load import load_model
+from gemma_tune.models.lora import enable_lora, merge_lora
+from gemma_tune.models.packing import enable_packing
+from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.training.batches import TrainingBatches, heldout_batches, most_targets
+from gemma_tune.training.optimizer import make_optimizer, make_schedule
+from gemma_tune.training.step import TrainState, init_state, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass
+class Setup:
+    """Everything that a run needs before its first step."""
+
+    config: Config
+    model: keras.Model
+    data: PreparedData
+    batches: TrainingBatches
+    heldout: list[Batch]
+    frozen: dict[str, jax.Array]
+    state: TrainState
+    train_step: Any
+    eval_step: Any
+    schedule: Any
+
+    def evaluate(self, trainable: Params) -> dict[str, float]:
+        """Scores the held-out batches."""
+        return evaluate_batches(lambda batch: self.eval_step(trainable, self.frozen, batch), self.heldout)
+
+
+def read_splits(config: Config) -> Splits:
+    """Reads, cleans and splits the data. Needs no model, so that bad data fails at once."""
+    data = config.data
+    family_tokens = {token for family in ("gemma3", "gemma4") for token in template_for(family).control_tokens}
+    return load_splits(
+        data.source,
+        sorted(family_tokens),
+        eval_source=data.eval_source,
+        split=data.split,
+        eval_split=data.eval_split,
+        eval_fraction=data.eval_fraction,
+        system_prompt=data.system_prompt,
+        on_error=data.on_error,
+        seed=config.seed,
+    )
+
+
+def prepare_data(config: Config, splits: Splits, model: keras.Model) -> PreparedData:
+    """Tokenizes for a model."""
+    return tokenize_splits(
+        splits, template_for(family_of(model)), tokenizer_of(model), config.data.max_length, config.data.overlong
+    )
+
+
+def set_up(config: Config, splits: Splits) -> Setup:
+    """Loads and prepares the model in the fixed order precision → merge → LoRA → packing, and compiles nothing yet."""
+    training, optimizer_config = config.training, config.optimizer
+    model = load_model(config.model.source, precision=config.model.precision, seed=config.seed)
+    merge_lora(model.backbone)  # Training on top of an earlier run.
+    check_text_only(model)
+    data = prepare_data(config, splits, model)
+    if training.method == "lora":
+        enable_lora(model.backbone, config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
+    use_plain_products(model.backbone)
+    if config.data.packing:
+        enable_packing(model.backbone)
+    batches = TrainingBatches(
+        data.train,
+        batch_size=training.batch_size,
+        row_length=config.data.max_length,
+        packing=config.data.packing,
+        seed=config.seed,
+        num_epochs=training.num_epochs,
+        num_train_steps=training.num_train_steps,
+    )
+    heldout = heldout_batches(data.heldout, training.batch_size, config.data.max_length, config.data.packing)
+    schedule = make_schedule(
+        optimizer_config.schedule, config.learning_rate, optimizer_config.warmup_steps, len(batches)
+    )
+    optimizer = make_optimizer(
+        optimizer_config.name,
+        schedule,
+        weight_decay=optimizer_config.weight_decay,
+        b1=optimizer_config.b1,
+        b2=optimizer_config.b2,
+        epsilon=optimizer_config.epsilon,
+        clip_norm=optimizer_config.clip_norm,
+    )
+    return Setup(
+        config=config,
+        model=model,
+        data=data,
+        batches=batches,
+        heldout=heldout,
+        frozen=parameters(model).frozen,
+        state=init_state(model, optimizer),
+        train_step=make_train_step(model, optimizer, batches.most_targets, training.grad_accum_steps),
+        eval_step=make_eval_step(model, most_targets(heldout)),
+        schedule=schedule,
+    )
