@@ -22,6 +22,7 @@ from gemma_tune.models.linear import use_plain_products
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora import enable_lora, merge_lora
 from gemma_tune.models.packing import enable_packing
+from gemma_tune.models.remat import enable_remat
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.training.batches import TrainingBatches, heldout_batches, most_targets
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
@@ -73,7 +74,7 @@ def prepare_data(config: Config, splits: Splits, model: keras.Model) -> Prepared
 
 
 def set_up(config: Config, splits: Splits) -> Setup:
-    """Loads and prepares the model in the fixed order precision → merge → LoRA → packing, and compiles nothing yet."""
+    """Loads and prepares the model in the fixed order precision → merge → LoRA → packing → remat; compiles nothing."""
     training, optimizer_config = config.training, config.optimizer
     model = load_model(config.model.source, precision=config.model.precision, seed=config.seed)
     merge_lora(model.backbone)  # Training on top of an earlier run.
@@ -84,6 +85,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
     use_plain_products(model.backbone)
     if config.data.packing:
         enable_packing(model.backbone)
+    enable_remat(model.backbone, training.remat)
     batches = TrainingBatches(
         data.train,
         batch_size=training.batch_size,
@@ -113,7 +115,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         batches=batches,
         heldout=heldout,
         frozen=parameters(model).frozen,
-        state=init_state(model, optimizer),
+        state=init_state(model, optimizer, take_over=True),
         train_step=make_train_step(model, optimizer, batches.most_targets, training.grad_accum_steps),
         eval_step=make_eval_step(model, most_targets(heldout)),
         schedule=schedule,

@@ -1,5 +1,7 @@
 """The training and evaluation steps: pure functions of state, frozen weights and batch, compiled once."""
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,9 +42,18 @@ TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]
 EvalStep = Callable[[Params, Params, Batch], LossSums]
 
 
-def init_state(model: keras.Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step, made of copies, since steps take over the buffers they are given."""
-    trainable = {path: jnp.array(value, copy=True) for path, value in parameters(model).trainable.items()}
+def init_state(model: keras.Model, optimizer: optax.GradientTransformation, *, take_over: bool = False) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+        model: A CausalLM.
+        optimizer: From `make_optimizer`.
+        take_over: Steps take over the buffers they are given. False makes copies for them; True gives them the model's
+            own, so that the weights are held once, and the model can't be used from the first step until `assign`.
+    """
+    trainable = dict(parameters(model).trainable)
+    if not take_over:
+        trainable = {path: jnp.array(value, copy=True) for path, value in trainable.items()}
     return TrainState(
         jnp.zeros((), jnp.int32), trainable, jax.jit(lambda tree: optimizer.init(as_float32(tree)))(trainable)
     )
@@ -124,9 +135,31 @@ def make_train_step(
         )
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jit_once(train_step, donate_argnums=0)
 
 
 def make_eval_step(model: keras.Model, num_targets: int) -> EvalStep:
     """Returns the compiled evaluation step: (trainable, frozen, batch) -> LossSums."""
-    return jax.jit(make_loss_fn(model, num_targets))
+    return jit_once(make_loss_fn(model, num_targets))
+
+
+def jit_once(function: Callable, **arguments: Any) -> Any:
+    """Returns jax.jit(function, **arguments), which warns when it is traced for a second time.
+
+    That happens when a batch has another shape or dtype than the first, and costs a compilation, which takes longer
+    than many steps.
+    """
+    traced: list[str] = []
+
+    @functools.wraps(function)
+    def trace(*inputs: Any) -> Any:
+        shapes = ", ".join(sorted({f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(inputs[-1])}))
+        traced.append(shapes)
+        if len(traced) > 1:
+            message = (
+                f"{function.__name__} is compiled for the {len(traced)}. time: batches were {traced[0]}, now {shapes}."
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return function(*inputs)
+
+    return jax.jit(trace, **arguments)

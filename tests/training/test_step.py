@@ -1,5 +1,7 @@
 """The step: gradients against KerasHub's own forward, accumulation, what is trained and what is not."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 from gemma_tune.data import Batch, TokenizedExample, make_batch
-from gemma_tune.models.functional import bound, parameters
+from gemma_tune.models.functional import assign, bound, parameters
 from gemma_tune.models.lora import enable_lora
 from gemma_tune.models.packing import enable_packing
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
@@ -178,6 +180,26 @@ def test_one_program_serves_all_batches(tiny, rng):
     optimizer = sgd(0.1)
     step = make_train_step(model, optimizer, 120, 1)
     state = init_state(model, optimizer)
-    for lengths in ((20, 9), (5, 38, 30), (40,)):
-        state, _ = step(state, frozen, random_batch(rng, lengths))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for lengths in ((20, 9), (5, 38, 30), (40,)):
+            state, _ = step(state, frozen, random_batch(rng, lengths))
     assert step._cache_size() == 1
+    with pytest.warns(RuntimeWarning, match=r"train_step is compiled for the 2\. time: .*\[4, 40\].*now.*\[4, 48\]"):
+        step(state, frozen, random_batch(rng, row_length=48))
+
+
+def test_the_state_can_take_over_the_models_own_weights(tiny, rng):
+    """Held once: the state's arrays are the model's. After `assign` the model computes as with copies."""
+    losses = []
+    for take_over in (False, True):
+        model = tiny("gemma3")
+        step = make_train_step(model, sgd(0.1), 120, 1)
+        state = init_state(model, sgd(0.1), take_over=take_over)
+        own = parameters(model).trainable
+        assert all((state.trainable[path] is own[path]) == take_over for path in own)
+        batch = random_batch(np.random.default_rng(1))
+        state, _ = step(state, {}, batch)
+        assign(model, state.trainable)
+        losses.append(float(make_loss_fn(model, 120)(parameters(model).trainable, {}, batch).loss_sum))
+    assert losses[0] == losses[1]

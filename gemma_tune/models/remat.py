@@ -1,0 +1,103 @@
+"""Recomputes activations in the backward pass instead of keeping them (gradient checkpointing, arXiv:1604.06174).
+
+A decoder block keeps some twenty arrays for its backward pass, most of them results of cheap elementwise operations.
+With `blocks` it keeps the results of its matrix products with weights and computes the rest anew; with `full` it keeps
+its input alone, and the forward pass runs twice.
+
+On GPU and TPU this is `jax.checkpoint`. XLA on CPU drops the barriers that this relies on, finds the recomputation
+equal to the first computation, and keeps everything after all. There a block's backward pass becomes a branch: XLA
+doesn't look for equal computations inside and outside of one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_tune.errors import ModelError
+from gemma_tune.keras_runtime import keras, keras_hub
+
+_POLICIES = {
+    "blocks": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def enable_remat(backbone: keras_hub.models.Backbone, remat: str) -> None:
+    """Makes the decoder blocks recompute, in training; decoding with a cache stays as it is.
+
+    Args:
+        backbone: With LoRA and packing enabled already.
+        remat: `none`, `blocks` or `full`.
+
+    Raises:
+        ModelError: The backbone has no decoder blocks that could be wrapped.
+    """
+    if remat == "none":
+        return
+    blocks = getattr(backbone, "transformer_layers", [])
+    if not blocks:
+        raise ModelError(f"{type(backbone).__name__} has no decoder blocks to recompute. Set training.remat=none.")
+    for block in blocks:
+        object.__setattr__(block, "call", _recomputing_call(block, block.call, _POLICIES[remat]))
+
+
+def _recomputing_call(block: Any, call: Callable, policy: Callable) -> Callable:
+    def recomputing_call(*args: Any, **named: Any) -> Any:
+        if not keras.src.backend.common.stateless_scope.in_stateless_scope() or named.get("cache") is not None:
+            return call(*args, **named)
+        variables = block.variables
+        # Everything that the block computes with: what is learnt or computed before, and what gets no gradient.
+        leaves, tree = jax.tree.flatten(([_bound_value(variable) for variable in variables], args, named))
+        is_trained = [variable.trainable for variable in variables]
+        is_trained += [isinstance(leaf, jax.Array) and _is_float(leaf) for leaf in leaves[len(variables) :]]
+
+        def compute(some: Sequence[jax.Array], others: Sequence[Any]) -> Any:
+            first, second = iter(some), iter(others)
+            values, args, named = tree.unflatten([next(first if yes else second) for yes in is_trained])
+            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+                return call(*args, **named)
+
+        some = [leaf for leaf, yes in zip(leaves, is_trained, strict=True) if yes]
+        others = [leaf for leaf, yes in zip(leaves, is_trained, strict=True) if not yes]
+        if jax.default_backend() != "cpu":
+            return jax.checkpoint(lambda some: compute(some, others), policy=policy)(some)
+        return _with_backward_branch(compute, policy, some, others)
+
+    return recomputing_call
+
+
+def _bound_value(variable: keras.Variable) -> jax.Array:
+    """Returns what the scope around has for a variable, not yet cast to the compute dtype."""
+    value = keras.src.backend.common.stateless_scope.get_stateless_scope().get_current_value(variable)
+    return variable._value if value is None else value
+
+
+def _is_float(array: jax.Array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.inexact)
+
+
+def _with_backward_branch(compute: Callable, policy: Callable, some: list[jax.Array], others: list[Any]) -> Any:
+    """Returns compute(some, others); the gradients in `some` are computed within a branch."""
+    is_array = [isinstance(other, jax.Array) for other in others]
+    arrays = [other for other, yes in zip(others, is_array, strict=True) if yes]
+    constants = [other for other, yes in zip(others, is_array, strict=True) if not yes]
+
+    def compute_joined(some: list[jax.Array], arrays: list[jax.Array]) -> Any:
+        first, second = iter(arrays), iter(constants)
+        return compute(some, [next(first if yes else second) for yes in is_array])
+
+    def forward(some: list[jax.Array], arrays: list[jax.Array]) -> tuple[Any, Callable]:
+        return jax.vjp(jax.checkpoint(lambda some: compute_joined(some, arrays), policy=policy), some)
+
+    def backward(pullback: Callable, gradient: Any) -> tuple[Any, None]:
+        (shapes,) = jax.eval_shape(pullback, gradient)
+        not_numbers = jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan, shape.dtype), shapes)
+        # Practically always true, but XLA can't know. At any other gradient the training loop stops.
+        is_number = jax.tree.leaves(gradient)[0].ravel()[0] < jnp.inf
+        return jax.lax.cond(is_number, lambda: pullback(gradient)[0], lambda: not_numbers), None
+
+    computed = jax.custom_vjp(compute_joined)
+    computed.defvjp(forward, backward)
+    return computed(some, arrays)
