@@ -67,7 +67,8 @@ def run(
     else:
         console.print(_NOTICE)
     from gemma_tune import pipeline
-    from gemma_tune.cli.result import next_commands, peak_memory_gb, show_result
+    from gemma_tune.cli.result import next_commands, show_result
+    from gemma_tune.process_memory import peak_memory_gb
 
     splits = pipeline.read_splits(config)
     first = splits.train[0]

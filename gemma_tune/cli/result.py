@@ -1,9 +1,5 @@
 """Prints what a run came to."""
 
-import resource
-import sys
-from pathlib import Path
-
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -64,12 +60,3 @@ def next_commands(result: RunResult) -> list[str]:
     question = result.samples[0].question if result.samples else "…"
     quoted = question.replace('"', "'")
     return [f"gemma-tune chat --model={result.workdir}", f'gemma-tune generate --model={result.workdir} "{quoted}"']
-
-
-def peak_memory_gb() -> float:
-    """Returns the most memory that this process has held, in 10^9 bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux's getrusage counts what the program held that started this one.
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -55,7 +55,7 @@ def _recomputing_call(block: Any, call: Callable, policy: Callable) -> Callable:
 
         def compute(some: Sequence[jax.Array], others: Sequence[Any]) -> Any:
             first, second = iter(some), iter(others)
-            values, args, named = tree.unflatten([next(first if yes else second) for yes in is_trained])
+            values, args, named = jax.tree.unflatten(tree, [next(first if yes else second) for yes in is_trained])
             with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
                 return call(*args, **named)
 

@@ -16,6 +16,7 @@ from gemma_tune.data import (
 )
 from gemma_tune.evaluation import evaluate_batches
 from gemma_tune.keras_runtime import keras
+from gemma_tune.models.attention import use_causal_attention
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import Params, check_text_only, parameters
 from gemma_tune.models.linear import use_plain_products
@@ -74,7 +75,7 @@ def prepare_data(config: Config, splits: Splits, model: keras.Model) -> Prepared
 
 
 def set_up(config: Config, splits: Splits) -> Setup:
-    """Loads and prepares the model in the fixed order precision → merge → LoRA → packing → remat; compiles nothing."""
+    """Loads and prepares the model in the fixed order precision → merge → LoRA → layers → remat; compiles nothing."""
     training, optimizer_config = config.training, config.optimizer
     model = load_model(config.model.source, precision=config.model.precision, seed=config.seed)
     merge_lora(model.backbone)  # Training on top of an earlier run.
@@ -85,6 +86,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
     use_plain_products(model.backbone)
     if config.data.packing:
         enable_packing(model.backbone)
+    use_causal_attention(model.backbone)
     enable_remat(model.backbone, training.remat)
     batches = TrainingBatches(
         data.train,

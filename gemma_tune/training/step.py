@@ -1,7 +1,5 @@
 """The training and evaluation steps: pure functions of state, frozen weights and batch, compiled once."""
 
-import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +10,7 @@ import optax
 from gemma_tune.data import Batch
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.functional import Params, bound, final_soft_cap, head_weights, hidden_states, parameters
+from gemma_tune.training.compile_once import CompiledOnce
 from gemma_tune.training.losses import LossSums, fused_linear_cross_entropy
 from gemma_tune.training.optimizer import as_float32
 
@@ -135,31 +134,9 @@ def make_train_step(
         )
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
-    return jit_once(train_step, donate_argnums=0)
+    return CompiledOnce(train_step, donate_argnums=0)
 
 
 def make_eval_step(model: keras.Model, num_targets: int) -> EvalStep:
     """Returns the compiled evaluation step: (trainable, frozen, batch) -> LossSums."""
-    return jit_once(make_loss_fn(model, num_targets))
-
-
-def jit_once(function: Callable, **arguments: Any) -> Any:
-    """Returns jax.jit(function, **arguments), which warns when it is traced for a second time.
-
-    That happens when a batch has another shape or dtype than the first, and costs a compilation, which takes longer
-    than many steps.
-    """
-    traced: list[str] = []
-
-    @functools.wraps(function)
-    def trace(*inputs: Any) -> Any:
-        shapes = ", ".join(sorted({f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(inputs[-1])}))
-        traced.append(shapes)
-        if len(traced) > 1:
-            message = (
-                f"{function.__name__} is compiled for the {len(traced)}. time: batches were {traced[0]}, now {shapes}."
-            )
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return function(*inputs)
-
-    return jax.jit(trace, **arguments)
+    return CompiledOnce(make_loss_fn(model, num_targets))

@@ -184,9 +184,11 @@ def test_one_program_serves_all_batches(tiny, rng):
         warnings.simplefilter("error")
         for lengths in ((20, 9), (5, 38, 30), (40,)):
             state, _ = step(state, frozen, random_batch(rng, lengths))
-    assert step._cache_size() == 1
-    with pytest.warns(RuntimeWarning, match=r"train_step is compiled for the 2\. time: .*\[4, 40\].*now.*\[4, 48\]"):
-        step(state, frozen, random_batch(rng, row_length=48))
+    assert step.num_programs == 1
+    with pytest.warns(RuntimeWarning, match=r"train_step is compiled for the 2\. time, for a batch of .*\[4, 48\]"):
+        state, _ = step(state, frozen, random_batch(rng, row_length=48))
+    step(state, frozen, random_batch(rng))  # The first program is still there.
+    assert step.num_programs == 2
 
 
 def test_the_state_can_take_over_the_models_own_weights(tiny, rng):
