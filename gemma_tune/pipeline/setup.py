@@ -16,14 +16,10 @@ from gemma_tune.data import (
 )
 from gemma_tune.evaluation import evaluate_batches
 from gemma_tune.keras_runtime import keras
-from gemma_tune.models.attention import use_causal_attention
 from gemma_tune.models.family import family_of
-from gemma_tune.models.functional import Params, check_text_only, parameters
-from gemma_tune.models.linear import use_plain_products
+from gemma_tune.models.functional import Params, parameters
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora import enable_lora, merge_lora
-from gemma_tune.models.packing import enable_packing
-from gemma_tune.models.remat import enable_remat
+from gemma_tune.models.prepare import LoraSettings, prepare_for_training
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.training.batches import TrainingBatches, heldout_batches, most_targets
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
@@ -78,16 +74,11 @@ def set_up(config: Config, splits: Splits) -> Setup:
     """Loads and prepares the model in the fixed order precision → merge → LoRA → layers → remat; compiles nothing."""
     training, optimizer_config = config.training, config.optimizer
     model = load_model(config.model.source, precision=config.model.precision, seed=config.seed)
-    merge_lora(model.backbone)  # Training on top of an earlier run.
-    check_text_only(model)
     data = prepare_data(config, splits, model)
-    if training.method == "lora":
-        enable_lora(model.backbone, config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
-    use_plain_products(model.backbone)
-    if config.data.packing:
-        enable_packing(model.backbone)
-    use_causal_attention(model.backbone)
-    enable_remat(model.backbone, training.remat)
+    lora = LoraSettings(config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
+    prepare_for_training(
+        model, lora if training.method == "lora" else None, packing=config.data.packing, remat=training.remat
+    )
     batches = TrainingBatches(
         data.train,
         batch_size=training.batch_size,

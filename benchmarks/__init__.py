@@ -1,0 +1,1 @@
+"""Side-by-side measurements, each a command; results are in RESULTS.md."""

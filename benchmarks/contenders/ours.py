@@ -1,0 +1,75 @@
+"""gemma_tune: packed rows, low-rank LoRA, no logits.
+
+python -m benchmarks.contenders.ours JOB NUM_EXAMPLES MODEL [key=value …]
+"""
+
+import sys
+import time
+
+import jax
+
+from benchmarks.contenders.worker import peak_bytes, serve, tell
+from benchmarks.jobs import job
+from gemma_tune.models.functional import parameters
+from gemma_tune.models.load import load_model
+from gemma_tune.models.prepare import LoraSettings, prepare_for_training
+from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.training.batches import TrainingBatches
+from gemma_tune.training.optimizer import make_optimizer, make_schedule
+from gemma_tune.training.step import init_state, make_eval_step, make_train_step
+
+
+def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
+    """Runs passes over a job as the benchmark asks for them."""
+    chosen = {
+        "targets": "query,value",
+        "batch_size": "1",
+        "remat": "blocks",
+        **dict(setting.split("=") for setting in settings),
+    }
+    model = load_model(source)
+    tell(loaded=True, peak_bytes=peak_bytes(), weight_bytes=sum(v.value.nbytes for v in model.backbone.variables))
+    todo = job(job_name, int(num_examples), tokenizer_of(model))
+    lora = LoraSettings(4, 4.0, tuple(chosen["targets"].split(",")), seed=0)
+    prepare_for_training(model, lora if chosen["targets"] != "full" else None, packing=True, remat=chosen["remat"])
+    batches = TrainingBatches(
+        todo.examples,
+        batch_size=int(chosen["batch_size"]),
+        row_length=todo.row_length,
+        packing=True,
+        seed=0,
+        num_epochs=1,
+    )
+    groups = parameters(model)
+    optimizer = make_optimizer(
+        "adamw", make_schedule("constant", 5e-5, 0, 1), weight_decay=0.01, b1=0.9, b2=0.999, epsilon=1e-8, clip_norm=0.0
+    )
+    evaluate = make_eval_step(model, batches.most_targets)
+    sums = [evaluate(groups.trainable, groups.frozen, batches[index]) for index in range(len(batches))]
+    loss = float(sum(s.loss_sum for s in sums) / sum(s.weight_sum for s in sums))
+    step = make_train_step(model, optimizer, batches.most_targets, 1)
+    state = init_state(model, optimizer, take_over=True)
+    frozen = groups.frozen
+    del groups
+    start = time.perf_counter()
+    state, _ = jax.block_until_ready(step(state, frozen, batches[0]))
+    compile_seconds = time.perf_counter() - start
+
+    def one_pass() -> None:
+        nonlocal state
+        for index in range(len(batches)):
+            state, metrics = step(state, frozen, batches[index])
+            float(metrics.loss)
+
+    serve(
+        one_pass,
+        loss=loss,
+        num_tokens=todo.num_tokens,
+        num_targets=todo.num_targets,
+        num_steps=len(batches),
+        first_step_seconds=compile_seconds,
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

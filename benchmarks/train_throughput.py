@@ -1,0 +1,137 @@
+"""Training throughput and peak memory of gemma_tune, the Keras tutorial's way, and transformers + peft.
+
+    python -m benchmarks.train_throughput [--job=documents] [--repeats=3] [--json]
+
+All three train LoRA rank 4 on query and value of the same real Gemma 3 270M (float32) on the same examples, and take
+turns, pass by pass, in processes that stay alive. Before anything is timed, their losses must agree.
+Needs `pip install -e '.[demo,peers]' peft`; a contender that isn't installed is left out and named.
+"""
+
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe, matmul_rate
+from benchmarks.processes import Contender
+
+_JOBS = flags.DEFINE_list("job", ["documents", "chats"], "documents, chats, or both.")
+_NUM_DOCUMENTS = flags.DEFINE_integer("num_documents", 16, "Documents in a pass.", lower_bound=1)
+_NUM_CHATS = flags.DEFINE_integer("num_chats", 64, "Chats in a pass.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Passes of each contender; the median counts.", lower_bound=1)
+_CONTENDERS = flags.DEFINE_list("contenders", ["ours", "tutorial", "peft_torch"], "Whom to measure.")
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object last.")
+_LOSS_TOLERANCE = 1e-3
+
+# Gemma 3 270M: 18 layers of width 640, 4 query heads and 1 key/value head of width 256, feed-forward 2048.
+_LINEAR_PARAMETERS = 18 * (640 * 256 * (4 + 1 + 1) + 4 * 256 * 640 + 3 * 640 * 2048)
+_HEAD_PARAMETERS = 262_144 * 640
+
+
+def least_operations(num_tokens: int, num_targets: int) -> float:
+    """Returns the floating-point operations that a pass can't do without.
+
+    Forward and the gradient of the activations through every frozen kernel, 4 a parameter and token; the same for the
+    head, at target positions alone. Attention and LoRA's factors are left out, as are gradients of frozen kernels.
+    """
+    return 4.0 * (_LINEAR_PARAMETERS * num_tokens + _HEAD_PARAMETERS * num_targets)
+
+
+def make_sources(folder: Path) -> dict[str, str]:
+    """Writes the demo model as each contender reads it; returns contender -> where."""
+    from gemma_tune.models.load import demo_path, load_model
+
+    path = str(demo_path())
+    sources = {"ours": "demo", "peft_torch": path}
+    if "tutorial" in _CONTENDERS.value:
+        load_model("demo").save_to_preset(str(folder / "preset"))
+        sources["tutorial"] = str(folder / "preset")
+    return sources
+
+
+def run_job(name: str, count: int, sources: dict[str, str], rate: float) -> dict[str, Any]:
+    """Measures all contenders on one job; returns contender -> figures."""
+    contenders = {who: Contender(who, name, count, source) for who, source in sources.items()}
+    try:
+        ready = {who: contender.start() for who, contender in contenders.items()}
+        losses = {who: values["loss"] for who, values in ready.items()}
+        if max(losses.values()) - min(losses.values()) > _LOSS_TOLERANCE:
+            raise SystemExit(f"{name}: the contenders' losses differ: {losses}")
+        seconds: dict[str, list[float]] = {who: [] for who in contenders}
+        peaks: dict[str, int] = {}
+        for repeat in range(_REPEATS.value):
+            for who, contender in contenders.items():
+                answer = contender.ask("pass")
+                seconds[who].append(answer["seconds"])
+                peaks[who] = answer["peak_bytes"]
+                print(f"{name} {repeat + 1}/{_REPEATS.value} {who}: {answer['seconds']:.1f} s", file=sys.stderr)
+    finally:
+        for contender in contenders.values():
+            contender.stop()
+    figures = {}
+    for who, values in ready.items():
+        median = statistics.median(seconds[who])
+        operations = least_operations(values["num_tokens"], values["num_targets"])
+        figures[who] = {
+            "loss": values["loss"],
+            "num_steps": values["num_steps"],
+            "num_tokens": values["num_tokens"],
+            "num_targets": values["num_targets"],
+            "seconds": seconds[who],
+            "tokens_per_second": values["num_tokens"] / median,
+            "share_of_roofline": operations / median / rate,
+            "peak_bytes": peaks[who],
+            "peak_bytes_loading": values["loaded"]["peak_bytes"],
+        }
+    return figures
+
+
+def show(name: str, figures: dict[str, Any], console: Console) -> None:
+    """Prints a job's figures as a table."""
+    some = next(iter(figures.values()))
+    table = Table(title=f"{name}: {some['num_tokens']} tokens, {some['num_targets']} with a loss")
+    for title in ("", "loss", "steps", "tokens/s", "ours is", "of roofline", "peak GB", "loading GB"):
+        table.add_column(title, justify="left" if not title else "right")
+    ours = figures.get("ours", some)["tokens_per_second"]
+    for who, row in figures.items():
+        table.add_row(
+            who,
+            f"{row['loss']:.4f}",
+            str(row["num_steps"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{ours / row['tokens_per_second']:.2f}×",
+            f"{row['share_of_roofline']:.2f}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{row['peak_bytes_loading'] / 1e9:.2f}",
+        )
+    console.print(table)
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the jobs."""
+    del arguments
+    console = Console(stderr=_JSON.value, width=110)
+    with tempfile.TemporaryDirectory() as folder:
+        sources = make_sources(Path(folder))
+        missing = [] if importlib.util.find_spec("peft") else ["peft_torch"]
+        chosen = {who: sources[who] for who in _CONTENDERS.value if who not in missing}
+        rate = matmul_rate()
+        counts = {"documents": _NUM_DOCUMENTS.value, "chats": _NUM_CHATS.value}
+        result = {**describe(), "matmul_flops_per_second": rate, "left_out": missing}
+        console.print(f"{result['machine']}; matrix products: {rate / 1e9:.0f} GFLOP/s; left out: {missing or 'none'}")
+        for name in _JOBS.value:
+            result[name] = run_job(name, counts[name], chosen, rate)
+            show(name, result[name], console)
+    if _JSON.value:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    app.run(main)
