@@ -1,9 +1,12 @@
 """Steps 2 and 3: collect and preprocess. Pure functions from files to packed batches; imports no Keras."""
 
 from gemma_tune.data.chat_template import ChatTemplate, template_for
-from gemma_tune.data.dataset import DataReport, PreparedData, Splits, load_examples, load_splits, tokenize_splits
 from gemma_tune.data.example import Batch, Example, TokenizedExample, Tokenizer, Turn
 from gemma_tune.data.packing import make_batch, num_positions, plan_epoch, plan_rows
+from gemma_tune.data.prepare import PreparedData, tokenize_splits
+from gemma_tune.data.report import DataReport
+from gemma_tune.data.splits import Splits, load_examples, load_splits
+from gemma_tune.data.token_store import TokenStore
 
 __all__ = [
     "Batch",
@@ -12,6 +15,7 @@ __all__ = [
     "Example",
     "PreparedData",
     "Splits",
+    "TokenStore",
     "TokenizedExample",
     "Tokenizer",
     "Turn",

@@ -79,6 +79,7 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
         if parse_source(source).kind == "run"
         else None
     )
+    examples: Sequence[Example]
     if run_config and not data_is_given:
         examples = read_splits(run_config).heldout
         data_source = f"{run_config.data.source} (held out)"

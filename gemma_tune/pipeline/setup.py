@@ -15,7 +15,7 @@ from gemma_tune.data import (
     tokenize_splits,
 )
 from gemma_tune.evaluation import evaluate_batches
-from gemma_tune.keras_runtime import keras
+from gemma_tune.keras_runtime import cache_dir, keras
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import Params, check_text_only, parameters
 from gemma_tune.models.linear import use_plain_products
@@ -62,14 +62,14 @@ def read_splits(config: Config) -> Splits:
         system_prompt=data.system_prompt,
         on_error=data.on_error,
         seed=config.seed,
+        cache=cache_dir(),
     )
 
 
 def prepare_data(config: Config, splits: Splits, model: keras.Model) -> PreparedData:
     """Tokenizes for a model."""
-    return tokenize_splits(
-        splits, template_for(family_of(model)), tokenizer_of(model), config.data.max_length, config.data.overlong
-    )
+    template, tokenizer = template_for(family_of(model)), tokenizer_of(model)
+    return tokenize_splits(splits, template, tokenizer, config.data.max_length, config.data.overlong, cache=cache_dir())
 
 
 def set_up(config: Config, splits: Splits) -> Setup:
