@@ -2,7 +2,7 @@
 
 from gemma_tune.data.chat_template import ChatTemplate, template_for
 from gemma_tune.data.example import Batch, Example, TokenizedExample, Tokenizer, Turn
-from gemma_tune.data.packing import make_batch, num_positions, plan_epoch, plan_rows
+from gemma_tune.data.packing import EpochPlan, Rows, make_batch, num_positions, plan_rows
 from gemma_tune.data.prepare import PreparedData, tokenize_splits
 from gemma_tune.data.report import DataReport
 from gemma_tune.data.splits import Splits, load_examples, load_splits
@@ -12,8 +12,10 @@ __all__ = [
     "Batch",
     "ChatTemplate",
     "DataReport",
+    "EpochPlan",
     "Example",
     "PreparedData",
+    "Rows",
     "Splits",
     "TokenStore",
     "TokenizedExample",
@@ -23,7 +25,6 @@ __all__ = [
     "load_splits",
     "make_batch",
     "num_positions",
-    "plan_epoch",
     "plan_rows",
     "template_for",
     "tokenize_splits",

@@ -7,7 +7,6 @@ import jax
 
 from gemma_tune.config import Config
 from gemma_tune.data import (
-    Batch,
     PreparedData,
     Splits,
     load_splits,
@@ -23,7 +22,7 @@ from gemma_tune.models.load import load_model
 from gemma_tune.models.lora import enable_lora, merge_lora
 from gemma_tune.models.packing import enable_packing
 from gemma_tune.models.tokenizer import tokenizer_of
-from gemma_tune.training.batches import TrainingBatches, heldout_batches, most_targets
+from gemma_tune.training.batches import HeldoutBatches, TrainingBatches, most_targets
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.step import TrainState, init_state, make_eval_step, make_train_step
 
@@ -36,7 +35,7 @@ class Setup:
     model: keras.Model
     data: PreparedData
     batches: TrainingBatches
-    heldout: list[Batch]
+    heldout: HeldoutBatches
     frozen: dict[str, jax.Array]
     state: TrainState
     train_step: Any
@@ -93,7 +92,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         num_epochs=training.num_epochs,
         num_train_steps=training.num_train_steps,
     )
-    heldout = heldout_batches(data.heldout, training.batch_size, config.data.max_length, config.data.packing)
+    heldout = HeldoutBatches(data.heldout, training.batch_size, config.data.max_length, config.data.packing)
     schedule = make_schedule(
         optimizer_config.schedule, config.learning_rate, optimizer_config.warmup_steps, len(batches)
     )
