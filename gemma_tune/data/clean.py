@@ -17,6 +17,7 @@ _SPACES_INSIDE = re.compile(r"(?<=\S)[^\S\n]{2,}(?=\S)")  # Not at the start of 
 _SPACES_AT_END = re.compile(r"[^\S\n]+$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n{3,}")
 _NOT_WORD = re.compile(r"[\W_]+")
+_ASCII_NOT_WORD = {code: " " for code in range(128) if not chr(code).isalnum()}
 
 
 def normalize(text: str) -> str:
@@ -25,6 +26,8 @@ def normalize(text: str) -> str:
     Line ends become `\\n`, runs of spaces inside a line one space, runs of blank lines one blank line; indentation
     stays.
     """
+    if text.isascii() and text.isprintable() and "  " not in text:
+        return text.strip()  # Most texts; what follows would find nothing to do in one line.
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ")
     text = _CONTROL.sub("", text)
     text = _SPACES_AT_END.sub("", _SPACES_INSIDE.sub(" ", text))
@@ -36,7 +39,10 @@ def comparison_key(text: str) -> str:
 
     Two texts with equal keys are duplicates.
     """
-    words = _NOT_WORD.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    if text.isascii():
+        words = " ".join(text.lower().translate(_ASCII_NOT_WORD).split())  # The same, in a third of the time.
+    else:
+        words = _NOT_WORD.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
     return words or text.strip()  # A text of signs alone is compared as it is.
 
 

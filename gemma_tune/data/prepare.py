@@ -10,6 +10,7 @@ from gemma_tune import progress
 from gemma_tune.data.arrays import read_array, write_array
 from gemma_tune.data.cache import cache_key, cached
 from gemma_tune.data.chat_template import ChatTemplate
+from gemma_tune.data.chunks import garbage_collector_paused
 from gemma_tune.data.example import Tokenizer
 from gemma_tune.data.example_store import ExampleStore
 from gemma_tune.data.fingerprint import tokenizer_fingerprint
@@ -57,7 +58,8 @@ def tokenize_splits(
 
     def build(folder: Path) -> dict[str, Any]:
         report = dataclasses.replace(splits.report)
-        with progress.counting("tokenized examples", len(splits.train) + len(splits.heldout)) as advance:
+        num_examples = len(splits.train) + len(splits.heldout)
+        with progress.counting("tokenized examples", num_examples) as advance, garbage_collector_paused():
 
             def write(name: str, examples: ExampleStore) -> np.ndarray:
                 kept = [np.empty(0, np.int64)]

@@ -14,7 +14,7 @@ import numpy as np
 from gemma_tune import progress
 from gemma_tune.data.arrays import read_array, write_array
 from gemma_tune.data.cache import cache_key, cached
-from gemma_tune.data.chunks import CHUNK, in_chunks
+from gemma_tune.data.chunks import CHUNK, garbage_collector_paused, in_chunks
 from gemma_tune.data.clean import Cleaner, heldout_by_question, question_hash
 from gemma_tune.data.example import Example
 from gemma_tune.data.example_store import ExampleStore, ExampleWriter
@@ -93,7 +93,7 @@ def load_splits(
 
     def build(folder: Path) -> dict[str, Any]:
         report, hashes = DataReport(), []
-        with ExampleWriter(folder) as writer:
+        with ExampleWriter(folder) as writer, garbage_collector_paused():
             for each in sources:
                 cleaner = Cleaner(control_tokens, system_prompt)
                 hashes.append(_write_cleaned(_read_examples(*each, on_error, report), cleaner, seed, writer, report))

@@ -42,6 +42,18 @@ def test_normalize(text, wanted):
     assert normalize(wanted) == wanted.strip()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_short_cuts_for_plain_text_change_nothing(seed):
+    """A letter that keeps a text from the short cuts, put behind it and taken away again, changes nothing else."""
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for _ in range(2000):
+        text = "".join(rng.choices("ab C_-.,!?\t\n\r\x00 ", k=rng.randrange(12)))
+        text += "z"  # Else white space before the letter would be inside and not at the end.
+        assert normalize(text) == normalize(text + "é").removesuffix("é")
+        assert comparison_key(text) == comparison_key(text + "é").removesuffix("é")
+
+
 @pytest.mark.parametrize(
     ("first", "second", "equal"),
     [

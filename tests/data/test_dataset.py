@@ -1,5 +1,6 @@
 """Streaming in chunks gives what holding everything in memory would; each setting and each byte of the data counts."""
 
+import gc
 import gzip
 import hashlib
 import json
@@ -15,6 +16,7 @@ import pytest
 from gemma_tune.data import Turn, load_examples, load_splits, template_for, tokenize, tokenize_splits
 from gemma_tune.data import splits as splits_module
 from gemma_tune.data.cache import CONTENTS
+from gemma_tune.data.chunks import garbage_collector_paused
 from gemma_tune.data.clean import comparison_key, normalize
 from gemma_tune.errors import DataError
 
@@ -311,6 +313,20 @@ def test_memory_does_not_grow_with_the_data(write, monkeypatch, tiny_tokenizer):
     # What stays of an example: two hashes, its place, its length and offsets, and copies of these arrays for a moment:
     # some 100 bytes. As Python objects it takes 600 (its Example), and its tokens as much again.
     assert peaks[1] - peaks[0] < 6_000 * 150
+
+
+def test_nothing_is_left_for_the_garbage_collector(write, tiny_tokenizer):
+    """It is paused, so what only it could free would pile up: rows, unreadable ones among them."""
+    found = []
+    for count in (10, 1000):
+        source = write(
+            f"{count}.jsonl", (to_jsonl(random_rows(0, 10)) + "broken\n[1]\n" + '{"text": 1}\n') * (count // 10)
+        )
+        gc.collect()
+        with garbage_collector_paused():
+            prepare(source, tiny_tokenizer, on_error="skip")
+            found.append(gc.collect())
+    assert gc.isenabled() and found[1] < found[0] + 100
 
 
 def test_preparing_imports_neither_keras_nor_jax(write):
