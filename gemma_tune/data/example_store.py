@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Sequence
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,6 +13,7 @@ from gemma_tune.data.arrays import OffsetWriter, read_array
 from gemma_tune.data.example import Example, Turn
 
 _TEXT, _OFFSETS = "examples.jsonl", "examples.offsets"
+_FORGET_EVERY = 10_000  # Examples.
 
 
 class ExampleWriter(contextlib.ExitStack):
@@ -33,20 +35,24 @@ class ExampleStore(Sequence[Example]):
     """Examples that an ExampleWriter wrote, or some of them.
 
     Args:
-        text: [bytes] uint8, the lines.
+        text: The lines.
         offsets: [all + 1] where each begins.
         indices: [n] which of them are here, in which order.
         owner: Kept as long as this is, such as the temporary folder of mapped files.
     """
 
-    def __init__(self, text: np.ndarray, offsets: np.ndarray, indices: np.ndarray, owner: Any = None):
+    def __init__(self, text: mmap.mmap | bytes, offsets: np.ndarray, indices: np.ndarray, owner: Any = None):
         self._text, self._offsets, self._indices, self._owner = text, offsets, indices, owner
 
     @staticmethod
     def open(folder: Path, owner: Any = None) -> "ExampleStore":
         """Maps what an ExampleWriter wrote."""
         offsets = read_array(folder / _OFFSETS, np.int64)
-        return ExampleStore(read_array(folder / _TEXT, np.uint8), offsets, np.arange(len(offsets) - 1), owner)
+        text: mmap.mmap | bytes = b""  # An empty file can't be mapped.
+        if len(offsets) > 1:
+            with (folder / _TEXT).open("rb") as file:
+                text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return ExampleStore(text, offsets, np.arange(len(offsets) - 1), owner)
 
     def select(self, places: np.ndarray) -> "ExampleStore":
         """Returns the examples at these places of this sequence."""
@@ -63,7 +69,13 @@ class ExampleStore(Sequence[Example]):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         index = self._indices[place]
-        return _from_line(self._text[self._offsets[index] : self._offsets[index + 1]].tobytes())
+        return _from_line(self._text[self._offsets[index] : self._offsets[index + 1]])
+
+    def __iter__(self) -> Iterator[Example]:
+        for place in range(len(self)):
+            yield self[place]
+            if place % _FORGET_EVERY == 0 and isinstance(self._text, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                self._text.madvise(mmap.MADV_DONTNEED)  # Else what has been read counts as this process's memory.
 
 
 def _to_line(example: Example) -> bytes:
