@@ -13,7 +13,7 @@ from gemma_tune.data.arrays import OffsetWriter, read_array
 from gemma_tune.data.example import Example, Turn
 
 _TEXT, _OFFSETS = "examples.jsonl", "examples.offsets"
-_FORGET_EVERY = 10_000  # Examples.
+_FORGET_EVERY_BYTES = 16 << 20
 
 
 class ExampleWriter(contextlib.ExitStack):
@@ -72,10 +72,14 @@ class ExampleStore(Sequence[Example]):
         return _from_line(self._text[self._offsets[index] : self._offsets[index + 1]])
 
     def __iter__(self) -> Iterator[Example]:
+        last = 0
         for place in range(len(self)):
             yield self[place]
-            if place % _FORGET_EVERY == 0 and isinstance(self._text, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-                self._text.madvise(mmap.MADV_DONTNEED)  # Else what has been read counts as this process's memory.
+            offset = int(self._offsets[self._indices[place]])
+            if offset - last > _FORGET_EVERY_BYTES and isinstance(self._text, mmap.mmap):
+                last = offset
+                if hasattr(mmap, "MADV_DONTNEED"):  # Else what has been read counts as this process's memory.
+                    self._text.madvise(mmap.MADV_DONTNEED)
 
 
 def _to_line(example: Example) -> bytes:
