@@ -1,13 +1,16 @@
 """What a person sees while something takes long: a progress bar on a terminal, a line now and then elsewhere."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_BEFORE_A_BAR = 1.0  # What is over sooner needs none.
 
 # Everything that is no result goes to stderr, so that stdout can be piped.
 console = Console(stderr=True, highlight=False)
@@ -61,3 +64,39 @@ class ProgressReporter:
             self._last_line = now
             console.print(f"step {step}/{num_steps}  {text}")
             sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Shows how far something has got that takes long with much data.
+
+    Args:
+        what: Of which things, such as `read rows`.
+        total: How many there are, where that is known.
+
+    Yields:
+        A function to call with how many more are done.
+    """
+    bar = Progress(
+        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
+    )
+    task = bar.add_task(what, total=total)
+    next_line = time.monotonic() + (_SECONDS_BEFORE_A_BAR if console.is_terminal else _SECONDS_BETWEEN_LINES)
+
+    def advance(count: int) -> None:
+        nonlocal next_line
+        bar.update(task, advance=count)
+        if time.monotonic() < next_line:
+            return
+        if console.is_terminal:
+            bar.start()
+        else:
+            of_total = "" if total is None else f" of {total:,}"
+            console.print(f"{what}: {bar.tasks[0].completed:,.0f}{of_total}")
+        next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:  # Stopping prints an empty line otherwise.
+            bar.stop()

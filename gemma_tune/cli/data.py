@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags as absl_flags
 from rich import box
 from rich.table import Table
@@ -44,12 +45,14 @@ def run(
     del positional
     config = flags.to_config(values, overrides)
     from gemma_tune.data import template_for, tokenize_splits
+    from gemma_tune.keras_runtime import cache_dir
     from gemma_tune.models.load import load_tokenizer
     from gemma_tune.pipeline import read_splits
 
     splits = read_splits(config)
     tokenizer, family = load_tokenizer(config.model.source)
-    data = tokenize_splits(splits, template_for(family), tokenizer, config.data.max_length, config.data.overlong)
+    template, settings = template_for(family), config.data
+    data = tokenize_splits(splits, template, tokenizer, settings.max_length, settings.overlong, cache=cache_dir())
     console = output.console
     console.print(
         f"{min(values.num_examples, len(data.train))} of {len(data.train)} training examples; what is learnt is "
@@ -79,15 +82,13 @@ def render_tokens(tokens: TokenizedExample, tokenizer: Any) -> Text:
     return text
 
 
-def _histogram(lengths: Sequence[int], max_length: int) -> Table:
-    low, high = min(lengths), max(lengths)
+def _histogram(lengths: np.ndarray, max_length: int) -> Table:
+    low, high = int(lengths.min()), int(lengths.max())
     width = max(1, -(-(high - low + 1) // _BARS))
-    counts = [0] * (-(-(high - low + 1) // width))
-    for length in lengths:
-        counts[(length - low) // width] += 1
+    counts = np.bincount((lengths - low) // width).tolist()
     table = Table(
         box=box.SIMPLE,
-        title=f"Tokens in an example: {low} to {high}, mean {sum(lengths) / len(lengths):.0f}",
+        title=f"Tokens in an example: {low} to {high}, mean {lengths.mean():.0f}",
         title_justify="left",
     )
     for name, justify in (("tokens", "right"), ("examples", "right"), ("", "left")):
@@ -126,10 +127,10 @@ def _write(train: Sequence[Example], heldout: Sequence[Example], folder: str) ->
     paths = []
     for name, examples in (("train", train), ("heldout", heldout)):
         path = directory / f"{name}.jsonl"
-        lines = [json.dumps(_row(example), ensure_ascii=False) + "\n" for example in examples]
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(lines), encoding="utf-8")
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(_row(example), ensure_ascii=False) + "\n" for example in examples)
         except OSError as error:
             raise DataError(f"{path} can't be written: {error}.") from error
         paths.append(path)

@@ -30,7 +30,7 @@ def dry_run(config: Config, output: Output) -> dict[str, Any]:
     trainable, frozen = (sum(value.size for value in group.values()) for group in groups)
     memory = compiled_memory(setup)
     batches, train = setup.batches, setup.data.train
-    num_tokens = sum(len(example.token_ids) for example in train)
+    num_tokens = int(train.counts.num_tokens.sum())
     num_positions = batches.steps_per_epoch * batches.batch_size * batches.row_length
     shape = f"{batches.batch_size} × {batches.row_length} tokens"
     rows = {

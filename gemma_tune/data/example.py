@@ -64,8 +64,12 @@ class Batch(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline asks of a tokenizer. Special tokens such as `<end_of_turn>` in a text become their ids."""
+    """What the data pipeline asks of a tokenizer. Special tokens such as `<end_of_turn>` in a text become their ids.
 
+    proto: the serialized SentencePiece model.
+    """
+
+    proto: bytes
     bos_id: int
     eos_id: int
 

@@ -5,11 +5,75 @@ least room that still holds it. Examples share a row without seeing each other: 
 segment ids.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from array import array
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from gemma_tune.data.arrays import offsets_of
 from gemma_tune.data.example import Batch, TokenizedExample
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which examples are in which row, without a Python object for each.
+
+    Attributes:
+        indices: [n] examples, one row behind the other.
+        starts: [rows + 1] where in `indices` each row begins.
+    """
+
+    indices: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        index = range(len(self))[row]
+        return self.indices[self.starts[index] : self.starts[index + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[row] for row in range(len(self)))
+
+    def in_order(self, order: np.ndarray) -> "Rows":
+        """Returns the rows in another order, [rows]."""
+        counts = np.diff(self.starts)[order]
+        starts = offsets_of(counts)
+        places = np.repeat(self.starts[:-1][order] - starts[:-1], counts) + np.arange(starts[-1])
+        return Rows(self.indices[places], starts)
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Returns [rows]: the sum over each row of a value [n] of the examples."""
+        return np.diff(offsets_of(values[self.indices])[self.starts])
+
+
+class EpochPlan:
+    """The rows of each epoch in the order of training: the same for the same seed and epoch, else shuffled anew.
+
+    An epoch shuffles the examples and places them by length. So in each of them the k-th longest example is in the same
+    row, though it is another one of its length: the search for places is done once.
+
+    Args:
+        lengths: [n] positions of each example, at most row_length.
+        row_length: Positions in a row.
+        packing: False puts each example into a row of its own.
+        seed: Of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int] | np.ndarray, row_length: int, packing: bool, seed: int):
+        self._lengths, self._packing, self._seed = np.asarray(lengths, np.int64), packing, seed
+        self._rows = _fitted(np.sort(self._lengths)[::-1], row_length) if packing else _one_each(len(lengths))
+        self.num_rows = len(self._rows)
+
+    def rows(self, epoch: int) -> Rows:
+        """Returns the rows of an epoch, counted from 0."""
+        rng = np.random.default_rng([self._seed, epoch])
+        order = rng.permutation(len(self._lengths))
+        if self._packing:
+            order = order[_longest_first(self._lengths[order])]
+        return Rows(order[self._rows.indices], self._rows.starts).in_order(rng.permutation(self.num_rows))
 
 
 def num_positions(example: TokenizedExample) -> int:
@@ -17,21 +81,30 @@ def num_positions(example: TokenizedExample) -> int:
     return len(example.token_ids) - 1
 
 
-def plan_rows(lengths: Sequence[int], row_length: int, packing: bool = True) -> list[list[int]]:
-    """Returns, for each row, the indices of the examples in it.
-
-    Args:
-        lengths: Positions of each example, at most row_length.
-        row_length: Positions in a row.
-        packing: False puts each example into a row of its own.
-    """
+def plan_rows(lengths: Sequence[int] | np.ndarray, row_length: int, packing: bool = True) -> Rows:
+    """Returns rows of examples in the order given. Arguments as in `EpochPlan`."""
     if not packing:
-        return [[index] for index in range(len(lengths))]
-    rows: list[list[int]] = []
+        return _one_each(len(lengths))
+    order = _longest_first(np.asarray(lengths, np.int64))
+    rows = _fitted(np.asarray(lengths, np.int64)[order], row_length)
+    return Rows(order[rows.indices], rows.starts)
+
+
+def _one_each(num_examples: int) -> Rows:
+    return Rows(np.arange(num_examples), np.arange(num_examples + 1))
+
+
+def _longest_first(lengths: np.ndarray) -> np.ndarray:
+    return np.argsort(-lengths, kind="stable")
+
+
+def _fitted(lengths: np.ndarray, row_length: int) -> Rows:
+    """Places examples whose lengths don't increase, each into the row with the least room that still holds it."""
+    row_of = array("q")
+    num_rows = 0
     with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # Room -> rows that have just so much.
     rooms = 0  # Bit r is set when with_room[r] is not empty: the best fit is the lowest bit at or above a length.
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
+    for length in lengths.tolist():
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
@@ -39,23 +112,13 @@ def plan_rows(lengths: Sequence[int], row_length: int, packing: bool = True) -> 
             if not with_room[room]:
                 rooms &= ~(1 << room)
         else:
-            room, row = row_length, len(rows)
-            rows.append([])
-        rows[row].append(index)
+            room, row = row_length, num_rows
+            num_rows += 1
+        row_of.append(row)
         with_room[room - length].append(row)
         rooms |= 1 << (room - length)
-    return rows
-
-
-def plan_epoch(lengths: Sequence[int], row_length: int, packing: bool, seed: int, epoch: int) -> list[list[int]]:
-    """Returns the rows of one epoch in the order of training.
-
-    They are the same for the same seed and epoch, else shuffled anew.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    rows = plan_rows([lengths[i] for i in order], row_length, packing)
-    return [[int(order[i]) for i in rows[row]] for row in rng.permutation(len(rows))]
+    places = np.array(row_of, np.int64)
+    return Rows(np.argsort(places, kind="stable"), offsets_of(np.bincount(places, minlength=num_rows)))
 
 
 def make_batch(rows: Sequence[Sequence[TokenizedExample]], num_rows: int, row_length: int) -> Batch:

@@ -12,11 +12,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from gemma_tune.data.example import Report, Row
 from gemma_tune.errors import DataError, did_you_mean
 
+TFDS = "tfds:"
 SAMPLES = Path(__file__).parent / "samples"
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _LONGEST_CSV_FIELD = 1 << 27
@@ -34,8 +35,8 @@ def read_rows(source: str, split: str, report: Report) -> Iterator[Row]:
     Raises:
         DataError: Nothing there, not readable as what its name says, or empty.
     """
-    if source.startswith("tfds:"):
-        yield from _read_tfds(source.removeprefix("tfds:"), split)
+    if source.startswith(TFDS):
+        yield from _read_tfds(source.removeprefix(TFDS), split)
         return
     num_seen = 0
 
@@ -135,13 +136,21 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
-def _decode(line: bytes, origin: str) -> str:
+def _text_lines(path: Path) -> Iterator[str]:
+    """Yields the lines of a text file, with their ends of whichever of the three kinds."""
+    num_bytes = 0
+    for _, line in _lines(path):
+        yield from io.StringIO(_decode(line, str(path), num_bytes), newline="")
+        num_bytes += len(line)
+
+
+def _decode(line: bytes, origin: str, num_bytes_before: int = 0) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{origin}: byte {error.start + 1} of the line is not UTF-8 (0x{line[error.start]:02x}). Save the file as "
-            "UTF-8."
+            f"{origin}: byte {num_bytes_before + error.start + 1} of the line is not UTF-8 "
+            f"(0x{line[error.start]:02x}). Save the file as UTF-8."
         ) from error
 
 
@@ -209,8 +218,7 @@ def _read_json(path: Path, report: Report) -> Iterator[Row]:
 def _read_csv(path: Path, report: Report) -> Iterator[Row]:
     delimiter = "\t" if _suffix(path) == ".tsv" else ","
     csv.field_size_limit(_LONGEST_CSV_FIELD)
-    text = _decode(b"".join(line for _, line in _lines(path)), str(path))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(_text_lines(path), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         origin = f"{path}:{reader.line_num + 1}"
@@ -249,15 +257,18 @@ def _read_parquet(path: Path, report: Report) -> Iterator[Row]:
         raise DataError(f"{path} is not readable as Parquet: {error}.") from error
 
 
-def _read_tfds(name: str, split: str) -> Iterator[Row]:
-    """Reads `name/config[:version]`, or a prepared data set's directory, without TensorFlow."""
+def tfds_source(name: str, split: str) -> Any:
+    """Opens `name/config[:version]`, or a prepared data set's directory, without TensorFlow.
+
+    Raises:
+        DataError: It isn't there, or doesn't have the split.
+    """
     import tensorflow_datasets as tfds
 
     try:
         if os.path.isdir(name):
-            source = tfds.builder_from_directory(name).as_data_source(split=split)
-        else:
-            source = tfds.data_source(name, split=split, data_dir=os.environ.get("TFDS_DATA_DIR"), download=False)
+            return tfds.builder_from_directory(name).as_data_source(split=split)
+        return tfds.data_source(name, split=split, data_dir=os.environ.get("TFDS_DATA_DIR"), download=False)
     except Exception as error:  # TFDS raises many kinds; whichever it is, the user can act on the text.
         raise DataError(
             f"tfds:{name}, split {split!r}, can't be read: {_shorten_lines(error)} Data sets are looked for in "
@@ -265,7 +276,10 @@ def _read_tfds(name: str, split: str) -> Iterator[Row]:
             f"(now {os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')}) as array_record files; prepare one with "
             "tfds.builder(NAME, file_format='array_record').download_and_prepare()."
         ) from error
-    for number, fields in enumerate(source, 1):
+
+
+def _read_tfds(name: str, split: str) -> Iterator[Row]:
+    for number, fields in enumerate(tfds_source(name, split), 1):
         yield Row({key: _plain(value) for key, value in fields.items()}, f"tfds:{name}[{number}]")
 
 

@@ -1,55 +1,86 @@
-"""Turns examples into token ids with a mark on each token that is to be learnt."""
+"""Turns examples into token ids with a mark on each token that is to be learnt.
 
-from collections.abc import Iterable
+Chunks of examples are tokenized together: SentencePiece spreads a list of texts over threads of its own, without
+Python's lock, and what follows is array arithmetic.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from gemma_tune.data.chat_template import ChatTemplate
-from gemma_tune.data.example import Example, TokenizedExample, Tokenizer
+from gemma_tune.data.arrays import offsets_of
+from gemma_tune.data.chat_template import ChatTemplate, Piece
+from gemma_tune.data.chunks import CHUNK, in_chunks, one_ahead
+from gemma_tune.data.example import Example, Tokenizer
+from gemma_tune.data.token_store import TokenStore
 from gemma_tune.errors import DataError
 
+_PARALLEL_FROM = 5000  # Below, a second SentencePiece processor takes longer to make than it saves.
 
-class Tokenized(NamedTuple):
-    """Tokenized examples, the examples they came from, and what was shortened or dropped.
+Encode = Callable[[list[str]], list[list[int]]]
 
-    lengths: token counts of all examples before anything was shortened or dropped.
+
+class TokenizedChunk(NamedTuple):
+    """Some examples tokenized, and what was shortened or dropped.
+
+    token_ids [T] int32 and is_target [T] bool of the n examples kept, one behind the other; num_tokens and num_targets
+    [n] of each, and kept [n], which of those given they are. lengths: token counts of all examples given, before
+    anything was shortened or dropped.
     """
 
-    examples: list[TokenizedExample]
-    sources: list[Example]
-    lengths: list[int]
+    token_ids: np.ndarray
+    is_target: np.ndarray
+    num_tokens: np.ndarray
+    num_targets: np.ndarray
+    kept: np.ndarray
+    lengths: np.ndarray
     num_truncated: int
     num_overlong_dropped: int
     num_without_target: int
 
 
-def tokenize_example(example: Example, template: ChatTemplate, tokenizer: Tokenizer) -> TokenizedExample:
-    """Tokenizes one example.
+class Tokenized(NamedTuple):
+    """Tokenized examples, and the other values as in TokenizedChunk."""
 
-    Each piece is tokenized by itself. That gives the tokens of the whole text, because pieces meet at a control token
-    or at a line feed, which Gemma's vocabularies never join with other signs. Tokens behind the last one to be learnt
-    are
-    left out: nothing that is learnt depends on them.
-    """
-    ids, is_target = [tokenizer.bos_id], [False]
-    for piece in template.pieces(example.turns):
-        if piece.text == template.eos:
-            piece_ids = [tokenizer.eos_id]  # Encoding the text "<eos>" would spell it out.
-        else:
-            piece_ids = tokenizer.encode(piece.text)
-        ids += piece_ids
-        is_target += [piece.is_target] * len(piece_ids)
-    length = len(is_target) - is_target[::-1].index(True) if any(is_target) else len(ids)
-    return TokenizedExample(np.asarray(ids[:length], np.int32), np.asarray(is_target[:length], bool))
+    examples: TokenStore
+    kept: np.ndarray
+    lengths: np.ndarray
+    num_truncated: int
+    num_overlong_dropped: int
+    num_without_target: int
 
 
 def tokenize_examples(
-    examples: Iterable[Example], template: ChatTemplate, tokenizer: Tokenizer, max_length: int, overlong: str
+    examples: Sequence[Example], template: ChatTemplate, tokenizer: Tokenizer, max_length: int, overlong: str
 ) -> Tokenized:
-    """Tokenizes examples and fits them into rows of max_length positions.
+    """Tokenizes examples in memory. Arguments and errors as in `tokenize_chunks`."""
+    parts = list(tokenize_chunks(examples, template, tokenizer, max_length, overlong))
+    if not parts:
+        return Tokenized(TokenStore.of([]), np.empty(0, np.int64), np.empty(0, np.int64), 0, 0, 0)
+    ids, targets, num_tokens, num_targets, kept, lengths = (
+        np.concatenate(arrays) for arrays in list(zip(*parts, strict=True))[:6]
+    )
+    return Tokenized(
+        TokenStore(ids, targets, offsets_of(num_tokens), num_targets),
+        kept,
+        lengths,
+        sum(part.num_truncated for part in parts),
+        sum(part.num_overlong_dropped for part in parts),
+        sum(part.num_without_target for part in parts),
+    )
 
-    A row of max_length positions holds max_length + 1 tokens, since the last token is only predicted, never read.
+
+def tokenize_chunks(
+    examples: Sequence[Example], template: ChatTemplate, tokenizer: Tokenizer, max_length: int, overlong: str
+) -> Iterator[TokenizedChunk]:
+    """Tokenizes examples and fits them into rows of max_length positions, yielding them in chunks.
+
+    A row of max_length positions holds max_length + 1 tokens, since the last token is only predicted, never read. While
+    a chunk is looked at, the next one is being tokenized.
 
     Args:
         examples: What to tokenize.
@@ -61,27 +92,112 @@ def tokenize_examples(
     Raises:
         DataError: An example is longer and `overlong` is `error`; names its origin and length.
     """
-    kept, sources, lengths = [], [], []
-    num_truncated = num_dropped = num_without_target = 0
-    for example in examples:
-        tokens = tokenize_example(example, template, tokenizer)
-        lengths.append(len(tokens.token_ids))
-        if len(tokens.token_ids) > max_length + 1:
+    encode = encoder(tokenizer, len(examples))
+    start = 0
+
+    def submit(pool: ThreadPoolExecutor) -> Iterator[tuple[list[Example], list[list[Piece]], Future]]:
+        for chunk in in_chunks(examples, CHUNK):
+            pieces = [template.pieces(example.turns) for example in chunk]
+            texts = [piece.text for piece in chain.from_iterable(pieces) if piece.text != template.eos]
+            yield chunk, pieces, pool.submit(encode, texts)
+
+    with ThreadPoolExecutor(1) as pool:
+        for chunk, pieces, future in one_ahead(submit(pool)):
+            tokens = _trimmed(_joined(pieces, future.result(), template, tokenizer))
             if overlong == "error":
-                raise DataError(
-                    f"{example.origin}: {len(tokens.token_ids)} tokens, more than data.max_length={max_length} allows. "
-                    "Raise "
-                    "data.max_length, or set data.overlong to truncate or drop."
-                )
-            if overlong == "drop":
-                num_dropped += 1
-                continue
-            num_truncated += 1
-            tokens = TokenizedExample(tokens.token_ids[: max_length + 1], tokens.is_target[: max_length + 1])
-        if not tokens.is_target.any():  # The question alone fills the row, so that no answer is left to learn.
-            num_without_target += 1
-            num_truncated -= lengths[-1] > max_length + 1
-            continue
-        kept.append(tokens)
-        sources.append(example)
-    return Tokenized(kept, sources, lengths, num_truncated, num_dropped, num_without_target)
+                _refuse_overlong(chunk, tokens.lengths, max_length)
+            fitted = _fitted(tokens, max_length, overlong == "drop")
+            yield fitted._replace(kept=fitted.kept + start)
+            start += len(chunk)
+
+
+def encoder(tokenizer: Tokenizer, num_examples: int) -> Encode:
+    """Returns texts -> ids of each: one after the other for few examples, else on all of the machine's cores."""
+    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_examples < _PARALLEL_FROM or num_threads == 1:
+        return lambda texts: [tokenizer.encode(text) for text in texts]
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_proto=tokenizer.proto)
+    return lambda texts: processor.encode(texts, num_threads=num_threads)
+
+
+class _Tokens(NamedTuple):
+    """ids [T] and is_target [T] of n examples, where each begins [n], and its length [n]."""
+
+    ids: np.ndarray
+    is_target: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    def positions(self) -> np.ndarray:
+        """Returns [T]: the place of each token in its example."""
+        return np.arange(len(self.ids)) - self.spread(self.starts)
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Returns [T]: the value [n] of the example that each token belongs to."""
+        return np.repeat(values, np.diff(self.starts, append=len(self.ids)))
+
+
+def _joined(
+    pieces: Sequence[Sequence[Piece]], encoded: Iterable[list[int]], template: ChatTemplate, tokenizer: Tokenizer
+) -> _Tokens:
+    """Puts `<bos>` and the pieces' tokens together.
+
+    Each piece is tokenized by itself. That gives the tokens of the whole text, because pieces meet at a control token
+    or at a line feed, which Gemma's vocabularies never join with other signs.
+    """
+    next_encoded = iter(encoded)
+    parts: list[list[int]] = []
+    is_target: list[bool] = []
+    for example in pieces:
+        parts.append([tokenizer.bos_id])
+        is_target.append(False)
+        for piece in example:
+            # Encoding the text "<eos>" would spell it out.
+            parts.append([tokenizer.eos_id] if piece.text == template.eos else next(next_encoded))
+            is_target.append(piece.is_target)
+    part_lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+    first_parts = offsets_of(np.array([1 + len(example) for example in pieces]))[:-1]
+    lengths = np.add.reduceat(part_lengths, first_parts)
+    ids = np.fromiter(chain.from_iterable(parts), np.int32, int(part_lengths.sum()))
+    return _Tokens(ids, np.repeat(np.array(is_target, bool), part_lengths), offsets_of(lengths)[:-1], lengths)
+
+
+def _trimmed(tokens: _Tokens) -> _Tokens:
+    """Leaves out tokens behind the last one to be learnt: nothing that is learnt depends on them."""
+    positions = tokens.positions()
+    last = np.maximum.reduceat(np.where(tokens.is_target, positions + 1, 0), tokens.starts)
+    lengths = np.where(last > 0, last, tokens.lengths)
+    inside = positions < tokens.spread(lengths)
+    return _Tokens(tokens.ids[inside], tokens.is_target[inside], offsets_of(lengths)[:-1], lengths)
+
+
+def _refuse_overlong(examples: Sequence[Example], lengths: np.ndarray, max_length: int) -> None:
+    for index in np.flatnonzero(lengths > max_length + 1)[:1]:
+        raise DataError(
+            f"{examples[index].origin}: {lengths[index]} tokens, more than data.max_length={max_length} allows. Raise "
+            "data.max_length, or set data.overlong to truncate or drop."
+        )
+
+
+def _fitted(tokens: _Tokens, max_length: int, drop: bool) -> TokenizedChunk:
+    is_overlong = tokens.lengths > max_length + 1
+    lengths = np.minimum(tokens.lengths, max_length + 1)
+    inside = tokens.positions() < tokens.spread(lengths)
+    num_targets = np.add.reduceat(tokens.is_target & inside, tokens.starts, dtype=np.int64)
+    is_dropped = is_overlong & drop
+    # Without a target the question alone fills the row, so that no answer is left to learn.
+    keep = (num_targets > 0) & ~is_dropped
+    here = inside & tokens.spread(keep)
+    return TokenizedChunk(
+        token_ids=tokens.ids[here],
+        is_target=tokens.is_target[here],
+        num_tokens=lengths[keep],
+        num_targets=num_targets[keep],
+        kept=np.flatnonzero(keep),
+        lengths=tokens.lengths,
+        num_truncated=int((is_overlong & keep).sum()),
+        num_overlong_dropped=int(is_dropped.sum()),
+        num_without_target=int((~keep & ~is_dropped).sum()),
+    )

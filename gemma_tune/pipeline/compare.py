@@ -25,7 +25,7 @@ from gemma_tune.models.packing import enable_packing
 from gemma_tune.models.source import parse_source
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.pipeline.setup import read_splits
-from gemma_tune.training.batches import heldout_batches, most_targets
+from gemma_tune.training.batches import HeldoutBatches, most_targets
 from gemma_tune.training.step import make_eval_step
 
 
@@ -49,7 +49,7 @@ def evaluate(
     tokens = tokenize_examples(examples, template_for(family_of(model)), tokenizer_of(model), max_length, "truncate")
     if not tokens.examples:
         raise TrainingError(f"None of {len(examples)} examples has an answer that fits into {max_length} tokens.")
-    batches = heldout_batches(tokens.examples, batch_size, max_length, packing=True)
+    batches = HeldoutBatches(tokens.examples, batch_size, max_length, packing=True)
     groups = parameters(model)
     step = functools.partial(make_eval_step(model, most_targets(batches)), groups.trainable, groups.frozen)
     return evaluate_batches(step, batches)
@@ -79,6 +79,7 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
         if parse_source(source).kind == "run"
         else None
     )
+    examples: Sequence[Example]
     if run_config and not data_is_given:
         examples = read_splits(run_config).heldout
         data_source = f"{run_config.data.source} (held out)"

@@ -7,7 +7,6 @@ import jax
 
 from gemma_tune.config import Config
 from gemma_tune.data import (
-    Batch,
     PreparedData,
     Splits,
     load_splits,
@@ -15,13 +14,13 @@ from gemma_tune.data import (
     tokenize_splits,
 )
 from gemma_tune.evaluation import evaluate_batches
-from gemma_tune.keras_runtime import keras
+from gemma_tune.keras_runtime import cache_dir, keras
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import Params, parameters
 from gemma_tune.models.load import load_model
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
 from gemma_tune.models.tokenizer import tokenizer_of
-from gemma_tune.training.batches import TrainingBatches, heldout_batches, most_targets
+from gemma_tune.training.batches import HeldoutBatches, TrainingBatches, most_targets
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.step import TrainState, init_state, make_eval_step, make_train_step
 
@@ -34,7 +33,7 @@ class Setup:
     model: keras.Model
     data: PreparedData
     batches: TrainingBatches
-    heldout: list[Batch]
+    heldout: HeldoutBatches
     frozen: dict[str, jax.Array]
     state: TrainState
     train_step: Any
@@ -60,14 +59,14 @@ def read_splits(config: Config) -> Splits:
         system_prompt=data.system_prompt,
         on_error=data.on_error,
         seed=config.seed,
+        cache=cache_dir(),
     )
 
 
 def prepare_data(config: Config, splits: Splits, model: keras.Model) -> PreparedData:
     """Tokenizes for a model."""
-    return tokenize_splits(
-        splits, template_for(family_of(model)), tokenizer_of(model), config.data.max_length, config.data.overlong
-    )
+    template, tokenizer = template_for(family_of(model)), tokenizer_of(model)
+    return tokenize_splits(splits, template, tokenizer, config.data.max_length, config.data.overlong, cache=cache_dir())
 
 
 def set_up(config: Config, splits: Splits) -> Setup:
@@ -88,7 +87,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         num_epochs=training.num_epochs,
         num_train_steps=training.num_train_steps,
     )
-    heldout = heldout_batches(data.heldout, training.batch_size, config.data.max_length, config.data.packing)
+    heldout = HeldoutBatches(data.heldout, training.batch_size, config.data.max_length, config.data.packing)
     schedule = make_schedule(
         optimizer_config.schedule, config.learning_rate, optimizer_config.warmup_steps, len(batches)
     )

@@ -14,6 +14,7 @@ from gemma_tune.data import (
     DataReport,
     Example,
 )
+from gemma_tune.data.seen import hash_text
 from gemma_tune.evaluation import AnswerScore, score_answers
 from gemma_tune.evaluation.report import write_report
 from gemma_tune.keras_runtime import keras
@@ -200,12 +201,13 @@ def _scored_examples(setup: Setup) -> list[Example]:
     """Returns held-out conversations in a fixed random order, those with new answers first, as many as are to be
     answered.
     """
-    training = setup.config.training
-    chats = [example for example in setup.data.heldout_examples if example.turns[-1].role == "model"]
+    training, examples = setup.config.training, setup.data.heldout_examples
+    answers = {i: hash_text(example.answer) for i, example in enumerate(examples) if example.turns[-1].role == "model"}
+    chats = list(answers)
     random.Random(setup.config.seed).shuffle(chats)
-    first_of_answer = {example.answer: example for example in reversed(chats)}
-    ordered = sorted(chats, key=lambda example: first_of_answer[example.answer] is not example)
-    return ordered[: max(training.num_sample_answers, training.num_scored_answers)]
+    first_of_answer = {answers[i]: i for i in reversed(chats)}
+    ordered = sorted(chats, key=lambda i: first_of_answer[answers[i]] != i)
+    return [examples[i] for i in ordered[: max(training.num_sample_answers, training.num_scored_answers)]]
 
 
 def _answer(setup: Setup, examples: Sequence[Example]) -> list[str]:

@@ -4,7 +4,9 @@ own.
 
 from collections.abc import Sequence
 
-from gemma_tune.data import Batch, TokenizedExample, make_batch, num_positions, plan_epoch, plan_rows
+import numpy as np
+
+from gemma_tune.data import Batch, EpochPlan, Rows, TokenizedExample, TokenStore, make_batch, plan_rows
 
 
 class TrainingBatches:
@@ -31,23 +33,13 @@ class TrainingBatches:
         num_epochs: int,
         num_train_steps: int = 0,
     ):
-        self._examples = examples
+        self._examples = TokenStore.of(examples)
         self.batch_size, self.row_length = batch_size, row_length
-        lengths = [num_positions(example) for example in examples]
-        self._rows: list[list[int]] = []  # Of all epochs; each epoch begins a new batch.
-        epoch = 0
-        while epoch < num_epochs if not num_train_steps else len(self._rows) < num_train_steps * batch_size:
-            rows = plan_epoch(lengths, row_length, packing, seed, epoch)
-            self._rows += rows + [[]] * (-len(rows) % batch_size)
-            epoch += 1
-            if epoch == 1:
-                self.steps_per_epoch = len(self._rows) // batch_size
-        self.num_steps = num_train_steps or len(self._rows) // batch_size
-        num_targets = [int(example.is_target.sum()) for example in examples]
-        per_batch = (
-            sum(num_targets[i] for row in self._batch_rows(step) for i in row) for step in range(self.num_steps)
-        )
-        self.most_targets = max(per_batch)
+        self._plan = EpochPlan(self._examples.counts.num_tokens - 1, row_length, packing, seed)
+        self._epoch, self._rows = -1, Rows(np.empty(0, np.int64), np.zeros(1, np.int64))
+        self.steps_per_epoch = -(-self._plan.num_rows // batch_size)  # Each epoch begins a new batch.
+        self.num_steps = num_train_steps or num_epochs * self.steps_per_epoch
+        self.most_targets = self._most_targets()
 
     def __len__(self) -> int:
         return self.num_steps
@@ -59,21 +51,53 @@ class TrainingBatches:
 
     def example_indices(self, step: int) -> list[int]:
         """Returns which examples batch `step` holds."""
-        return [i for row in self._batch_rows(step) for i in row]
+        return [int(i) for row in self._batch_rows(step) for i in row]
 
-    def _batch_rows(self, step: int) -> list[list[int]]:
-        return self._rows[step * self.batch_size : (step + 1) * self.batch_size]
+    def _batch_rows(self, step: int) -> list[np.ndarray]:
+        epoch, step_in_epoch = divmod(range(self.num_steps)[step], self.steps_per_epoch)
+        rows = self._epoch_rows(epoch)
+        first = step_in_epoch * self.batch_size
+        return [rows[row] for row in range(first, min(first + self.batch_size, len(rows)))]
+
+    def _epoch_rows(self, epoch: int) -> Rows:
+        if epoch != self._epoch:  # Only one epoch is in memory.
+            self._epoch, self._rows = epoch, self._plan.rows(epoch)
+        return self._rows
+
+    def _most_targets(self) -> int:
+        """Returns the largest number of positions to score in any batch of the run."""
+        most = 0
+        for first_step in range(0, self.num_steps, self.steps_per_epoch):
+            rows = self._epoch_rows(first_step // self.steps_per_epoch)
+            per_row = np.zeros(self.steps_per_epoch * self.batch_size, np.int64)
+            per_row[: len(rows)] = rows.sums(self._examples.counts.num_targets)
+            per_batch = per_row.reshape(-1, self.batch_size).sum(axis=1)
+            most = max(most, int(per_batch[: self.num_steps - first_step].max()))
+        return most
 
 
-def heldout_batches(
-    examples: Sequence[TokenizedExample], batch_size: int, row_length: int, packing: bool
-) -> list[Batch]:
-    """Returns all held-out examples in batches of the training shape."""
-    rows = plan_rows([num_positions(example) for example in examples], row_length, packing)
-    return [
-        make_batch([[examples[i] for i in row] for row in rows[start : start + batch_size]], batch_size, row_length)
-        for start in range(0, len(rows), batch_size)
-    ]
+class HeldoutBatches(Sequence[Batch]):
+    """All held-out examples in batches of the training shape, each made when it is looked at.
+
+    Args:
+        examples: The held-out examples.
+        batch_size: Rows B.
+        row_length: Positions L of a row.
+        packing: Several examples in a row.
+    """
+
+    def __init__(self, examples: Sequence[TokenizedExample], batch_size: int, row_length: int, packing: bool):
+        self._examples = TokenStore.of(examples)
+        self._batch_size, self._row_length = batch_size, row_length
+        self._rows = plan_rows(self._examples.counts.num_tokens - 1, row_length, packing)
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __getitem__(self, index):
+        first = range(len(self))[index] * self._batch_size
+        rows = [self._rows[row] for row in range(first, min(first + self._batch_size, len(self._rows)))]
+        return make_batch([[self._examples[i] for i in row] for row in rows], self._batch_size, self._row_length)
 
 
 def most_targets(batches: Sequence[Batch]) -> int:

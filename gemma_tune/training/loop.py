@@ -15,6 +15,7 @@ from gemma_tune.training.batches import TrainingBatches
 from gemma_tune.training.checkpoints import Checkpoints, Progress
 from gemma_tune.training.interrupts import Interrupted, Interrupts
 from gemma_tune.training.metrics import MetricsWriter
+from gemma_tune.training.prefetch import Prefetch
 from gemma_tune.training.step import StepMetrics, TrainState, TrainStep
 
 
@@ -72,11 +73,11 @@ class Loop:
         if step == 0 and self.evaluate:
             progress, _ = self._evaluate(state, progress)
         self._clock = time.perf_counter()
-        with Interrupts() as interrupts:
+        with Interrupts() as interrupts, Prefetch(self.batches, step) as batches:
             while step < num_steps and not self._is_exhausted(progress):
-                state, values = self.train_step(state, self.frozen, self.batches[step])
+                state, values = self.train_step(state, self.frozen, batches.next())
                 step += 1
-                self._log(step, values)
+                self._log(step, values, batches.wait_seconds)
                 is_last = step == num_steps
                 if self._is_due(step, self.settings.eval_every_steps) or is_last:
                     progress, heldout_loss = self._evaluate(state, progress)
@@ -100,7 +101,7 @@ class Loop:
     def _is_due(step: int, every: int) -> bool:
         return bool(every) and step % every == 0
 
-    def _log(self, step: int, metrics: StepMetrics) -> None:
+    def _log(self, step: int, metrics: StepMetrics, wait_seconds: float) -> None:
         loss = float(jax.device_get(metrics.loss))  # Waits for the step.
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
@@ -120,6 +121,8 @@ class Loop:
             "num_tokens": float(metrics.num_tokens),
             "num_target_tokens": float(metrics.num_target_tokens),
             "step_seconds": seconds,
+            "input_wait_seconds": wait_seconds,
+            "input_wait_share": wait_seconds / seconds,
             "tokens_per_second": float(metrics.num_tokens) / seconds,
         }
         if step % self.settings.log_every_steps == 0 or step == len(self.batches):

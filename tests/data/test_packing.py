@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 
-from gemma_tune.data import TokenizedExample, make_batch, num_positions, plan_epoch, plan_rows
+from gemma_tune.data import EpochPlan, TokenizedExample, make_batch, num_positions, plan_rows
 
 
 def lengths_of(rng, count, longest):
     return rng.integers(1, longest + 1, count).tolist()
+
+
+def to_lists(rows):
+    return [row.tolist() for row in rows]
 
 
 @pytest.mark.parametrize("row_length", [16, 512])
@@ -43,15 +47,29 @@ def test_a_thousand_mixed_examples_fill_95_percent(rng):
 def test_epochs_differ_and_repeat_by_seed(rng):
     lengths = lengths_of(rng, 100, 50)
     first, again, other_epoch, other_seed = (
-        plan_epoch(lengths, 64, True, *at) for at in ((0, 0), (0, 0), (0, 1), (1, 0))
+        to_lists(EpochPlan(lengths, 64, True, seed).rows(epoch)) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
     )
     assert first == again
     assert first != other_epoch and first != other_seed
     assert sorted(i for row in other_epoch for i in row) == list(range(100))
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_an_epoch_shuffles_then_places_then_shuffles_the_rows(rng, packing, epoch):
+    """Against the definition, which looks for places anew in each epoch."""
+    lengths = lengths_of(rng, 400, 40)  # Many of the same length.
+    draw = np.random.default_rng([7, epoch])
+    order = draw.permutation(400)
+    placed = to_lists(plan_rows([lengths[i] for i in order], 64, packing))
+    wanted = [[order[i] for i in placed[row]] for row in draw.permutation(len(placed))]
+    plan = EpochPlan(lengths, 64, packing, seed=7)
+    assert to_lists(plan.rows(epoch)) == wanted and plan.num_rows == len(wanted)
+    assert plan.rows(epoch).sums(np.array(lengths)).tolist() == [sum(lengths[i] for i in row) for row in wanted]
+
+
 def test_without_packing_each_example_has_a_row():
-    assert plan_rows([3, 4, 5], 8, packing=False) == [[0], [1], [2]]
+    assert to_lists(plan_rows([3, 4, 5], 8, packing=False)) == [[0], [1], [2]]
 
 
 def test_batch_layout():

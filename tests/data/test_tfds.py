@@ -1,5 +1,6 @@
 """TFDS data sets in local directories, read without TensorFlow."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from gemma_tune.data import load_examples
+from gemma_tune.data.fingerprint import source_fingerprint
 from gemma_tune.errors import DataError
 
 BUILDER = '''
@@ -70,3 +72,13 @@ def test_an_unknown_split_is_named(data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
     with pytest.raises(DataError, match="tfds:support_desk, split 'tset', can't be read"):
         load_examples("tfds:support_desk", "tset")
+
+
+def test_a_fingerprint_knows_split_and_files(data_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    before = source_fingerprint("tfds:support_desk", "train")
+    assert source_fingerprint("tfds:support_desk", "train") == before and "1.0.0" in json.dumps(before)
+    assert source_fingerprint("tfds:support_desk", "test") != before
+    file = next(path for path in data_dir.rglob("*train*") if path.is_file())
+    os.utime(file, (1, 1))
+    assert source_fingerprint("tfds:support_desk", "train") != before

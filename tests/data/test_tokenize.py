@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gemma_tune.data import Example, Turn, load_examples, template_for
-from gemma_tune.data.tokenize import tokenize_example, tokenize_examples
+from gemma_tune.data.tokenize import tokenize_examples
 from gemma_tune.errors import DataError
 
 EXAMPLES = [
@@ -19,6 +19,10 @@ EXAMPLES = [
     ),
     Example((Turn("system", "S"), Turn("user", "  lead"), Turn("model", "trail  "))),
 ]
+
+
+def tokenize_example(example, template, tokenizer):
+    return tokenize_examples([example], template, tokenizer, 10_000, "error").examples[0]
 
 
 def whole_text_ids(example, template, tokenizer):
@@ -74,4 +78,4 @@ def test_overlong_examples_can_be_refused(tiny_tokenizer):
 def test_an_example_whose_question_fills_the_row_is_counted_not_kept_empty(tiny_tokenizer):
     example = Example((Turn("user", "word " * 50), Turn("model", "A")))
     tokenized = tokenize_examples([example], template_for("gemma3"), tiny_tokenizer, 20, "truncate")
-    assert tokenized.examples == [] and tokenized.num_without_target == 1 and tokenized.num_truncated == 0
+    assert len(tokenized.examples) == 0 and tokenized.num_without_target == 1 and tokenized.num_truncated == 0

@@ -42,14 +42,14 @@ def test_a_trained_model_stops_at_the_end_of_its_turn(tiny):
     import jax.numpy as jnp
 
     from gemma_tune.data import Example, make_batch, template_for
-    from gemma_tune.data.tokenize import tokenize_example
+    from gemma_tune.data.tokenize import tokenize_examples
     from gemma_tune.models.functional import assign, parameters
     from gemma_tune.training.optimizer import make_optimizer, make_schedule
     from gemma_tune.training.step import init_state, make_train_step
 
     model = tiny("gemma3")
     example = Example((Turn("user", "How do I reset it?"), Turn("model", "Go to Settings.")))
-    tokens = tokenize_example(example, template_for("gemma3"), tokenizer_of(model))
+    tokens = tokenize_examples([example], template_for("gemma3"), tokenizer_of(model), 32, "error").examples[0]
     batch = make_batch([[tokens]], 1, 32)
     optimizer = make_optimizer(
         "adamw", make_schedule("constant", 1e-2, 0, 60), weight_decay=0.0, b1=0.9, b2=0.99, epsilon=1e-8, clip_norm=1.0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gemma_tune.data import TokenizedExample
-from gemma_tune.training.batches import TrainingBatches, heldout_batches, most_targets
+from gemma_tune.training.batches import HeldoutBatches, TrainingBatches, most_targets
 
 
 @pytest.fixture
@@ -40,6 +40,8 @@ def test_the_same_step_gives_the_same_batch(examples):
 
 def test_num_train_steps_repeats_or_cuts(examples):
     assert len(make(examples, num_train_steps=2)) == 2
+    cut = make(examples, num_train_steps=2)
+    assert cut.most_targets == max(int(cut[step].loss_weights.sum()) for step in range(2))
     assert len(make(examples, num_train_steps=100)) == 100
     assert make(examples, num_train_steps=100)[99].token_ids.shape == (3, 64)
 
@@ -51,7 +53,7 @@ def test_shapes_are_the_same_throughout_and_targets_fit(examples):
 
 
 def test_heldout_batches_hold_all_in_order(examples):
-    batches = heldout_batches(examples, 3, 64, packing=True)
+    batches = HeldoutBatches(examples, 3, 64, packing=True)
     assert sum(int(batch.loss_weights.sum()) for batch in batches) == sum(
         int(example.is_target.sum()) for example in examples
     )

@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -160,3 +162,30 @@ def test_a_checkpoint_of_another_structure_is_refused(tmp_path):
     with pytest.raises(TrainingError, match="can't be read"):
         checkpoints.restore(other)
     np.testing.assert_array_equal(checkpoints.restore(fresh_state())[0].trainable["w"], [10, 10, 10])
+
+
+def test_an_error_in_making_a_batch_ends_the_run(tmp_path):
+    class Damaged:
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, step):
+            if step == 5:
+                raise OSError("the disk is gone")
+            return step
+
+    loop, _ = make_loop(tmp_path)
+    loop.batches = Damaged()
+    with pytest.raises(OSError, match="the disk is gone"):
+        loop.run(fresh_state(), Progress())
+    assert loop.reporter.steps == [1, 2, 3, 4, 5]
+    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_share_of_waiting_for_input_is_a_metric(tmp_path):
+    loop, _ = make_loop(tmp_path, on_step=lambda step: time.sleep(0.005) or 0.5)
+    loop.run(fresh_state(), Progress())
+    rows = [row for row in read_metrics(tmp_path) if "loss" in row]
+    for row in rows:
+        assert 0 <= row["input_wait_share"] <= 1
+        assert row["input_wait_share"] == pytest.approx(row["input_wait_seconds"] / row["step_seconds"])

@@ -21,7 +21,7 @@ def command(workdir):
 
 def rows(workdir):
     """metrics.jsonl without what depends on the clock."""
-    clock = ("step_seconds", "tokens_per_second")
+    clock = ("step_seconds", "tokens_per_second", "input_wait_seconds", "input_wait_share")
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
 

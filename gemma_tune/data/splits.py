@@ -1,0 +1,155 @@
+"""From a source's name to cleaned training and held-out conversations.
+
+Rows go by in a stream; what is left of them is on disk. It needs no model, and a second run with the same files and
+settings reads no row.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_tune import progress
+from gemma_tune.data.arrays import read_array, write_array
+from gemma_tune.data.cache import cache_key, cached
+from gemma_tune.data.chunks import CHUNK, garbage_collector_paused, in_chunks
+from gemma_tune.data.clean import Cleaner, heldout_by_question, question_hash
+from gemma_tune.data.example import Example
+from gemma_tune.data.example_store import ExampleStore, ExampleWriter
+from gemma_tune.data.fingerprint import source_fingerprint
+from gemma_tune.data.formats import to_examples
+from gemma_tune.data.report import DataReport
+from gemma_tune.data.sources import heldout_of, read_rows
+from gemma_tune.errors import DataError
+
+_ERRORS_KEPT = 20
+_TRAIN, _HELDOUT, _DROPPED = range(3)
+_PARTS = "parts"
+
+
+@dataclasses.dataclass
+class Splits:
+    """Cleaned examples before tokenization, on disk. key: of their cache entry."""
+
+    train: ExampleStore
+    heldout: ExampleStore
+    report: DataReport
+    key: str
+
+
+def load_examples(source: str, split: str = "train", on_error: str = "raise") -> list[Example]:
+    """Reads a source into Examples, as they stand in it.
+
+    Args:
+        source: As in `data.source`: files, globs, `tfds:name/config`, `sample:NAME`.
+        split: Of a TFDS data set.
+        on_error: `raise` at the first unreadable row, or `skip` such rows.
+
+    Raises:
+        DataError: Nothing there, or an unreadable row; says where, what was found and what to do.
+    """
+    return list(_read_examples(source, split, on_error, DataReport()))
+
+
+def load_splits(
+    source: str,
+    control_tokens: Sequence[str],
+    *,
+    eval_source: str,
+    split: str,
+    eval_split: str,
+    eval_fraction: float,
+    system_prompt: str,
+    on_error: str,
+    seed: int,
+    cache: Path | None = None,
+) -> Splits:
+    """Reads, cleans and splits, or finds what an earlier run left.
+
+    Args:
+        source, eval_source, split, eval_split, eval_fraction, system_prompt, on_error: As in `config.DataConfig`.
+        control_tokens: As in `Cleaner`.
+        seed: Of the split.
+        cache: Folder for what can be made again; None: a temporary one.
+
+    Raises:
+        DataError: As `load_examples`; or nothing is left to train on.
+    """
+    if not eval_source:
+        eval_source = source if eval_split else heldout_of(source)
+    sources = [(source, split), (eval_source, eval_split or split)][: 2 if eval_source else 1]
+    key = cache_key(
+        {
+            "sources": [source_fingerprint(*each) for each in sources],
+            "control_tokens": list(control_tokens),
+            "eval_fraction": eval_fraction,
+            "system_prompt": system_prompt,
+            "on_error": on_error,
+            "seed": seed,
+        }
+    )
+
+    def build(folder: Path) -> dict[str, Any]:
+        report, hashes = DataReport(), []
+        with ExampleWriter(folder) as writer, garbage_collector_paused():
+            for each in sources:
+                cleaner = Cleaner(control_tokens, system_prompt)
+                hashes.append(_write_cleaned(_read_examples(*each, on_error, report), cleaner, seed, writer, report))
+        parts = _parts(hashes, eval_fraction)
+        report.num_in_heldout = int((parts == _DROPPED).sum())
+        if not (parts == _TRAIN).any():
+            raise DataError(f"{source}: no training examples are left of {report.num_rows} rows. {report.reasons()}")
+        write_array(folder / _PARTS, parts)
+        return report.counts()
+
+    entry = cached(cache and cache / "examples", key, build)
+    parts = read_array(entry.folder / _PARTS, np.uint8)
+    examples = ExampleStore.open(entry.folder, entry.owner)
+    train, heldout = (examples.select(np.flatnonzero(parts == part)) for part in (_TRAIN, _HELDOUT))
+    return Splits(train, heldout, DataReport(**entry.values), key)
+
+
+def _read_examples(source: str, split: str, on_error: str, report: DataReport) -> Iterator[Example]:
+    def count_or_raise(error: DataError) -> None:
+        if on_error == "raise":
+            raise DataError(f"{error} (--on_error=skip goes on without such rows.)") from error
+        report.num_unreadable += 1
+        if len(report.errors) < _ERRORS_KEPT:
+            report.errors.append(str(error))
+
+    num_examples, num_unreadable = 0, report.num_unreadable
+    for example in to_examples(read_rows(source, split, count_or_raise), count_or_raise):
+        num_examples += 1
+        yield example
+    report.num_rows += num_examples + report.num_unreadable - num_unreadable
+    if not num_examples:
+        first = f" The first: {report.errors[0]}" if report.errors else ""
+        raise DataError(f"{source}: none of {report.num_rows} rows can be used.{first}")
+
+
+def _write_cleaned(
+    examples: Iterator[Example], cleaner: Cleaner, seed: int, writer: ExampleWriter, report: DataReport
+) -> np.ndarray:
+    """Cleans a stream and writes what stays; returns [n] uint64: the hashes of their questions."""
+    hashes = [np.empty(0, np.uint64)]
+    with progress.counting("read rows") as advance:
+        for chunk in in_chunks(examples, CHUNK):
+            cleaned = cleaner.clean(chunk)
+            writer.append(each.example for each in cleaned)
+            hashes.append(np.array([question_hash(each.question_key, seed) for each in cleaned], np.uint64))
+            advance(len(chunk))
+    report.num_empty += cleaner.num_empty
+    report.num_control_tokens += cleaner.num_control_tokens
+    report.num_duplicates += cleaner.num_duplicates
+    return np.concatenate(hashes)
+
+
+def _parts(hashes: Sequence[np.ndarray], eval_fraction: float) -> np.ndarray:
+    """Returns [n] uint8: to which part each example belongs, from the questions' hashes of one source or of two."""
+    train, *heldout = hashes
+    if heldout:
+        parts = np.where(np.isin(train, heldout[0]), _DROPPED, _TRAIN)
+        return np.concatenate([parts, np.full(len(heldout[0]), _HELDOUT)]).astype(np.uint8)
+    return np.where(heldout_by_question(train, eval_fraction), _HELDOUT, _TRAIN).astype(np.uint8)
