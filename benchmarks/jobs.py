@@ -23,7 +23,8 @@ _DOCUMENTED = (
     "optax",
     "keras.layers",
 )
-_SHORTEST, _LONGEST = 400, 1700  # Letters of a docstring; a token has about four.
+_SHORTEST, _LONGEST = 200, 1500  # Letters of a docstring; a token has about four.
+_SHORT_CHAT = 200  # Letters of question and answer together.
 
 
 class Job(NamedTuple):
@@ -73,5 +74,7 @@ def documents(count: int) -> list[Example]:
 
 
 def chats(count: int) -> list[Example]:
-    """Returns some of the support desk's questions with their answers."""
-    return random.Random(0).sample(load_examples("sample:smartphone_support"), count)
+    """Returns some of the support desk's shorter questions with their answers."""
+    examples = load_examples("sample:smartphone_support")
+    short = [example for example in examples if len(example.question) + len(example.answer) <= _SHORT_CHAT]
+    return random.Random(0).sample(short, count)
