@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
     Attributes:
         examples: Tokenized; the same for all.
-        row_length: Positions of a packed row, of ours.
+        row_length: Positions of a packed row, of ours (`data.row_length`).
         fixed_length: What the tutorial pads each example to.
         peer_batch_size: Examples that transformers pads to the longest among them.
     """
@@ -57,7 +57,8 @@ def job(name: str, num_examples: int, tokenizer, family: str = "gemma3", max_len
     """Returns a job by its name, `documents` or `chats`; always the same examples for the same installed packages."""
     examples = {"documents": documents, "chats": chats}[name](num_examples)
     tokens = tokenize_examples(examples, template_for(family), tokenizer, max_length, "truncate").examples
-    return Job(tokens, max_length, *{"documents": (max_length, 1), "chats": (min(256, max_length), 8)}[name])
+    row_length, fixed_length, peer_batch_size = {"documents": (1024, 512, 1), "chats": (512, 256, 8)}[name]
+    return Job(tokens, row_length, fixed_length, peer_batch_size)
 
 
 def documents(count: int) -> list[Example]:

@@ -4,10 +4,9 @@
 
 All three train LoRA rank 4 on query and value of the same real Gemma 3 270M (float32) on the same examples, and take
 turns, pass by pass, in processes that stay alive. Before anything is timed, their losses must agree.
-Needs `pip install -e '.[demo,peers]' peft`; a contender that isn't installed is left out and named.
+Needs `pip install -e '.[demo,peers]'`; a contender that isn't installed is left out and named.
 """
 
-import importlib.util
 import json
 import statistics
 import sys
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.machine import describe, matmul_rate
 from benchmarks.processes import Contender
+from benchmarks.sources import demo_sources, installed
 
 _JOBS = flags.DEFINE_list("job", ["documents", "chats"], "documents, chats, or both.")
 _NUM_DOCUMENTS = flags.DEFINE_integer("num_documents", 16, "Documents in a pass.", lower_bound=1)
@@ -42,18 +42,6 @@ def least_operations(num_tokens: int, num_targets: int) -> float:
     head, at target positions alone. Attention and LoRA's factors are left out, as are gradients of frozen kernels.
     """
     return 4.0 * (_LINEAR_PARAMETERS * num_tokens + _HEAD_PARAMETERS * num_targets)
-
-
-def make_sources(folder: Path) -> dict[str, str]:
-    """Writes the demo model as each contender reads it; returns contender -> where."""
-    from gemma_tune.models.load import demo_path, load_model
-
-    path = str(demo_path())
-    sources = {"ours": "demo", "peft_torch": path}
-    if "tutorial" in _CONTENDERS.value:
-        load_model("demo").save_to_preset(str(folder / "preset"))
-        sources["tutorial"] = str(folder / "preset")
-    return sources
 
 
 def run_job(name: str, count: int, sources: dict[str, str], rate: float) -> dict[str, Any]:
@@ -119,9 +107,8 @@ def main(arguments: list[str]) -> None:
     del arguments
     console = Console(stderr=_JSON.value, width=110)
     with tempfile.TemporaryDirectory() as folder:
-        sources = make_sources(Path(folder))
-        missing = [] if importlib.util.find_spec("peft") else ["peft_torch"]
-        chosen = {who: sources[who] for who in _CONTENDERS.value if who not in missing}
+        chosen = demo_sources(Path(folder), installed(_CONTENDERS.value))
+        missing = [who for who in _CONTENDERS.value if who not in chosen]
         rate = matmul_rate()
         counts = {"documents": _NUM_DOCUMENTS.value, "chats": _NUM_CHATS.value}
         result = {**describe(), "matmul_flops_per_second": rate, "left_out": missing}

@@ -47,7 +47,9 @@ class DataConfig:
         eval_split: Split of the same TFDS data set to hold out; empty: hold out `eval_fraction` of `split`.
         eval_fraction: Share of the questions to hold out, chosen by content hash.
         system_prompt: A system turn put before every conversation that has none.
-        max_length: Longest example, and the length of a packed row, in tokens.
+        max_length: Longest example, in tokens.
+        row_length: Length of a packed row, in tokens; 0: `max_length`. Longer rows leave less room unfilled, above all
+            when examples are not much shorter than max_length, and take as much more memory.
         overlong: What to do with longer examples: `truncate` (counted), `drop` (counted) or `error`.
         on_error: What to do with unreadable rows: `raise`, or `skip` (counted and reported).
         packing: Put several examples into one row, kept apart by the attention mask.
@@ -60,6 +62,7 @@ class DataConfig:
     eval_fraction: float = 0.1
     system_prompt: str = ""
     max_length: int = 512
+    row_length: int = 0
     overlong: str = "truncate"
     on_error: str = "raise"
     packing: bool = True
@@ -190,6 +193,11 @@ class Config:
         return 5e-4 if self.training.method == "lora" else 5e-5
 
     @property
+    def row_length(self) -> int:
+        """The length of a row, with its default filled in."""
+        return self.data.row_length or self.data.max_length
+
+    @property
     def lora_alpha(self) -> float:
         """alpha, with its default filled in."""
         return self.lora.alpha or float(self.lora.rank)
@@ -247,6 +255,11 @@ def _check_values(config: Config) -> None:
         raise ConfigError(f"data.eval_fraction must lie between 0 and 1, got {data.eval_fraction}.")
     if not 0 < generation.top_p <= 1:
         raise ConfigError(f"generation.top_p must be above 0 and at most 1, got {generation.top_p}.")
+    if data.row_length and (data.row_length < data.max_length or not data.packing):
+        raise ConfigError(
+            f"data.row_length must be 0 or at least data.max_length={data.max_length}, with data.packing; got "
+            f"{data.row_length}."
+        )
     if not lora.target_layers:
         raise ConfigError("lora.target_layers must name at least one layer, got none.")
     if training.batch_size % training.grad_accum_steps:

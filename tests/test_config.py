@@ -53,6 +53,12 @@ def test_it_is_frozen():
         ({"optimizer.learning_rate": float("nan")}, r"optimizer.learning_rate must be at least 0, got nan"),
         ({"optimizer.learning_rate": -1.0}, r"optimizer.learning_rate must be at least 0"),
         ({"data.eval_fraction": 1.0}, r"data.eval_fraction must lie between 0 and 1"),
+        (
+            {"data.row_length": 100},
+            r"data.row_length must be 0 or at least data.max_length=512, with data.packing; got 100",
+        ),
+        ({"data.row_length": 1024, "data.packing": False}, r"data.row_length must be 0 or .* with data.packing"),
+        ({"training.remat": "all"}, r"training.remat must be one of none, blocks, full; got 'all'"),
         ({"data.max_length": 4}, r"data.max_length must be at least 8"),
         ({"generation.top_p": 0.0}, r"generation.top_p must be above 0"),
         (

@@ -35,7 +35,7 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
     batches = TrainingBatches(
         todo.examples,
         batch_size=int(chosen["batch_size"]),
-        row_length=todo.row_length,
+        row_length=int(chosen["row_length"]) or todo.row_length,
         packing=True,
         seed=0,
         num_epochs=1,

@@ -135,3 +135,17 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
         raise ConfigError(f"{' '.join(overrides)}: {error}") from error
     tree = values.config.to_dict()
     return Config.from_dict(tree)
+
+
+def memory_bytes(text: str) -> float:
+    """Returns the bytes that the flag --memory means; 0 when it isn't given.
+
+    Raises:
+        ConfigError: It is no size.
+    """
+    from gemma_tune.models.memory import parse_bytes
+
+    try:
+        return parse_bytes(text) if text else 0.0
+    except ValueError as error:
+        raise ConfigError(f"--memory: {error}") from error

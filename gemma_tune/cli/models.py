@@ -9,9 +9,10 @@ from absl import flags as absl_flags
 from rich import box
 from rich.table import Table
 
+from gemma_tune.cli import flags
 from gemma_tune.cli.output import Output
 from gemma_tune.errors import ConfigError, did_you_mean
-from gemma_tune.models.memory import parse_bytes, training_memory
+from gemma_tune.models.memory import training_memory
 from gemma_tune.models.presets import Preset, presets
 
 USAGE = "[--memory=16GB] [--family=gemma3]"
@@ -34,12 +35,7 @@ def run(
 ) -> dict[str, Any]:
     """Prints the table."""
     del overrides, positional
-    memory = None
-    if values.memory:
-        try:
-            memory = parse_bytes(values.memory)
-        except ValueError as error:
-            raise ConfigError(f"--memory: {error}") from error
+    memory = flags.memory_bytes(values.memory) or None
     families = sorted({preset.family for preset in presets()})
     if values.family and values.family not in families:
         raise ConfigError(

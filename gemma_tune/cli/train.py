@@ -30,6 +30,9 @@ def define_flags(values: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_bool(
         "dry_run", False, "Show examples, parameters, steps and memory, and train nothing.", flag_values=values
     )
+    absl_flags.DEFINE_string(
+        "memory", "", "With --dry_run: what the run may take, like 16GB; else what the device has.", flag_values=values
+    )
 
 
 def run(
@@ -41,7 +44,7 @@ def run(
     if values.dry_run:
         from gemma_tune.cli.dry_run import dry_run
 
-        return dry_run(config, output)
+        return dry_run(config, output, flags.memory_bytes(values.memory))
     from gemma_tune import pipeline
     from gemma_tune.cli.result import next_commands, show_result
 

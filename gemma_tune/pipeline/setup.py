@@ -81,13 +81,13 @@ def set_up(config: Config, splits: Splits) -> Setup:
     batches = TrainingBatches(
         data.train,
         batch_size=training.batch_size,
-        row_length=config.data.max_length,
+        row_length=config.row_length,
         packing=config.data.packing,
         seed=config.seed,
         num_epochs=training.num_epochs,
         num_train_steps=training.num_train_steps,
     )
-    heldout = HeldoutBatches(data.heldout, training.batch_size, config.data.max_length, config.data.packing)
+    heldout = HeldoutBatches(data.heldout, training.batch_size, config.row_length, config.data.packing)
     schedule = make_schedule(
         optimizer_config.schedule, config.learning_rate, optimizer_config.warmup_steps, len(batches)
     )

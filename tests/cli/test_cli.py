@@ -114,6 +114,7 @@ def test_help_is_fast():
             "No layer matches lora.target_layers=querry. Did you mean query?",
         ),
         (("train", *TINY, "--max_length=8"), 1, "training examples are too long for data.max_length=8"),
+        (("train", "--dry_run", "--memory=lots"), 2, "--memory: 'lots' is no size like 16GB"),
         (("models", "--memory=lots"), 2, "--memory: 'lots' is no size like 16GB"),
         (("models", "--family=gemma5"), 2, "--family=gemma5: families are gemma"),
         (("eval", "--model=tiny", "--adapter=nowhere"), 1, "There is no adapter at nowhere"),
@@ -226,6 +227,24 @@ def test_dry_run_trains_nothing(call, tmp_path, questions):
     report = json.loads(call(*arguments, "--json")[1])
     assert 0 < report["num_trainable_parameters"] < report["num_parameters"]
     assert report["memory"]["total_bytes"] > 4 * report["num_parameters"]
+    assert report["proposal"] is None
+
+
+def test_dry_run_proposes_what_to_change_for_a_small_device(call, questions):
+    """From compiled programs: what is proposed fits, and less would not have done."""
+    arguments = ("train", *TINY, f"--data={questions}", "--dry_run", "--method=full")
+    asked = json.loads(call(*arguments, "--json")[1])["memory"]["total_bytes"]
+    report = json.loads(call(*arguments, f"--memory={0.9 * asked / 1e6:.3f}MB", "--json")[1])
+    assert report["proposal"]["changes"] == {"training.grad_accum_steps": 8}
+    assert report["proposal"]["memory"]["total_bytes"] <= 0.9 * asked
+    code, out, _ = call(*arguments, f"--memory={0.9 * asked / 1e6:.3f}MB")
+    assert code == 0 and "with --config.training.grad_accum_steps=8" in out.replace("\n", " ")
+    code, out, _ = call(*arguments, "--memory=1MB")
+    assert (
+        code == 0
+        and "a smaller model" in out
+        and "are the least, with --config.training.method=lora" in out.replace("\n", " ")
+    )
 
 
 def test_train_writes_a_run(trained):

@@ -1,0 +1,69 @@
+"""How much memory a run will take, from its compiled step, and what to change when that is too much."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from gemma_tune.config import Config
+from gemma_tune.pipeline import Setup
+
+
+class StepMemory(NamedTuple):
+    """What XLA says of a compiled step, in bytes.
+
+    argument_bytes: Weights, optimizer state and the batch. temporary_bytes: What is held while computing.
+        total_bytes: Both, and outputs that reuse no argument.
+    """
+
+    argument_bytes: int
+    temporary_bytes: int
+    total_bytes: int
+
+
+class Proposal(NamedTuple):
+    """Settings to change, and the memory that the run then takes."""
+
+    changes: dict[str, Any]
+    memory: StepMemory
+
+    def flags(self) -> str:
+        """Returns the changes as they are written on the command line."""
+        return " ".join(f"--config.{path}={value}" for path, value in self.changes.items())
+
+
+def step_memory(setup: Setup) -> StepMemory:
+    """Compiles the training step and returns its memory. Nothing is run."""
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (setup.state, setup.frozen, setup.batches[0])
+    )
+    analysis = setup.train_step.lower(*shapes).compile().memory_analysis()
+    argument, temporary = int(analysis.argument_size_in_bytes), int(analysis.temp_size_in_bytes)
+    fresh = int(analysis.output_size_in_bytes) - int(analysis.alias_size_in_bytes)
+    return StepMemory(argument, temporary, argument + temporary + max(fresh, 0))
+
+
+def device_bytes() -> float:
+    """Returns the memory that a run may take on the first device: its limit, or on CPU what is free now."""
+    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    import psutil
+
+    return float(psutil.virtual_memory().available)
+
+
+def leaner(config: Config) -> Iterator[dict[str, Any]]:
+    """Yields changes of a config that make it need less memory, those that cost least first."""
+    training = config.training
+    accumulate = {"training.grad_accum_steps": training.batch_size}
+    remat = {"training.remat": "full"}
+    can_accumulate = training.grad_accum_steps < training.batch_size
+    if can_accumulate:
+        yield accumulate
+    if training.remat != "full":
+        yield remat
+        if can_accumulate:
+            yield accumulate | remat
+    if training.method == "full":
+        yield {"training.method": "lora"} | remat | (accumulate if can_accumulate else {})
