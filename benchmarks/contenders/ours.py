@@ -25,6 +25,7 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         "targets": "query,value",
         "batch_size": "1",
         "remat": "blocks",
+        "row_length": "0",
         **dict(setting.split("=") for setting in settings),
     }
     model = load_model(source)

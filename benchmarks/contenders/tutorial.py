@@ -42,7 +42,8 @@ def main(job_name: str, num_examples: str, preset: str, *settings: str) -> None:
     )
     arguments = {"batch_size": int(chosen["batch_size"]), "verbose": 0}
     # Keras divides by all positions; we want the mean over those that count.
-    loss = model.evaluate(inputs, targets, sample_weight=weights, **arguments) * weights.size / weights.sum()
+    mean = model.evaluate(inputs, targets, sample_weight=weights, return_dict=True, **arguments)["loss"]
+    loss = mean * weights.size / weights.sum()
 
     def one_pass() -> None:
         model.fit(inputs, targets, sample_weight=weights, epochs=1, shuffle=False, **arguments)
