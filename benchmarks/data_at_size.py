@@ -46,18 +46,13 @@ def write_rows(path: Path, num_examples: int) -> None:
             file.write(json.dumps({"instruction": f"{question} {index}?", "response": answer}) + "\n")
 
 
-def peak_bytes() -> int:
-    """Returns the largest resident set this process has had; pages of mapped files are in it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
-
-
 def prepare(folder: Path, family: str, max_length: int) -> dict[str, Any]:
     """Prepares the file in a folder and plans an epoch; returns the figures."""
     from gemma_tune.data import EpochPlan, load_splits, template_for, tokenize_splits
     from gemma_tune.models.tokenizer import TextTokenizer
+    from gemma_tune.process_memory import peak_memory_bytes
 
-    bytes_before = peak_bytes()
+    bytes_before = peak_memory_bytes()
     start = time.perf_counter()
     template = template_for(family)
     splits = load_splits(
@@ -87,7 +82,7 @@ def prepare(folder: Path, family: str, max_length: int) -> dict[str, Any]:
         "num_train": len(data.train),
         "num_heldout": len(data.heldout),
         "num_tokens": int(data.train.counts.num_tokens.sum()),
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_memory_bytes(),
         "peak_bytes_before": bytes_before,
     }
 

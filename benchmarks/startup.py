@@ -31,24 +31,26 @@ _FIRST_STEP = [
 ]
 
 
+def _environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "GEMMA_TUNE_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
+
+
 def seconds(command: list[str], cache: Path) -> float:
     """Returns how long a command takes."""
-    environment = {**os.environ, "GEMMA_TUNE_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
     start = time.perf_counter()
-    subprocess.run([sys.executable, *command], check=True, capture_output=True, env=environment)
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, env=_environment(cache))
     return time.perf_counter() - start
 
 
 def first_step(model: str, cache: Path, folder: Path) -> float:
     """Returns the seconds until the first step of a run was written down; two questions are scored before it."""
-    environment = {**os.environ, "GEMMA_TUNE_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
     workdir = Path(tempfile.mkdtemp(dir=folder))
     data = workdir / "questions.jsonl"
     rows = [{"prompt": f"How do I use feature {i}?", "completion": f"Open Settings > Feature {i}."} for i in range(20)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, *_TRAIN, *_FIRST_STEP, f"--model={model}", f"--data={data}", f"--workdir={workdir}/w"]
     start = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=_environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = workdir / "w" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and '"step": 1, "loss"' in metrics.read_text()):
         time.sleep(0.02)

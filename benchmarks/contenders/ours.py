@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from benchmarks.contenders.worker import peak_bytes, serve, tell
+from benchmarks.contenders.worker import serve, tell_loaded
 from benchmarks.jobs import job
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.load import load_model
@@ -29,7 +29,7 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         **dict(setting.split("=") for setting in settings),
     }
     model = load_model(source)
-    tell(loaded=True, peak_bytes=peak_bytes(), weight_bytes=sum(v.value.nbytes for v in model.backbone.variables))
+    tell_loaded(sum(v.value.nbytes for v in model.backbone.variables))
     todo = job(job_name, int(num_examples), tokenizer_of(model))
     lora = LoraSettings(4, 4.0, tuple(chosen["targets"].split(",")), seed=0)
     prepare_for_training(model, lora if chosen["targets"] != "full" else None, packing=True, remat=chosen["remat"])

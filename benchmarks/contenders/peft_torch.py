@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks.contenders.worker import peak_bytes, serve, tell
+from benchmarks.contenders.worker import serve, tell_loaded
 from benchmarks.jobs import job
 from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
 from gemma_tune.models.tokenizer import TextTokenizer
@@ -30,7 +30,7 @@ def main(job_name: str, num_examples: str, path: str, *settings: str) -> None:
     chosen = {"targets": "q_proj,v_proj", **dict(setting.split("=") for setting in settings)}
     model, tokenizer = load(path)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    tell(loaded=True, peak_bytes=peak_bytes(), weight_bytes=weight_bytes)
+    tell_loaded(weight_bytes)
     todo = job(job_name, int(num_examples), tokenizer)
     batch_size = int(chosen.get("batch_size", todo.peer_batch_size))
     if chosen["targets"] != "full":

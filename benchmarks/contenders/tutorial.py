@@ -15,7 +15,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from benchmarks.contenders.worker import peak_bytes, serve, tell
+from benchmarks.contenders.worker import serve, tell_loaded
 from benchmarks.jobs import job
 from gemma_tune.models.load import load_tokenizer
 
@@ -24,7 +24,7 @@ def main(job_name: str, num_examples: str, preset: str, *settings: str) -> None:
     """Runs passes over a job as the benchmark asks for them."""
     chosen = {"targets": "query,value", "batch_size": "1", **dict(setting.split("=") for setting in settings)}
     model = keras_hub.models.Gemma3CausalLM.from_preset(preset, dtype="float32", preprocessor=None)
-    tell(loaded=True, peak_bytes=peak_bytes(), weight_bytes=sum(v.value.nbytes for v in model.backbone.variables))
+    tell_loaded(sum(v.value.nbytes for v in model.backbone.variables))
     todo = job(job_name, int(num_examples), load_tokenizer(preset)[0])
     if chosen["targets"] != "full":
         model.backbone.enable_lora(4)

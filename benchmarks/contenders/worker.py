@@ -8,8 +8,9 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from gemma_tune.process_memory import peak_memory_bytes
 
 
 def serve(one_pass: Callable[[], None], **ready: Any) -> None:
@@ -19,7 +20,7 @@ def serve(one_pass: Callable[[], None], **ready: Any) -> None:
         if line.strip() == "pass":
             start = time.perf_counter()
             one_pass()
-            tell(seconds=time.perf_counter() - start, peak_bytes=peak_bytes())
+            tell(seconds=time.perf_counter() - start, peak_bytes=peak_memory_bytes())
 
 
 def tell(**values: Any) -> None:
@@ -27,6 +28,6 @@ def tell(**values: Any) -> None:
     print(json.dumps(values), flush=True)
 
 
-def peak_bytes() -> int:
-    """Returns the most memory that this process has held."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+def tell_loaded(weight_bytes: int) -> None:
+    """Says that the model is in memory, and what the process has held until then."""
+    tell(loaded=True, peak_bytes=peak_memory_bytes(), weight_bytes=weight_bytes)
