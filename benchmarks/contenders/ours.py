@@ -25,6 +25,7 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         "targets": "query,value",
         "batch_size": "1",
         "remat": "blocks",
+        "program": "auto",
         "row_length": "0",
         **dict(setting.split("=") for setting in settings),
     }
@@ -32,7 +33,13 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
     tell_loaded(sum(v.value.nbytes for v in model.backbone.variables))
     todo = job(job_name, int(num_examples), tokenizer_of(model))
     lora = LoraSettings(4, 4.0, tuple(chosen["targets"].split(",")), seed=0)
-    prepare_for_training(model, lora if chosen["targets"] != "full" else None, packing=True, remat=chosen["remat"])
+    program = prepare_for_training(
+        model,
+        lora if chosen["targets"] != "full" else None,
+        packing=True,
+        remat=chosen["remat"],
+        program=chosen["program"],
+    )
     batches = TrainingBatches(
         todo.examples,
         batch_size=int(chosen["batch_size"]),
@@ -45,10 +52,10 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
     optimizer = make_optimizer(
         "adamw", make_schedule("constant", 5e-5, 0, 1), weight_decay=0.01, b1=0.9, b2=0.999, epsilon=1e-8, clip_norm=0.0
     )
-    evaluate = make_eval_step(model, batches.most_targets)
+    evaluate = make_eval_step(model, batches.most_targets, program)
     sums = [evaluate(groups.trainable, groups.frozen, batches[index]) for index in range(len(batches))]
     loss = float(sum(s.loss_sum for s in sums) / sum(s.weight_sum for s in sums))
-    step = make_train_step(model, optimizer, batches.most_targets, 1)
+    step = make_train_step(model, optimizer, batches.most_targets, 1, program)
     state = init_state(model, optimizer, take_over=True)
     frozen = groups.frozen
     del groups

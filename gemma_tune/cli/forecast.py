@@ -7,18 +7,7 @@ import jax
 
 from gemma_tune.config import Config
 from gemma_tune.pipeline import Setup
-
-
-class StepMemory(NamedTuple):
-    """What XLA says of a compiled step, in bytes.
-
-    argument_bytes: Weights, optimizer state and the batch. temporary_bytes: What is held while computing.
-        total_bytes: Both, and outputs that reuse no argument.
-    """
-
-    argument_bytes: int
-    temporary_bytes: int
-    total_bytes: int
+from gemma_tune.training.compile_once import StepMemory
 
 
 class Proposal(NamedTuple):
@@ -37,10 +26,7 @@ def step_memory(setup: Setup) -> StepMemory:
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (setup.state, setup.frozen, setup.batches[0])
     )
-    analysis = setup.train_step.lower(*shapes).compile().memory_analysis()
-    argument, temporary = int(analysis.argument_size_in_bytes), int(analysis.temp_size_in_bytes)
-    fresh = int(analysis.output_size_in_bytes) - int(analysis.alias_size_in_bytes)
-    return StepMemory(argument, temporary, argument + temporary + max(fresh, 0))
+    return setup.train_step.memory(*shapes)
 
 
 def device_bytes() -> float:

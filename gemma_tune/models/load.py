@@ -221,8 +221,11 @@ def _load_run(workdir: Path, precision: str, seed: int) -> keras.Model:
 
 
 def _tokenizer(family: str, proto: bytes) -> Any:
+    from keras.src.utils.tracking import DotNotTrackScope
+
     classes = FAMILIES[family]
-    return classes.tokenizer(proto, **classes.tokenizer_arguments)
+    with DotNotTrackScope():  # Else Keras copies the 262,144 pieces, twice, to look for variables among them.
+        return classes.tokenizer(proto, **classes.tokenizer_arguments)
 
 
 def _correct_query_scale(backbone: Any) -> None:

@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
-from gemma_tune.keras_runtime import keras
+from gemma_tune.errors import ModelError
+from gemma_tune.keras_runtime import jax, keras
 from gemma_tune.models.attention import use_causal_attention
+from gemma_tune.models.blocks import can_be_split
 from gemma_tune.models.functional import check_text_only
 from gemma_tune.models.linear import use_plain_products
 from gemma_tune.models.lora import enable_lora, merge_lora
@@ -20,7 +22,23 @@ class LoraSettings(NamedTuple):
     seed: int
 
 
-def prepare_for_training(model: keras.Model, lora: LoraSettings | None, *, packing: bool, remat: str) -> None:
+class StepProgram(NamedTuple):
+    """How a step is compiled.
+
+    kind: `whole`, one program; `blocks`, one for each kind of decoder block (training/blockwise.py). remat: What these
+        recompute; in a whole program the model's blocks do it themselves.
+    """
+
+    kind: str
+    remat: str
+
+
+WHOLE = StepProgram("whole", "none")
+
+
+def prepare_for_training(
+    model: keras.Model, lora: LoraSettings | None, *, packing: bool, remat: str, program: str = "auto"
+) -> StepProgram:
     """Swaps parts of a model for those that train faster and leaner; what it computes stays the same.
 
     Args:
@@ -28,6 +46,10 @@ def prepare_for_training(model: keras.Model, lora: LoraSettings | None, *, packi
         lora: None trains all weights.
         packing: Several examples in a row.
         remat: `none`, `blocks` or `full`.
+        program: `whole`, `blocks`, or `auto`: blocks on CPU where the model allows it, else whole.
+
+    Returns:
+        What to make the steps with.
 
     Raises:
         ModelError: The model doesn't run on text alone, no layer has one of the names, or a part can't be swapped.
@@ -40,4 +62,12 @@ def prepare_for_training(model: keras.Model, lora: LoraSettings | None, *, packi
     if packing:
         enable_packing(model.backbone)
     use_causal_attention(model.backbone)
+    can_be_blocks = program != "whole" and can_be_split(model.backbone)
+    if program == "blocks" and not can_be_blocks:
+        raise ModelError(
+            f"The blocks of {type(model.backbone).__name__} don't just follow one another. Set training.program=whole."
+        )
+    if can_be_blocks and (program == "blocks" or jax.default_backend() == "cpu"):
+        return StepProgram("blocks", remat)
     enable_remat(model.backbone, remat)
+    return WHOLE

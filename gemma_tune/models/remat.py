@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub
 
-_POLICIES = {
+POLICIES = {
+    "none": None,
     "blocks": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -40,7 +41,7 @@ def enable_remat(backbone: keras_hub.models.Backbone, remat: str) -> None:
     if not blocks:
         raise ModelError(f"{type(backbone).__name__} has no decoder blocks to recompute. Set training.remat=none.")
     for block in blocks:
-        object.__setattr__(block, "call", _recomputing_call(block, block.call, _POLICIES[remat]))
+        object.__setattr__(block, "call", _recomputing_call(block, block.call, POLICIES[remat]))
 
 
 def _recomputing_call(block: Any, call: Callable, policy: Callable) -> Callable:

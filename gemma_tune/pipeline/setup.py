@@ -75,8 +75,12 @@ def set_up(config: Config, splits: Splits) -> Setup:
     model = load_model(config.model.source, precision=config.model.precision, seed=config.seed)
     data = prepare_data(config, splits, model)
     lora = LoraSettings(config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
-    prepare_for_training(
-        model, lora if training.method == "lora" else None, packing=config.data.packing, remat=training.remat
+    program = prepare_for_training(
+        model,
+        lora if training.method == "lora" else None,
+        packing=config.data.packing,
+        remat=training.remat,
+        program=training.program,
     )
     batches = TrainingBatches(
         data.train,
@@ -108,7 +112,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         heldout=heldout,
         frozen=parameters(model).frozen,
         state=init_state(model, optimizer, take_over=True),
-        train_step=make_train_step(model, optimizer, batches.most_targets, training.grad_accum_steps),
-        eval_step=make_eval_step(model, most_targets(heldout)),
+        train_step=make_train_step(model, optimizer, batches.most_targets, training.grad_accum_steps, program),
+        eval_step=make_eval_step(model, most_targets(heldout), program),
         schedule=schedule,
     )

@@ -10,7 +10,9 @@ import optax
 from gemma_tune.data import Batch
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.functional import Params, bound, final_soft_cap, head_weights, hidden_states, parameters
-from gemma_tune.training.compile_once import CompiledOnce
+from gemma_tune.models.prepare import WHOLE, StepProgram
+from gemma_tune.training.blockwise import Blockwise
+from gemma_tune.training.compile_once import CompiledOnce, StepMemory
 from gemma_tune.training.losses import LossSums, fused_linear_cross_entropy
 from gemma_tune.training.optimizer import as_float32
 
@@ -38,6 +40,7 @@ class StepMetrics(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]
+Update = Callable[[TrainState, Params, LossSums, jax.Array], tuple[TrainState, StepMetrics]]
 EvalStep = Callable[[Params, Params, Batch], LossSums]
 
 
@@ -65,38 +68,54 @@ def make_loss_fn(model: keras.Model, num_targets: int) -> Callable[[Params, Para
         model: A CausalLM; its variables are not touched.
         num_targets: Most positions with a weight in any batch. Only these reach the head.
     """
+    backbone, loss_of_hidden = model.backbone, make_loss_of_hidden(model, num_targets)
+
+    def loss_fn(trainable: Params, frozen: Params, batch: Batch) -> LossSums:
+        with bound(model, trainable, frozen):
+            hidden = hidden_states(backbone, batch.token_ids, batch.segment_ids, batch.positions)
+            return loss_of_hidden(trainable, frozen, hidden, batch)
+
+    return loss_fn
+
+
+def make_loss_of_hidden(model: keras.Model, num_targets: int) -> Callable[[Params, Params, jax.Array, Batch], LossSums]:
+    """Returns (trainable, frozen, [B, L, D] final hidden states, batch) -> LossSums, to be called within `bound`."""
     backbone = model.backbone
     head_variable = backbone.token_embedding.path
     soft_cap = final_soft_cap(backbone)
 
-    def loss_fn(trainable: Params, frozen: Params, batch: Batch) -> LossSums:
-        head_is_trained = any(path.startswith(head_variable) for path in trainable)
-        with bound(model, trainable, frozen):
-            hidden = hidden_states(backbone, batch.token_ids, batch.segment_ids, batch.positions)
-            head = head_weights(backbone)
+    def loss_of_hidden(trainable: Params, frozen: Params, hidden: jax.Array, batch: Batch) -> LossSums:
         weights = batch.loss_weights.reshape(-1)
         (chosen,) = jnp.nonzero(weights, size=num_targets, fill_value=0)
         is_filled = jnp.arange(num_targets) < jnp.count_nonzero(weights)
         return fused_linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1])[chosen],
-            head,
+            head_weights(backbone),
             batch.target_ids.reshape(-1)[chosen],
             jnp.where(is_filled, weights[chosen], 0.0),
             soft_cap=soft_cap,
-            head_is_trained=head_is_trained,
+            head_is_trained=any(path.startswith(head_variable) for path in trainable),
         )
 
-    return loss_fn
+    return loss_of_hidden
 
 
 def make_train_step(
-    model: keras.Model, optimizer: optax.GradientTransformation, num_targets: int, grad_accum_steps: int
+    model: keras.Model,
+    optimizer: optax.GradientTransformation,
+    num_targets: int,
+    grad_accum_steps: int,
+    program: StepProgram = WHOLE,
 ) -> TrainStep:
     """Returns the compiled training step. The state's buffers are reused; the frozen weights' are not.
 
     Gradients of the summed loss are added up over the micro-batches and divided once by all their weights: with unequal
     token counts the mean of means would be another number.
     """
+    update = make_update(optimizer)
+    if program.kind == "blocks":
+        blockwise = Blockwise(model, make_loss_of_hidden(model, num_targets), program.remat)
+        return BlockwiseTrainStep(blockwise, update, grad_accum_steps)
     loss_fn = make_loss_fn(model, num_targets)
 
     def sum_gradients(trainable: Params, frozen: Params, batch: Batch) -> tuple[dict, LossSums]:
@@ -119,9 +138,19 @@ def make_train_step(
         return jax.lax.scan(add, zero, micro_batches)[0]
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        grads, sums = sum_gradients(state.trainable, frozen, batch)
+        return update(state, *sum_gradients(state.trainable, frozen, batch), batch.segment_ids)
+
+    return CompiledOnce(train_step, donate_argnums=0)
+
+
+def make_update(optimizer: optax.GradientTransformation) -> Update:
+    """Returns (state, summed gradients, LossSums, [B, L] segment ids) -> (state, metrics): the end of a step."""
+
+    def update(
+        state: TrainState, grads: Params, sums: LossSums, segment_ids: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
         scale = 1.0 / jnp.maximum(sums.weight_sum, 1.0)
-        grads = jax.tree.map(lambda gradient: gradient * scale, grads)
+        grads = {path: gradient * scale for path, gradient in grads.items()}
         masters = as_float32(state.trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, masters)
         updated = optax.apply_updates(masters, updates)
@@ -129,14 +158,60 @@ def make_train_step(
         metrics = StepMetrics(
             loss=sums.loss_sum * scale,
             num_target_tokens=sums.weight_sum,
-            num_tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
+            num_tokens=jnp.sum(segment_ids > 0, dtype=jnp.float32),
             grad_norm=optax.tree.norm(grads),
         )
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
-    return CompiledOnce(train_step, donate_argnums=0)
+    return update
 
 
-def make_eval_step(model: keras.Model, num_targets: int) -> EvalStep:
+class BlockwiseTrainStep:
+    """A training step whose gradients come from `Blockwise`.
+
+    Args:
+        blockwise: Makes the gradients of a micro-batch.
+        update: From `make_update`.
+        grad_accum_steps: Micro-batches in a batch.
+    """
+
+    def __init__(self, blockwise: Blockwise, update: Update, grad_accum_steps: int):
+        self._blockwise, self._num_micro = blockwise, grad_accum_steps
+        self._update = CompiledOnce(update, donate_argnums=0)
+        self._add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more), donate_argnums=0)
+
+    def __call__(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """Runs a step."""
+        total = None
+        for micro in self._micro_batches(batch):
+            grads, sums = self._blockwise.gradients(state.trainable, frozen, micro)
+            one = as_float32(grads), sums
+            total = self._add(total, one) if total else one
+            del grads, one
+        assert total is not None
+        return self._update(state, *total, batch.segment_ids)
+
+    def memory(self, state: TrainState, frozen: Params, batch: Batch) -> StepMemory:
+        """Returns what a call takes, without running it. Takes shapes too."""
+        micro = jax.eval_shape(self._micro_batches, batch)[0]
+        memory = self._blockwise.memory(state.trainable, frozen, micro)
+        optimizer_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state))
+        accumulated = 4 * sum(leaf.size for leaf in state.trainable.values()) if self._num_micro > 1 else 0
+        argument, temporary = memory.argument_bytes + optimizer_bytes, memory.temporary_bytes + accumulated
+        return StepMemory(argument, temporary, argument + temporary)
+
+    @property
+    def num_programs(self) -> int:
+        """For how many shapes it was compiled."""
+        return self._blockwise.num_programs
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        rows = [jnp.split(jnp.asarray(field), self._num_micro) for field in batch]
+        return [Batch(*fields) for fields in zip(*rows, strict=True)]
+
+
+def make_eval_step(model: keras.Model, num_targets: int, program: StepProgram = WHOLE) -> EvalStep:
     """Returns the compiled evaluation step: (trainable, frozen, batch) -> LossSums."""
+    if program.kind == "blocks":
+        return Blockwise(model, make_loss_of_hidden(model, num_targets), program.remat).loss
     return CompiledOnce(make_loss_fn(model, num_targets))

@@ -1,0 +1,124 @@
+"""One program for each kind of block computes what one program for everything computes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_step import lora_model, num_targets, random_batch, sgd
+
+from gemma_tune.errors import ModelError
+from gemma_tune.models.blocks import block_kinds, can_be_split
+from gemma_tune.models.functional import parameters
+from gemma_tune.models.packing import enable_packing
+from gemma_tune.models.prepare import LoraSettings, StepProgram, prepare_for_training
+from gemma_tune.training.step import init_state, make_eval_step, make_train_step
+
+SPLIT_FAMILIES = ("gemma", "gemma2", "gemma3")
+
+
+def both_steps(model, batch, remat, grad_accum_steps=1):
+    """Returns (state, metrics) of one step with each program. SGD at rate 1: the state is the gradient."""
+    optimizer = sgd()
+    results = []
+    for program in (StepProgram("whole", "none"), StepProgram("blocks", remat)):
+        step = make_train_step(model, optimizer, num_targets(batch), grad_accum_steps, program)
+        results.append(step(init_state(model, optimizer), parameters(model).frozen, batch))
+    return results
+
+
+def assert_same(whole, blocks):
+    np.testing.assert_allclose(blocks[1], whole[1], rtol=1e-5)
+    assert blocks[0].trainable.keys() == whole[0].trainable.keys()
+    for path, value in whole[0].trainable.items():
+        # float32, in another order of sums: 1e-4 of the largest entry.
+        np.testing.assert_allclose(blocks[0].trainable[path], value, atol=1e-4 * np.abs(value).max(), err_msg=path)
+
+
+@pytest.mark.parametrize("remat", ["none", "blocks", "full"])
+@pytest.mark.parametrize("family", SPLIT_FAMILIES)
+def test_a_lora_step_is_the_same(tiny, family, remat, rng):
+    model, trainable, _ = lora_model(tiny, family, rng)
+    for variable in model.backbone.trainable_variables:
+        variable.assign(trainable[variable.path])
+    enable_packing(model.backbone)
+    assert_same(*both_steps(model, random_batch(rng), remat))
+
+
+@pytest.mark.parametrize("family", SPLIT_FAMILIES)
+def test_a_full_step_is_the_same(tiny, family, rng):
+    """The embedding gets gradients from both of its ends."""
+    assert_same(*both_steps(tiny(family), random_batch(rng), "blocks"))
+
+
+def test_lora_on_the_embedding_and_one_layer(tiny, rng):
+    model, trainable, _ = lora_model(tiny, "gemma3", rng, ("token_embedding", "value"))
+    for variable in model.backbone.trainable_variables:
+        variable.assign(trainable[variable.path])
+    assert_same(*both_steps(model, random_batch(rng), "blocks"))
+
+
+def test_accumulation_is_the_same(tiny, rng):
+    model, trainable, _ = lora_model(tiny, "gemma3", rng)
+    for variable in model.backbone.trainable_variables:
+        variable.assign(trainable[variable.path])
+    batch = random_batch(rng, lengths=(38, 6, 3, 30))
+    assert_same(*both_steps(model, batch, "blocks", grad_accum_steps=2))
+
+
+def test_the_held_out_loss_is_the_same(tiny, rng):
+    model, batch = tiny("gemma2"), random_batch(rng)
+    groups = parameters(model)
+    whole, blocks = (
+        make_eval_step(model, num_targets(batch), StepProgram(kind, "none"))(groups.trainable, groups.frozen, batch)
+        for kind in ("whole", "blocks")
+    )
+    np.testing.assert_allclose(blocks, whole, rtol=1e-5)
+
+
+def test_blocks_of_a_kind_are_found(tiny):
+    """Gemma 3's last has no window and other rotations; blocks that are trained differ from those that aren't."""
+    assert block_kinds(tiny("gemma").backbone) == [0, 0, 0]
+    assert block_kinds(tiny("gemma2").backbone) == [0, 1, 0, 1]
+    backbone = tiny("gemma3").backbone
+    assert block_kinds(backbone) == [0, 0, 0, 0, 0, 5]
+    backbone.transformer_layers[2].attention.query_dense.trainable = False
+    assert block_kinds(backbone) == [0, 0, 2, 0, 0, 5]
+
+
+def test_gemma_4_takes_one_whole_program(tiny):
+    model = tiny("gemma4")
+    assert not can_be_split(model.backbone)
+    lora = LoraSettings(2, 2.0, ("query",), 0)
+    assert prepare_for_training(model, lora, packing=True, remat="blocks").kind == "whole"
+    with pytest.raises(ModelError, match="training.program=whole"):
+        prepare_for_training(tiny("gemma4"), lora, packing=True, remat="blocks", program="blocks")
+
+
+def test_the_program_is_compiled_once_for_a_shape(tiny, rng):
+    model = tiny("gemma3")
+    program = prepare_for_training(model, LoraSettings(2, 2.0, ("query",), 0), packing=True, remat="blocks")
+    assert program.kind == "blocks"
+    optimizer = sgd()
+    step, state = make_train_step(model, optimizer, 160, 1, program), init_state(model, optimizer)
+    frozen = parameters(model).frozen
+    for lengths in ((20, 9), (5, 30, 12), (40, 3)):
+        state, _ = step(state, frozen, random_batch(rng, lengths))
+    assert step.num_programs == 1
+    with pytest.warns(RuntimeWarning, match="compiled for the 2. time"):
+        step(state, frozen, random_batch(rng, (20,), row_length=48))
+    assert step.num_programs == 2
+
+
+def test_the_forecast_counts_what_is_kept_for_the_backward_pass(tiny, rng):
+    """Nothing is run. Recomputing keeps less; twice the rows keep about twice as much."""
+    totals = []
+    for remat, num_rows in (("none", 8), ("blocks", 8), ("full", 8), ("none", 16)):
+        model, _, frozen = lora_model(tiny, "gemma3", rng)
+        batch = random_batch(rng, (200,) * num_rows, num_rows, 200)
+        optimizer = sgd()
+        step = make_train_step(model, optimizer, 64, 1, StepProgram("blocks", remat))
+        inputs = init_state(model, optimizer), frozen, batch
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), inputs)
+        totals.append(step.memory(*shapes).temporary_bytes)
+    none, blocks, full, twice = totals
+    assert full < 0.8 * blocks and blocks < 0.8 * none and 1.8 * none < twice < 2.2 * none
