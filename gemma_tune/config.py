@@ -18,6 +18,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 OVERLONG = ("truncate", "drop", "error")
 ON_ERROR = ("raise", "skip")
 REMAT = ("none", "blocks", "full")
+ATTENTION = ("auto", "blocks", "cudnn", "splash", "keras")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,8 @@ class TrainingConfig:
         remat: What the backward pass computes anew instead of keeping it: `none`, `blocks` (all but products
             with weights: half the memory for activations) or `full` (all but each block's input: hardly any memory,
             a fifth slower).
+        attention: Kernel for training: `blocks` (plain products in causal blocks, anywhere), `cudnn` (NVIDIA GPUs),
+            `splash` (TPUs), `keras` (KerasHub's own), or `auto`: the fastest that can be used.
         eval_every_steps: Held-out loss every so many steps, and always at the start and the end; 0: only then.
         checkpoint_every_steps: 0: only at the end, on Ctrl-C and on SIGTERM.
         keep_last: Checkpoints to keep besides the best one.
@@ -137,6 +140,7 @@ class TrainingConfig:
     batch_size: int = 4
     grad_accum_steps: int = 1
     remat: str = "blocks"
+    attention: str = "auto"
     eval_every_steps: int = 50
     checkpoint_every_steps: int = 50
     keep_last: int = 2
@@ -236,6 +240,7 @@ def _check_values(config: Config) -> None:
     _one_of("optimizer.schedule", optimizer.schedule, SCHEDULES)
     _one_of("training.method", training.method, METHODS)
     _one_of("training.remat", training.remat, REMAT)
+    _one_of("training.attention", training.attention, ATTENTION)
 
     _at_least("data.max_length", data.max_length, 8)
     _at_least("lora.rank", lora.rank, 1)
