@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from test_step import lora_model, num_targets, random_batch
 
-from gemma_tune.models.attention import use_causal_attention
+from gemma_tune.models.attention import AttentionShape, use_causal_attention
+from gemma_tune.models.attention_choice import first_device, why_not, why_not_compiled
 from gemma_tune.models.attention_kernels import causal_attention, cudnn_attention, splash_attention
+from gemma_tune.models.functional import parameters
 from gemma_tune.models.packing import enable_packing
 from gemma_tune.models.remat import enable_remat
 from gemma_tune.training.step import make_loss_fn
@@ -172,22 +174,38 @@ def test_generating_is_left_alone(tiny, family):
     assert model.generate("How do I", max_length=12) == before
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 16])
-def test_cudnn_on_a_gpu(rng, window):
-    from gemma_tune.models.attention import AttentionShape
-    from gemma_tune.models.attention_choice import first_device, why_not, why_not_compiled
-
-    shape = AttentionShape(4, 1, 16, "bfloat16", 0.3, None, window)
+@pytest.fixture
+def needs_cudnn():
+    shape = AttentionShape(4, 1, 16, "bfloat16", 0.3, None, None)
     problem = why_not("cudnn", first_device(), [shape], LENGTH) or why_not_compiled("cudnn", [shape], LENGTH)
     if problem:
         pytest.skip(problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 16])
+def test_cudnn_on_a_gpu(needs_cudnn, rng, window):
     q, k, v, segment_ids = random_row(rng, 1, jnp.bfloat16)
     mask = packed_mask(segment_ids, window)
     found = output_and_gradients(lambda q, k, v: cudnn_attention(q, k, v, mask, scale=0.3), q, k, v, segment_ids > 0)
     wanted = output_and_gradients(lambda q, k, v: causal_attention(q, k, v, mask, scale=0.3), q, k, v, segment_ids > 0)
     # bfloat16 has 8 bits; gradients go through three products of it.
     assert_close(found, wanted, 3e-2)
+
+
+@pytest.mark.gpu
+def test_cudnn_in_a_model_on_a_gpu(needs_cudnn, tiny, rng):
+    model = tiny("gemma3", precision="bfloat16")
+    groups = parameters(model)
+    enable_packing(model.backbone)
+    batch = jax.tree.map(jnp.asarray, random_batch(rng, (128, 90), 2, 128))
+    losses = []
+    for kernel in ("blocks", "cudnn"):
+        use_causal_attention(model.backbone, kernel)
+        loss, gradients = value_and_gradients(model, groups.trainable, groups.frozen, batch)
+        assert all(bool(jnp.isfinite(gradient).all()) for gradient in gradients.values())
+        losses.append(float(loss))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
 @pytest.mark.gpu
