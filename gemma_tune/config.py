@@ -19,6 +19,7 @@ OVERLONG = ("truncate", "drop", "error")
 ON_ERROR = ("raise", "skip")
 REMAT = ("none", "blocks", "full")
 PROGRAMS = ("auto", "whole", "blocks")
+ATTENTION = ("auto", "blocks", "cudnn", "splash", "keras")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,8 @@ class TrainingConfig:
             a fifth slower).
         program: How a step is compiled: `whole`, one program; `blocks`, one for each kind of decoder block, which
             compiles in a second and takes less memory; `auto`: blocks on CPU, else whole.
+        attention: Kernel for training: `blocks` (plain products in causal blocks, anywhere), `cudnn` (NVIDIA GPUs),
+            `splash` (TPUs), `keras` (KerasHub's own), or `auto`: the fastest that can be used.
         eval_every_steps: Held-out loss every so many steps, and always at the start and the end; 0: only then.
         checkpoint_every_steps: 0: only at the end, on Ctrl-C and on SIGTERM.
         keep_last: Checkpoints to keep besides the best one.
@@ -141,6 +144,7 @@ class TrainingConfig:
     grad_accum_steps: int = 1
     remat: str = "blocks"
     program: str = "auto"
+    attention: str = "auto"
     eval_every_steps: int = 50
     checkpoint_every_steps: int = 50
     keep_last: int = 2
@@ -241,6 +245,7 @@ def _check_values(config: Config) -> None:
     _one_of("training.method", training.method, METHODS)
     _one_of("training.remat", training.remat, REMAT)
     _one_of("training.program", training.program, PROGRAMS)
+    _one_of("training.attention", training.attention, ATTENTION)
 
     _at_least("data.max_length", data.max_length, 8)
     _at_least("lora.rank", lora.rank, 1)

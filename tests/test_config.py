@@ -58,6 +58,10 @@ def test_it_is_frozen():
             r"data.row_length must be 0 or at least data.max_length=512, with data.packing; got 100",
         ),
         ({"data.row_length": 1024, "data.packing": False}, r"data.row_length must be 0 or .* with data.packing"),
+        (
+            {"training.attention": "flash"},
+            r"training.attention must be one of auto, blocks, cudnn, splash, keras; got 'flash'",
+        ),
         ({"training.remat": "all"}, r"training.remat must be one of none, blocks, full; got 'all'"),
         ({"data.max_length": 4}, r"data.max_length must be at least 8"),
         ({"generation.top_p": 0.0}, r"generation.top_p must be above 0"),

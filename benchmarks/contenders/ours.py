@@ -27,23 +27,27 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         "remat": "blocks",
         "program": "auto",
         "row_length": "0",
+        "attention": "auto",
         **dict(setting.split("=") for setting in settings),
     }
     model = load_model(source)
     tell_loaded(sum(v.value.nbytes for v in model.backbone.variables))
     todo = job(job_name, int(num_examples), tokenizer_of(model))
     lora = LoraSettings(4, 4.0, tuple(chosen["targets"].split(",")), seed=0)
-    program = prepare_for_training(
+    row_length = int(chosen["row_length"]) or todo.row_length
+    program, _ = prepare_for_training(
         model,
         lora if chosen["targets"] != "full" else None,
         packing=True,
         remat=chosen["remat"],
         program=chosen["program"],
+        attention=chosen["attention"],
+        row_length=row_length,
     )
     batches = TrainingBatches(
         todo.examples,
         batch_size=int(chosen["batch_size"]),
-        row_length=int(chosen["row_length"]) or todo.row_length,
+        row_length=row_length,
         packing=True,
         seed=0,
         num_epochs=1,

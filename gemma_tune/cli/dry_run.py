@@ -50,6 +50,7 @@ def dry_run(config: Config, output: Output, memory_limit: float = 0.0) -> dict[s
         "trained parameters": f"{trainable:,} of {trainable + frozen:,} ({trainable / (trainable + frozen):.2%})",
         "steps": f"{len(batches):,} of {shape} ({batches.steps_per_epoch} an epoch)",
         "filled positions": f"{num_tokens / num_positions:.0%}",
+        "attention": str(setup.attention),
         "memory of a step": f"{memory.total_bytes / 1e9:.2f} GB: weights and state "
         f"{memory.argument_bytes / 1e9:.2f}, while computing {memory.temporary_bytes / 1e9:.2f}",
     }
@@ -68,6 +69,7 @@ def dry_run(config: Config, output: Output, memory_limit: float = 0.0) -> dict[s
         "num_trainable_parameters": trainable,
         "num_parameters": trainable + frozen,
         "num_steps": len(setup.batches),
+        "attention": setup.attention._asdict(),
         "memory": {**memory._asdict(), "limit_bytes": most_bytes},
         "proposal": {"changes": proposal.changes, "memory": proposal.memory._asdict()} if proposal else None,
         "data": setup.data.report.to_dict(),

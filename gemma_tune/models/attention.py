@@ -1,77 +1,117 @@
-"""Attention for training on CPU: the half of the scores that a causal mask throws away is never computed.
+"""Swaps KerasHub's attention for one of our kernels in training.
 
-KerasHub computes all T·T scores of a row, with transpositions before and after each product. Here queries are taken a
-block at a time, each against the keys up to its own last position, in a layout that needs no transposition when all
-query heads share one key/value head. On GPU and TPU KerasHub calls fused kernels where they fit, so there it keeps its
-own.
+KerasHub computes all T·T scores of a row wherever no fused kernel fits, which is often: never on CPU, not on a GPU with
+soft caps or wide heads, and on TPU not under jit, since its mask is then no constant. Decoding with a cache keeps
+KerasHub's.
 """
 
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gemma_tune.keras_runtime import keras_hub
-
-_QUERY_BLOCK = 128  # Positions, at least. Smaller blocks skip more, and make products too small to be fast.
-_NUM_BLOCKS = 4  # At most: beyond that, programs get long for little.
+from gemma_tune.models.attention_kernels import FUSED_BLOCK, causal_attention, cudnn_attention, splash_attention
 
 
-def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float, soft_cap: float | None = None
-) -> jax.Array:
-    """Returns softmax(cap(q·kᵀ·scale))·v, where no query sees a later position.
+class AttentionShape(NamedTuple):
+    """What a layer's attention computes.
+
+    num_heads: N. num_kv_heads: K. head_width: H. dtype: Of the arithmetic. scale: Of the scores. soft_cap: Of the
+        scores, or None. window: Positions that a query sees, its own included, or None for all before it.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    dtype: str
+    scale: float
+    soft_cap: float | None
+    window: int | None
+
+
+def shape_of(attention: Any) -> AttentionShape:
+    """Reads what a Gemma attention layer of KerasHub, of any family, computes."""
+    is_local = attention.use_sliding_window_attention and not getattr(attention, "is_global_attention", False)
+    return AttentionShape(
+        num_heads=attention.num_query_heads,
+        num_kv_heads=getattr(attention, "effective_num_kv_heads", attention.num_key_value_heads),
+        head_width=attention.head_dim,
+        dtype=attention.compute_dtype,
+        scale=_scale(attention),
+        soft_cap=attention.logit_soft_cap or None,
+        window=attention.sliding_window_size if is_local else None,
+    )
+
+
+def use_causal_attention(backbone: keras_hub.models.Backbone, kernel: str) -> None:
+    """Makes the decoder blocks train with a kernel.
 
     Args:
-        q: [B, T, N, H]; every N / K query heads share a key/value head.
-        k: [B, T, K, H].
-        v: [B, T, K, H].
-        mask: [B, T, T], true where a query (second axis) may look; nothing above the diagonal is read.
-        scale: Of the scores.
-        soft_cap: c of c·tanh(score / c) (Gemma 2, arXiv:2408.00118), or None.
-
-    Returns:
-        [B, T, N, H] in v's dtype. The softmax is float32. Rows whose mask is all false are meaningless.
-    """
-    num_rows, length, num_heads, width = q.shape
-    num_kv_heads = k.shape[2]
-    q = (q * scale).reshape(num_rows, length, num_kv_heads, num_heads // num_kv_heads, width)
-    blocks, size = [], max(_QUERY_BLOCK, -(-length // _NUM_BLOCKS))
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        scores = jnp.einsum("btkgh,bskh->bktgs", q[:, start:stop], k[:, :stop], preferred_element_type=jnp.float32)
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
-        visible = mask[:, None, start:stop, None, :stop]
-        probabilities = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1).astype(v.dtype)
-        blocks.append(jnp.einsum("bktgs,bskh->btkgh", probabilities, v[:, :stop]))
-    return jnp.concatenate(blocks, axis=1).reshape(num_rows, length, num_heads, width)
-
-
-def use_causal_attention(backbone: keras_hub.models.Backbone) -> None:
-    """Swaps the attention of the decoder blocks in training, on CPU; decoding with a cache keeps KerasHub's.
-
-    Models with attention in both directions, or with dropout in it, stay as they are.
+        backbone: For `splash`, with packing enabled: the segment ids come that way.
+        kernel: `blocks`, `cudnn`, `splash`, or `keras` for KerasHub's own. From `choose_attention`.
     """
     for block in getattr(backbone, "transformer_layers", []):
-        attention = block.attention
-        both_ways = getattr(attention, "use_bidirectional_attention", False)
-        if jax.default_backend() == "cpu" and not both_ways and not attention.dropout:
-            object.__setattr__(attention, "_all_scores", attention._compute_attention)
+        attention: Any = getattr(block, "attention", None)
+        if kernel != "keras" and not hasattr(attention, "_keras_attention"):
+            object.__setattr__(attention, "_keras_attention", attention._compute_attention)
             object.__setattr__(attention, "_compute_attention", types.MethodType(_compute_attention, attention))
+        if hasattr(attention, "_keras_attention"):
+            object.__setattr__(attention, "_attention_kernel", kernel)
+
+
+def takes_segment_ids(attention: Any, length: int) -> bool:
+    """Whether a layer wants a [B, L, 1] column of segment ids in place of its [B, L, L] mask."""
+    return getattr(attention, "_attention_kernel", "keras") == "splash" and length % FUSED_BLOCK == 0
+
+
+def attend(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, shape: AttentionShape) -> jax.Array:
+    """Runs a kernel.
+
+    Args:
+        kernel: `blocks`, `cudnn` or `splash`.
+        q: [B, T, N, H].
+        k, v: [B, T, K, H].
+        mask: [B, T, T] bool, the window included; for `splash` [B, T, 1] int32 segment ids.
+        shape: The layer's.
+
+    Returns:
+        [B, T, N, H].
+    """
+    if kernel == "splash":
+        return splash_attention(
+            q,
+            k,
+            v,
+            mask[:, :, 0],
+            scale=shape.scale,
+            window=shape.window,
+            soft_cap=shape.soft_cap,
+            interpret=jax.default_backend() != "tpu",
+        )
+    if kernel == "cudnn":
+        return cudnn_attention(q, k, v, mask, scale=shape.scale)
+    return causal_attention(q, k, v, mask, scale=shape.scale, soft_cap=shape.soft_cap)
 
 
 def _compute_attention(
     attention: Any, q: Any, k: Any, v: Any, attention_mask: Any, training: bool = False, cache_update_index: Any = 0
 ) -> Any:
-    is_training_row = q.shape[1] == k.shape[1] and attention_mask is not None and attention_mask.ndim == 3
-    if not is_training_row or not (isinstance(cache_update_index, int) and cache_update_index == 0):
-        return attention._all_scores(q, k, v, attention_mask, training=training, cache_update_index=cache_update_index)
-    if getattr(attention, "use_sliding_window_attention", False) and _is_windowed_here(attention):
+    kernel, length = attention._attention_kernel, q.shape[1]
+    is_training_row = length == k.shape[1] and attention_mask is not None and attention_mask.ndim == 3
+    if kernel == "keras" or not is_training_row or not (isinstance(cache_update_index, int) and not cache_update_index):
+        return attention._keras_attention(
+            q, k, v, attention_mask, training=training, cache_update_index=cache_update_index
+        )
+    shape = shape_of(attention)
+    if attention_mask.shape[2] == 1 < length:
+        return attend("splash", q, k, v, attention_mask, shape)
+    if attention.use_sliding_window_attention and _is_windowed_here(attention):
         attention_mask = attention._mask_sliding_window(attention_mask, cache_update_index=0)
-    mask = jnp.broadcast_to(attention_mask.astype(bool), (q.shape[0], q.shape[1], q.shape[1]))
-    return causal_attention(q, k, v, mask, scale=_scale(attention), soft_cap=attention.logit_soft_cap)
+    mask = jnp.broadcast_to(attention_mask.astype(bool), (q.shape[0], length, length))
+    # A length that the model wasn't prepared for, such as a prompt's, gets the kernel that takes any.
+    return attend("cudnn" if kernel == "cudnn" and length % FUSED_BLOCK == 0 else "blocks", q, k, v, mask, shape)
 
 
 def _is_windowed_here(attention: Any) -> bool:

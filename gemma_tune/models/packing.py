@@ -14,6 +14,7 @@ from keras import ops
 
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras_hub
+from gemma_tune.models.attention import takes_segment_ids
 
 
 def enable_packing(backbone: keras_hub.models.Backbone) -> None:
@@ -35,7 +36,8 @@ def enable_packing(backbone: keras_hub.models.Backbone) -> None:
 
 
 def _packed_mask(block: Any, x: Any, padding_mask: Any, *rest: Any, **named: Any) -> Any:
-    """Returns [B, L, L], true where a query may look.
+    """Returns [B, L, L], true where a query may look; or [B, L, 1] segment ids, 0 for padding, to attention that makes
+    its masks from them.
 
     `rest` ends with (cache, cache_update_index) in every family.
     """
@@ -43,6 +45,8 @@ def _packed_mask(block: Any, x: Any, padding_mask: Any, *rest: Any, **named: Any
     if cache is not None or padding_mask is None:
         return block._unpacked_mask(x, padding_mask, *rest, **named)
     segment_ids = ops.cast(padding_mask, "int32")
+    if takes_segment_ids(getattr(block, "attention", None), segment_ids.shape[1]):
+        return segment_ids[:, :, None]
     allowed = block._unpacked_mask(x, segment_ids > 0, *rest, **named)
     same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
     return ops.logical_and(ops.cast(allowed, "bool"), same_segment)

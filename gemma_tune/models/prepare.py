@@ -5,6 +5,7 @@ from typing import NamedTuple
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import jax, keras
 from gemma_tune.models.attention import use_causal_attention
+from gemma_tune.models.attention_choice import AttentionChoice, choose_attention
 from gemma_tune.models.blocks import can_be_split
 from gemma_tune.models.functional import check_text_only
 from gemma_tune.models.linear import use_plain_products
@@ -36,9 +37,23 @@ class StepProgram(NamedTuple):
 WHOLE = StepProgram("whole", "none")
 
 
+class Prepared(NamedTuple):
+    """What preparing a model came to: how to make its steps, and its attention kernel."""
+
+    program: StepProgram
+    attention: AttentionChoice
+
+
 def prepare_for_training(
-    model: keras.Model, lora: LoraSettings | None, *, packing: bool, remat: str, program: str = "auto"
-) -> StepProgram:
+    model: keras.Model,
+    lora: LoraSettings | None,
+    *,
+    packing: bool,
+    remat: str,
+    row_length: int,
+    attention: str = "auto",
+    program: str = "auto",
+) -> Prepared:
     """Swaps parts of a model for those that train faster and leaner; what it computes stays the same.
 
     Args:
@@ -46,10 +61,12 @@ def prepare_for_training(
         lora: None trains all weights.
         packing: Several examples in a row.
         remat: `none`, `blocks` or `full`.
+        row_length: Positions L of a row.
+        attention: `auto`, `blocks`, `cudnn`, `splash` or `keras`.
         program: `whole`, `blocks`, or `auto`: blocks on CPU where the model allows it, else whole.
 
     Returns:
-        What to make the steps with.
+        What to make the steps with, and the attention kernel that it came to.
 
     Raises:
         ModelError: The model doesn't run on text alone, no layer has one of the names, or a part can't be swapped.
@@ -59,15 +76,16 @@ def prepare_for_training(
     if lora:
         enable_lora(model.backbone, *lora)
     use_plain_products(model.backbone)
-    if packing:
+    choice = choose_attention(model.backbone, attention, row_length)
+    if packing or choice.kernel == "splash":
         enable_packing(model.backbone)
-    use_causal_attention(model.backbone)
+    use_causal_attention(model.backbone, choice.kernel)
     can_be_blocks = program != "whole" and can_be_split(model.backbone)
     if program == "blocks" and not can_be_blocks:
         raise ModelError(
             f"The blocks of {type(model.backbone).__name__} don't just follow one another. Set training.program=whole."
         )
     if can_be_blocks and (program == "blocks" or jax.default_backend() == "cpu"):
-        return StepProgram("blocks", remat)
+        return Prepared(StepProgram("blocks", remat), choice)
     enable_remat(model.backbone, remat)
-    return WHOLE
+    return Prepared(WHOLE, choice)

@@ -15,6 +15,7 @@ from gemma_tune.data import (
 )
 from gemma_tune.evaluation import evaluate_batches
 from gemma_tune.keras_runtime import cache_dir, keras
+from gemma_tune.models.attention_choice import AttentionChoice
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import Params, parameters
 from gemma_tune.models.load import load_model
@@ -31,6 +32,7 @@ class Setup:
 
     config: Config
     model: keras.Model
+    attention: AttentionChoice
     data: PreparedData
     batches: TrainingBatches
     heldout: HeldoutBatches
@@ -75,12 +77,14 @@ def set_up(config: Config, splits: Splits) -> Setup:
     model = load_model(config.model.source, precision=config.model.precision, seed=config.seed)
     data = prepare_data(config, splits, model)
     lora = LoraSettings(config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
-    program = prepare_for_training(
+    program, attention = prepare_for_training(
         model,
         lora if training.method == "lora" else None,
         packing=config.data.packing,
         remat=training.remat,
         program=training.program,
+        attention=training.attention,
+        row_length=config.row_length,
     )
     batches = TrainingBatches(
         data.train,
@@ -107,6 +111,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
     return Setup(
         config=config,
         model=model,
+        attention=attention,
         data=data,
         batches=batches,
         heldout=heldout,

@@ -104,6 +104,7 @@ def run(config: Config) -> RunResult:
         config
     )  # What can be wrong is looked for before what takes long, and nothing is written before all is well.
     setup = set_up(config, read_splits(config))
+    progress.console.print(f"Attention: {setup.attention}", markup=False)
     workdir = open_workdir(config)
     samples = _base_answers(setup, workdir)
     state, best = _train(setup, workdir)

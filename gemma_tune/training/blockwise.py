@@ -2,8 +2,9 @@
 
 One program for a whole step repeats each block's code as often as there are blocks: a Gemma 3 270M's takes eight
 seconds to load even when it was compiled before, and half a gigabyte. Here the host calls the program of a block's kind
-with that block's arrays, forward and then backward, so that the code is as small as the number of kinds. What the backward
-pass of a block needs is handed from one program to the other; `remat` says what that is. The mathematics is the same.
+with that block's arrays, forward and then backward, so that there is only as much code as there are kinds. What a
+block's backward pass needs is handed from one program to the other; `remat` says what that is. The mathematics is the
+same.
 """
 
 import concurrent.futures
@@ -139,9 +140,7 @@ class Blockwise:
             kept_bytes[kind] = _num_bytes((x, kept))
             backward_fn = functools.partial(self._backward_fn, kind)
             backward[kind] = jax.jit(backward_fn).trace(*arrays, x, named, kept, gradient)
-        begin_backward = (
-            jax.jit(self._begin_backward_fn).trace(*outer, batch, gradient, of_outer) if outer[0] else None
-        )
+        begin_backward = jax.jit(self._begin_backward_fn).trace(*outer, batch, gradient, of_outer) if outer[0] else None
         held = sum(kept_bytes[kind] for kind in self._kinds) + _num_bytes(trainable)
         return _compile(begin, forward, finish, backward, begin_backward, held)
 
@@ -168,9 +167,7 @@ class Blockwise:
 
     def _finish_fn(self, trainable: Params, frozen: Params, x: jax.Array, batch: Batch) -> LossSums:
         with bound(self._model, trainable, frozen):
-            hidden = run_with(
-                self._backbone, batch.token_ids, batch.segment_ids, batch.positions, lambda _, named: x
-            )
+            hidden = run_with(self._backbone, batch.token_ids, batch.segment_ids, batch.positions, lambda _, named: x)
             return self._loss_of_hidden(trainable, frozen, hidden, batch)
 
     def _loss_and_sums(self, trainable: Params, frozen: Params, x: jax.Array, batch: Batch) -> tuple[Any, LossSums]:
@@ -226,7 +223,9 @@ def _compile(begin: Any, forward: dict, finish: Any, backward: dict, begin_backw
         )
     memories = [memory_of(program) for program in jax.tree.leaves(compiled)]
     most = max(memory.total_bytes - memory.argument_bytes for memory in memories)
-    return _Programs(*compiled, StepMemory(0, held_bytes + most, held_bytes + most))
+    begin, forward, finish, backward, begin_backward = compiled
+    memory = StepMemory(0, held_bytes + most, held_bytes + most)
+    return _Programs(begin, forward, finish, backward, begin_backward, memory)
 
 
 def _num_bytes(tree: Any) -> int:

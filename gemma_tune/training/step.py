@@ -40,7 +40,7 @@ class StepMetrics(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]
-Update = Callable[[TrainState, Params, LossSums, jax.Array], tuple[TrainState, StepMetrics]]
+Update = Callable[[TrainState, Params, LossSums, Any], tuple[TrainState, StepMetrics]]
 EvalStep = Callable[[Params, Params, Batch], LossSums]
 
 

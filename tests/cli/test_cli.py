@@ -114,6 +114,7 @@ def test_help_is_fast():
             1,
             "No layer matches lora.target_layers=querry. Did you mean query?",
         ),
+        (("train", *TINY, "--config.training.attention=cudnn"), 1, "cuDNN needs an NVIDIA GPU, this is cpu"),
         (("train", *TINY, "--max_length=8"), 1, "training examples are too long for data.max_length=8"),
         (("train", "--dry_run", "--memory=lots"), 2, "--memory: 'lots' is no size like 16GB"),
         (("models", "--memory=lots"), 2, "--memory: 'lots' is no size like 16GB"),
@@ -223,12 +224,18 @@ def test_data_shows_counts_and_writes_splits(call, write, tmp_path, questions):
 def test_dry_run_trains_nothing(call, tmp_path, questions):
     arguments = ("train", *TINY, f"--data={questions}", f"--workdir={tmp_path / 'w'}", "--dry_run")
     code, out, _ = call(*arguments)
-    assert code == 0 and "trained parameters" in out and "memory of a step" in out and "lora.rank = 4" in out
+    assert (
+        code == 0
+        and re.search(r"attention +causal blocks", out)
+        and "trained parameters" in out
+        and "memory of a step" in out
+        and "lora.rank = 4" in out
+    )
     assert not (tmp_path / "w").exists()
     report = json.loads(call(*arguments, "--json")[1])
     assert 0 < report["num_trainable_parameters"] < report["num_parameters"]
     assert report["memory"]["total_bytes"] > 4 * report["num_parameters"]
-    assert report["proposal"] is None
+    assert report["proposal"] is None and report["attention"] == {"kernel": "blocks", "reason": ""}
 
 
 def test_dry_run_proposes_what_to_change_for_a_small_device(call, questions):
@@ -278,7 +285,7 @@ def test_train_again_goes_on_or_says_what_differs(call, trained):
     )
     before = json.loads((trained / "result.json").read_text())
     code, out, err = call(*same)
-    assert code == 0 and "Going on from the checkpoint of step 6" in err
+    assert code == 0 and "Going on from the checkpoint of step 6" in err and err.count("Attention: causal blocks") == 1
     result = json.loads(out)
     assert {key: result[key] for key in before} == before
     assert result["next"][0] == f"gemma-tune chat --model={trained}"

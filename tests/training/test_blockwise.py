@@ -89,14 +89,15 @@ def test_gemma_4_takes_one_whole_program(tiny):
     model = tiny("gemma4")
     assert not can_be_split(model.backbone)
     lora = LoraSettings(2, 2.0, ("query",), 0)
-    assert prepare_for_training(model, lora, packing=True, remat="blocks").kind == "whole"
+    assert prepare_for_training(model, lora, packing=True, remat="blocks", row_length=64).program.kind == "whole"
     with pytest.raises(ModelError, match="training.program=whole"):
-        prepare_for_training(tiny("gemma4"), lora, packing=True, remat="blocks", program="blocks")
+        prepare_for_training(tiny("gemma4"), lora, packing=True, remat="blocks", row_length=64, program="blocks")
 
 
 def test_the_program_is_compiled_once_for_a_shape(tiny, rng):
     model = tiny("gemma3")
-    program = prepare_for_training(model, LoraSettings(2, 2.0, ("query",), 0), packing=True, remat="blocks")
+    lora = LoraSettings(2, 2.0, ("query",), 0)
+    program = prepare_for_training(model, lora, packing=True, remat="blocks", row_length=40).program
     assert program.kind == "blocks"
     optimizer = sgd()
     step, state = make_train_step(model, optimizer, 160, 1, program), init_state(model, optimizer)
