@@ -5,34 +5,20 @@ preprocessing layers that gemma_tune doesn't use. While keras_hub is being impor
 user may import TensorFlow before or afterwards.
 """
 
-import contextlib
 import hashlib
 import os
 import platform
-import sys
 from pathlib import Path
 
 import jax
 
 from gemma_tune.errors import ConfigError
+from gemma_tune.imports import hidden
 
-_HIDDEN = ("tensorflow", "tensorflow_text")
 _WORTH_KEEPING_SECONDS = 0.5
 
 
-@contextlib.contextmanager
-def _without_tensorflow():
-    hidden = [name for name in _HIDDEN if name not in sys.modules]
-    for name in hidden:
-        sys.modules[name] = None  # type: ignore[assignment]  # An import of it now raises ImportError.
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-
-
-with _without_tensorflow():
+with hidden("tensorflow", "tensorflow_text"):
     import keras
     import keras_hub
 

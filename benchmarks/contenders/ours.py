@@ -15,6 +15,7 @@ from gemma_tune.models.load import load_model
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.training.batches import TrainingBatches
+from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.step import init_state, make_eval_step, make_train_step
 
@@ -44,6 +45,7 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         attention=chosen["attention"],
         row_length=row_length,
     )
+    blockwise = Blockwise(model, chosen["remat"]) if program == "blocks" else None
     batches = TrainingBatches(
         todo.examples,
         batch_size=int(chosen["batch_size"]),
@@ -56,10 +58,10 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
     optimizer = make_optimizer(
         "adamw", make_schedule("constant", 5e-5, 0, 1), weight_decay=0.01, b1=0.9, b2=0.999, epsilon=1e-8, clip_norm=0.0
     )
-    evaluate = make_eval_step(model, batches.most_targets, program)
+    evaluate = make_eval_step(model, batches.most_targets, blockwise)
     sums = [evaluate(groups.trainable, groups.frozen, batches[index]) for index in range(len(batches))]
     loss = float(sum(s.loss_sum for s in sums) / sum(s.weight_sum for s in sums))
-    step = make_train_step(model, optimizer, batches.most_targets, 1, program)
+    step = make_train_step(model, optimizer, batches.most_targets, 1, blockwise)
     state = init_state(model, optimizer, take_over=True)
     frozen = groups.frozen
     del groups

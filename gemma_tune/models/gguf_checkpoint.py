@@ -172,13 +172,14 @@ def sentencepiece_proto(file: GgufFile) -> bytes:
     ids = {name: int(file.metadata.get(f"tokenizer.ggml.{name}_token_id", number)) for name, number in names.items()}
     stays_control = {ids["padding"], ids["eos"], ids["bos"]}
 
+    known_types = set(piece_types.Type.values())
     model = schema.ModelProto()
     for index, (token, score, piece_type) in enumerate(zip(tokens, scores.tolist(), types.tolist(), strict=True)):
         if index == ids["unknown"]:
             piece_type = piece_types.UNKNOWN
         elif piece_type == piece_types.CONTROL and index not in stays_control:
             piece_type = piece_types.USER_DEFINED
-        elif piece_type not in piece_types.Type.values():
+        elif piece_type not in known_types:
             piece_type = piece_types.NORMAL
         piece = token.decode("utf-8", errors="replace")
         if piece_type == piece_types.USER_DEFINED:

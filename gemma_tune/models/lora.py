@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from keras import ops
+from keras.src.initializers.random_initializers import compute_fans
 
 from gemma_tune.errors import ModelError, did_you_mean
 from gemma_tune.keras_runtime import keras, keras_hub
@@ -128,13 +130,20 @@ def enable_on_layers(
     for index in indices:
         layer = layers[index]
         layer.trainable = True
-        initializer = keras.initializers.HeUniform(seed=zlib.crc32(f"{seed}/{layer.path}".encode()))
-        layer.enable_lora(rank, lora_alpha=alpha, a_initializer=initializer)
+        seeds = [seed, zlib.crc32(layer.path.encode())]
+        layer.enable_lora(rank, lora_alpha=alpha, a_initializer=functools.partial(_he_uniform, seeds))
         if type(layer) in (keras.layers.EinsumDense, PlainEinsumDense):
             layer.__class__ = LowRankEinsumDense
     # KerasHub's save_lora_weights reads these two.
     backbone._lora_enabled_layers = list(indices)
     backbone._lora_rank = rank
+
+
+def _he_uniform(seeds: list[int], shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """As Keras's HeUniform (arXiv:1502.01852), by NumPy: JAX would compile a program for each shape."""
+    fan_in, _ = compute_fans(shape)
+    limit = (6.0 / max(fan_in, 1)) ** 0.5
+    return np.random.default_rng(seeds).uniform(-limit, limit, shape).astype(dtype)
 
 
 def lora_layers(backbone: keras_hub.models.Backbone) -> list[keras.layers.Layer]:

@@ -23,24 +23,14 @@ class LoraSettings(NamedTuple):
     seed: int
 
 
-class StepProgram(NamedTuple):
-    """How a step is compiled.
+class Prepared(NamedTuple):
+    """What preparing a model came to.
 
-    kind: `whole`, one program; `blocks`, one for each kind of decoder block (training/blockwise.py). remat: What these
-        recompute; in a whole program the model's blocks do it themselves.
+    program: `whole` or `blocks`. For `blocks` the steps are to be made with `training.blockwise.Blockwise`, which then
+        recomputes; in a whole program the model's blocks do it themselves. attention: The kernel.
     """
 
-    kind: str
-    remat: str
-
-
-WHOLE = StepProgram("whole", "none")
-
-
-class Prepared(NamedTuple):
-    """What preparing a model came to: how to make its steps, and its attention kernel."""
-
-    program: StepProgram
+    program: str
     attention: AttentionChoice
 
 
@@ -86,6 +76,6 @@ def prepare_for_training(
             f"The blocks of {type(model.backbone).__name__} don't just follow one another. Set training.program=whole."
         )
     if can_be_blocks and (program == "blocks" or jax.default_backend() == "cpu"):
-        return Prepared(StepProgram("blocks", remat), choice)
+        return Prepared("blocks", choice)
     enable_remat(model.backbone, remat)
-    return Prepared(WHOLE, choice)
+    return Prepared("whole", choice)

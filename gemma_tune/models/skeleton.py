@@ -14,7 +14,7 @@ from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import jax, keras
 
 _ALIGNMENT = 64  # What XLA on CPU asks of memory that it takes over as it is.
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 4 << 20  # Stays in the cache while it is made and copied.
 
 
 @contextlib.contextmanager
@@ -61,6 +61,7 @@ def fill(variable: keras.Variable, read_rows: Callable[[int, int], np.ndarray]) 
     num_rows = shape[0] if shape else 0
     row_bytes = max(1, int(np.prod(shape[1:], dtype=np.int64)) * 4)
     step = max(1, _CHUNK_BYTES // row_bytes)
+    step -= step % 64 if step > 64 else 0  # Readers like even numbers of rows.
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
         rows = read_rows(start, stop)

@@ -22,6 +22,7 @@ from gemma_tune.models.load import load_model
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.training.batches import HeldoutBatches, TrainingBatches, most_targets
+from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.step import TrainState, init_state, make_eval_step, make_train_step
 
@@ -86,6 +87,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         attention=training.attention,
         row_length=config.row_length,
     )
+    blockwise = Blockwise(model, training.remat) if program == "blocks" else None
     batches = TrainingBatches(
         data.train,
         batch_size=training.batch_size,
@@ -117,7 +119,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         heldout=heldout,
         frozen=parameters(model).frozen,
         state=init_state(model, optimizer, take_over=True),
-        train_step=make_train_step(model, optimizer, batches.most_targets, training.grad_accum_steps, program),
-        eval_step=make_eval_step(model, most_targets(heldout), program),
+        train_step=make_train_step(model, optimizer, batches.most_targets, training.grad_accum_steps, blockwise),
+        eval_step=make_eval_step(model, most_targets(heldout), blockwise),
         schedule=schedule,
     )

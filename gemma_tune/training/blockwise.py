@@ -7,9 +7,7 @@ block's backward pass needs is handed from one program to the other; `remat` say
 same.
 """
 
-import concurrent.futures
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,92 +19,80 @@ from gemma_tune.keras_runtime import keras
 from gemma_tune.models.blocks import block_kinds, call_block, run_with
 from gemma_tune.models.functional import Params, bound
 from gemma_tune.models.remat import POLICIES
-from gemma_tune.training.compile_once import OncePerShape, StepMemory, memory_of
+from gemma_tune.training.compile_once import (
+    CompiledOnce,
+    OncePerShape,
+    StepMemory,
+    compile_all,
+    memory_of,
+    num_bytes,
+)
 from gemma_tune.training.losses import LossSums
 
 Arrays = list[jax.Array]
 LossOfHidden = Callable[[Params, Params, jax.Array, Batch], LossSums]
 
 
-class _Programs(NamedTuple):
-    """Compiled for one shape of batch. forward and backward: by kind. What only gradients need is None for a loss."""
+class _Forward(NamedTuple):
+    """Compiled for one shape of batch: what runs before the blocks, and each kind of block, which also returns what its
+    backward pass needs. x, named, kept: the shapes of what these return.
+    """
 
     begin: Callable
-    forward: dict[int, Callable]
+    blocks: dict[int, Callable]
+    x: Any
+    named: dict[str, Any]
+    kept: dict[int, Any]
+
+
+class _Backward(NamedTuple):
+    """Compiled for one shape of batch. begin is None where nothing before the blocks is trained."""
+
     finish: Callable
-    backward: dict[int, Callable]
-    begin_backward: Callable | None
-    memory: StepMemory  # Of one call, without arguments.
+    blocks: dict[int, Callable]
+    begin: Callable | None
+    temporary_bytes: int
 
 
 class Blockwise:
-    """The programs of a model, compiled when first called.
+    """The programs of a model, compiled when first called. Training and evaluation share those of the forward pass.
 
     Args:
         model: A CausalLM whose backbone `can_be_split`, prepared for training.
-        loss_of_hidden: (trainable, frozen, [B, L, D] final hidden states, batch) -> LossSums.
         remat: `none`, `blocks` or `full`.
     """
 
-    def __init__(self, model: keras.Model, loss_of_hidden: LossOfHidden, remat: str):
+    def __init__(self, model: keras.Model, remat: str):
         self._model, self._backbone = model, model.backbone
-        self._loss_of_hidden, self._policy = loss_of_hidden, POLICIES[remat]
+        self._policy = POLICIES[remat]
         self._blocks = self._backbone.transformer_layers
         self._kinds = block_kinds(self._backbone)
         self._paths = [[variable.path for variable in block.variables] for block in self._blocks]
         self._inside = {path for paths in self._paths for path in paths}
         self._pullbacks: dict[int, Any] = {}  # kind -> how to put a pullback together again; known once traced.
-        self._for_loss = OncePerShape("eval_step", self._compile_loss)
-        self._for_gradients = OncePerShape("train_step", self._compile_gradients)
-        self._latest: tuple[Any, Any] = (None, None)  # Shapes of a batch, and its programs.
+        self._forward = OncePerShape("The forward pass", self._compile_forward, warns=False)
 
-    @property
-    def num_programs(self) -> int:
-        """For how many shapes programs were compiled."""
-        return len(self._for_loss) + len(self._for_gradients)
+    def make_loss(self, loss_of_hidden: LossOfHidden) -> Callable[[Params, Params, Batch], LossSums]:
+        """Returns (trainable, frozen, batch) -> LossSums.
 
-    def loss(self, trainable: Params, frozen: Params, batch: Batch) -> LossSums:
-        """Returns the loss alone."""
-        programs = self._programs(self._for_loss, trainable, frozen, batch)
-        outer = self._outer(trainable), self._outer(frozen)
-        x, named = programs.begin(*outer, batch)
-        for index, kind in enumerate(self._kinds):
-            x = programs.forward[kind](*self._of_block(index, trainable, frozen), x, named)
-        return programs.finish(*outer, x, batch)
+        Args:
+            loss_of_hidden: (trainable, frozen, [B, L, D] final hidden states, batch) -> LossSums.
+        """
+        finish = CompiledOnce(functools.partial(self._finish_fn, loss_of_hidden), name="eval_step")
 
-    def gradients(self, trainable: Params, frozen: Params, batch: Batch) -> tuple[dict[str, jax.Array], LossSums]:
-        """Returns the gradients of loss_sum by path, and the sums."""
-        programs = self._programs(self._for_gradients, trainable, frozen, batch)
-        outer = self._outer(trainable), self._outer(frozen)
-        x, named = programs.begin(*outer, batch)
-        saved = []
-        for index, kind in enumerate(self._kinds):
-            before, (x, kept) = x, programs.forward[kind](*self._of_block(index, trainable, frozen), x, named)
-            saved.append((before, kept))
-        (_, sums), (gradients, gradient) = programs.finish(*outer, x, batch)
-        del x
-        for index, kind in reversed(list(enumerate(self._kinds))):
-            before, kept = saved.pop()
-            arrays = self._of_block(index, trainable, frozen)
-            of_block, gradient = programs.backward[kind](*arrays, before, named, kept, gradient)
-            names = [path for path in self._paths[index] if path in trainable]
-            gradients.update(zip(names, of_block, strict=True))
-        if programs.begin_backward:
-            of_outer = {path: gradients.pop(path) for path in outer[0]}
-            gradients.update(programs.begin_backward(*outer, batch, gradient, of_outer))
-        return gradients, sums
+        def loss(trainable: Params, frozen: Params, batch: Batch) -> LossSums:
+            forward = self._forward(trainable, frozen, batch)
+            outer = self._outer(trainable), self._outer(frozen)
+            x, named = forward.begin(*outer, batch)
+            for index, kind in enumerate(self._kinds):
+                x, _ = forward.blocks[kind](*self._of_block(index, trainable, frozen), x, named)
+            return finish(*outer, x, batch)
 
-    def memory(self, trainable: Params, frozen: Params, batch: Batch) -> StepMemory:
-        """Returns what `gradients` takes, its gradients included, without running it. Takes shapes too."""
-        memory = self._programs(self._for_gradients, trainable, frozen, batch).memory
-        argument = _num_bytes((trainable, frozen, batch))
-        return StepMemory(argument, memory.temporary_bytes, argument + memory.temporary_bytes)
+        return loss
 
-    def _programs(self, programs: OncePerShape, trainable: Params, frozen: Params, batch: Batch) -> _Programs:
-        shapes = programs, [field.shape for field in batch]
-        if self._latest[0] != shapes:
-            self._latest = shapes, programs(trainable, frozen, batch)
-        return self._latest[1]
+    def make_gradients(self, loss_of_hidden: LossOfHidden) -> "BlockwiseGradients":
+        """Returns (trainable, frozen, batch) -> (gradients of loss_sum by path, LossSums)."""
+        return BlockwiseGradients(self, loss_of_hidden)
 
     def _outer(self, params: Params) -> dict[str, jax.Array]:
         return {path: value for path, value in params.items() if path not in self._inside}
@@ -115,34 +101,18 @@ class Blockwise:
         paths = self._paths[index]
         return [trainable[p] for p in paths if p in trainable], [frozen[p] for p in paths if p in frozen]
 
-    def _compile_loss(self, trainable: Params, frozen: Params, batch: Batch) -> _Programs:
-        outer = self._outer(trainable), self._outer(frozen)
-        begin = jax.jit(self._begin_fn).trace(*outer, batch)
+    def _compile_forward(self, trainable: Params, frozen: Params, batch: Batch) -> _Forward:
+        begin = jax.jit(self._begin_fn).trace(self._outer(trainable), self._outer(frozen), batch)
         x, named = begin.out_info
-        forward = {
-            kind: jax.jit(functools.partial(self._call, kind)).trace(*self._of_block(kind, trainable, frozen), x, named)
+        blocks = {
+            kind: jax.jit(functools.partial(self._forward_fn, kind)).trace(
+                *self._of_block(kind, trainable, frozen), x, named
+            )
             for kind in sorted(set(self._kinds))
         }
-        return _compile(begin, forward, jax.jit(self._finish_fn).trace(*outer, x, batch), {}, None, 0)
-
-    def _compile_gradients(self, trainable: Params, frozen: Params, batch: Batch) -> _Programs:
-        outer = self._outer(trainable), self._outer(frozen)
-        begin = jax.jit(self._begin_fn).trace(*outer, batch)
-        x, named = begin.out_info
-        finish_fn = jax.value_and_grad(self._loss_and_sums, argnums=(0, 2), has_aux=True)
-        finish = jax.jit(finish_fn).trace(*outer, x, batch)
-        of_outer, gradient = finish.out_info[1]
-        forward, backward, kept_bytes = {}, {}, {}
-        for kind in sorted(set(self._kinds)):
-            arrays = self._of_block(kind, trainable, frozen)
-            forward[kind] = jax.jit(functools.partial(self._forward_fn, kind)).trace(*arrays, x, named)
-            kept = forward[kind].out_info[1]
-            kept_bytes[kind] = _num_bytes((x, kept))
-            backward_fn = functools.partial(self._backward_fn, kind)
-            backward[kind] = jax.jit(backward_fn).trace(*arrays, x, named, kept, gradient)
-        begin_backward = jax.jit(self._begin_backward_fn).trace(*outer, batch, gradient, of_outer) if outer[0] else None
-        held = sum(kept_bytes[kind] for kind in self._kinds) + _num_bytes(trainable)
-        return _compile(begin, forward, finish, backward, begin_backward, held)
+        kept = {kind: traced.out_info[1] for kind, traced in blocks.items()}
+        begin, blocks = compile_all((begin, blocks))
+        return _Forward(begin, blocks, x, named, kept)
 
     # What is traced.
 
@@ -165,14 +135,13 @@ class Blockwise:
         _, pullback = jax.vjp(lambda trainable: self._begin_fn(trainable, frozen, batch)[0], trainable)
         return jax.tree.map(jnp.add, others, pullback(gradient)[0])
 
-    def _finish_fn(self, trainable: Params, frozen: Params, x: jax.Array, batch: Batch) -> LossSums:
+    def _finish_fn(
+        self, loss_of_hidden: LossOfHidden, trainable: Params, frozen: Params, x: jax.Array, batch: Batch
+    ) -> LossSums:
+        """Returns the loss from what the last block returned."""
         with bound(self._model, trainable, frozen):
             hidden = run_with(self._backbone, batch.token_ids, batch.segment_ids, batch.positions, lambda _, named: x)
-            return self._loss_of_hidden(trainable, frozen, hidden, batch)
-
-    def _loss_and_sums(self, trainable: Params, frozen: Params, x: jax.Array, batch: Batch) -> tuple[Any, LossSums]:
-        sums = self._finish_fn(trainable, frozen, x, batch)
-        return sums.loss_sum, sums
+            return loss_of_hidden(trainable, frozen, hidden, batch)
 
     def _call(self, kind: int, trainable: Arrays, frozen: Arrays, x: jax.Array, named: dict[str, Any]) -> jax.Array:
         block = self._blocks[kind]
@@ -214,19 +183,67 @@ class Blockwise:
         return jax.tree.unflatten(tree, leaves)(gradient)
 
 
-def _compile(begin: Any, forward: dict, finish: Any, backward: dict, begin_backward: Any, held_bytes: int) -> _Programs:
-    """Compiles what was traced, several at a time."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        tree = begin, forward, finish, backward, begin_backward
-        compiled = jax.tree.map(
-            lambda program: program.result(), jax.tree.map(lambda traced: pool.submit(traced.lower().compile), tree)
-        )
-    memories = [memory_of(program) for program in jax.tree.leaves(compiled)]
-    most = max(memory.total_bytes - memory.argument_bytes for memory in memories)
-    begin, forward, finish, backward, begin_backward = compiled
-    memory = StepMemory(0, held_bytes + most, held_bytes + most)
-    return _Programs(begin, forward, finish, backward, begin_backward, memory)
+class BlockwiseGradients:
+    """Gradients by the programs of a `Blockwise`: (trainable, frozen, batch) -> (by path, LossSums)."""
 
+    def __init__(self, blockwise: Blockwise, loss_of_hidden: LossOfHidden):
+        self._of, self._loss_of_hidden = blockwise, loss_of_hidden
+        self._backward = OncePerShape("train_step", self._compile)
 
-def _num_bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    def __call__(self, trainable: Params, frozen: Params, batch: Batch) -> tuple[dict[str, jax.Array], LossSums]:
+        """Runs forward and backward."""
+        of = self._of
+        forward, backward = of._forward(trainable, frozen, batch), self._backward(trainable, frozen, batch)
+        outer = of._outer(trainable), of._outer(frozen)
+        x, named = forward.begin(*outer, batch)
+        saved = []
+        for index, kind in enumerate(of._kinds):
+            before, (x, kept) = x, forward.blocks[kind](*of._of_block(index, trainable, frozen), x, named)
+            saved.append((before, kept))
+        (_, sums), (gradients, gradient) = backward.finish(*outer, x, batch)
+        del x
+        for index, kind in reversed(list(enumerate(of._kinds))):
+            before, kept = saved.pop()
+            arrays = of._of_block(index, trainable, frozen)
+            of_block, gradient = backward.blocks[kind](*arrays, before, named, kept, gradient)
+            names = [path for path in of._paths[index] if path in trainable]
+            gradients.update(zip(names, of_block, strict=True))
+        if backward.begin:
+            of_outer = {path: gradients.pop(path) for path in outer[0]}
+            gradients.update(backward.begin(*outer, batch, gradient, of_outer))
+        return gradients, sums
+
+    def memory(self, trainable: Params, frozen: Params, batch: Batch) -> StepMemory:
+        """Returns what a call takes, the gradients included, without running it. Takes shapes too."""
+        argument = num_bytes((trainable, frozen, batch))
+        temporary = self._backward(trainable, frozen, batch).temporary_bytes
+        return StepMemory(argument, temporary, argument + temporary)
+
+    @property
+    def num_programs(self) -> int:
+        """For how many shapes programs were compiled."""
+        return len(self._backward)
+
+    def _compile(self, trainable: Params, frozen: Params, batch: Batch) -> _Backward:
+        of = self._of
+        forward = of._forward(trainable, frozen, batch)
+        outer = of._outer(trainable), of._outer(frozen)
+
+        def loss_and_sums(trainable: Params, frozen: Params, x: jax.Array, batch: Batch) -> tuple[Any, LossSums]:
+            sums = of._finish_fn(self._loss_of_hidden, trainable, frozen, x, batch)
+            return sums.loss_sum, sums
+
+        finish_fn = jax.value_and_grad(loss_and_sums, argnums=(0, 2), has_aux=True)
+        finish = jax.jit(finish_fn).trace(*outer, forward.x, batch)
+        of_outer, gradient = finish.out_info[1]
+        blocks = {}
+        for kind, kept in forward.kept.items():
+            backward_fn = jax.jit(functools.partial(of._backward_fn, kind))
+            arrays = of._of_block(kind, trainable, frozen)
+            blocks[kind] = backward_fn.trace(*arrays, forward.x, forward.named, kept, gradient)
+        begin = jax.jit(of._begin_backward_fn).trace(*outer, batch, gradient, of_outer) if outer[0] else None
+        finish, blocks, begin = compile_all((finish, blocks, begin))
+        memories = [memory_of(program) for program in jax.tree.leaves((forward.blocks, finish, blocks, begin))]
+        held = sum(num_bytes((forward.x, forward.kept[kind])) for kind in of._kinds) + num_bytes(trainable)
+        most = max(memory.total_bytes - memory.argument_bytes for memory in memories)
+        return _Backward(finish, blocks, begin, held + most)

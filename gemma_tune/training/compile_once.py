@@ -1,5 +1,7 @@
 """Compiles a step once, and says when it has to be done again."""
 
+import concurrent.futures
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,28 +31,35 @@ class OncePerShape:
 
     Args:
         name: Of what is made, for the warning.
-        make: Called with the inputs; the last is the batch.
+        make: Called with the inputs; the last is the batch, which alone may have other shapes.
+        warns: Whether there is a warning.
     """
 
-    def __init__(self, name: str, make: Callable):
-        self._name, self._make = name, make
-        self._made: dict[str, Any] = {}
+    def __init__(self, name: str, make: Callable, *, warns: bool = True):
+        self._name, self._make, self._warns = name, make, warns
+        self._made: dict[tuple, Any] = {}
 
     def __len__(self) -> int:
         return len(self._made)
 
     def __call__(self, *inputs: Any) -> Any:
         """Returns what was made for inputs of these shapes."""
-        leaves, tree = jax.tree.flatten(inputs)
-        shapes = f"{tree} {[(leaf.dtype.name, leaf.shape) for leaf in leaves]}"
+        shapes = tuple((str(leaf.dtype), leaf.shape) for leaf in jax.tree.leaves(inputs[-1]))
         if shapes not in self._made:
-            if self._made:
-                batch = ", ".join(sorted({f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(inputs[-1])}))
+            if self._made and self._warns:
+                batch = ", ".join(sorted({f"{dtype}{list(shape)}" for dtype, shape in shapes}))
                 message = f"{self._name} is compiled for the {len(self._made) + 1}. time, for a batch of {batch}."
                 warnings.warn(message, RuntimeWarning, stacklevel=4)
             self._made[shapes] = self._make(*inputs)
             give_back_memory()
         return self._made[shapes]
+
+
+def compile_all(traced: Any) -> Any:
+    """Compiles a tree of what `jax.jit(…).trace` returned, several at a time."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = jax.tree.map(lambda one: pool.submit(one.lower().compile), traced)
+        return jax.tree.map(lambda one: one.result(), waiting)
 
 
 def memory_of(program: Any) -> StepMemory:
@@ -61,28 +70,27 @@ def memory_of(program: Any) -> StepMemory:
     return StepMemory(argument, temporary, argument + temporary + max(fresh, 0))
 
 
+def num_bytes(tree: Any) -> int:
+    """Returns the bytes of all arrays, or shapes, in a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 class CompiledOnce:
     """A function compiled at its first call, for the shapes of that call.
 
     Args:
-        function: Pure; its last argument is the batch.
+        function: Pure; its last argument is the batch, which alone may have other shapes from call to call.
+        name: For the warning; by default the function's.
         **arguments: Of jax.jit.
     """
 
-    def __init__(self, function: Callable, **arguments: Any):
-        self._jitted = jax.jit(function, **arguments)
-        self._programs = OncePerShape(function.__name__, lambda *inputs: self._jitted.lower(*inputs).compile())
-        self._latest: Callable | None = None
+    def __init__(self, function: Callable, *, name: str = "", **arguments: Any):
+        jitted = jax.jit(function, **arguments)
+        self._programs = OncePerShape(name or function.__name__, lambda *inputs: jitted.lower(*inputs).compile())
 
     def __call__(self, *inputs: Any) -> Any:
         """Runs the function."""
-        if self._latest is not None:
-            try:
-                return self._latest(*inputs)
-            except TypeError:  # Other shapes than it was compiled for. Checked before anything is run.
-                pass
-        self._latest = self._programs(*inputs)
-        return self._latest(*inputs)
+        return self._programs(*inputs)(*inputs)
 
     def memory(self, *inputs: Any) -> StepMemory:
         """Returns what a call takes, without running it. Takes shapes too."""

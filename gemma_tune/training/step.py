@@ -10,9 +10,8 @@ import optax
 from gemma_tune.data import Batch
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.functional import Params, bound, final_soft_cap, head_weights, hidden_states, parameters
-from gemma_tune.models.prepare import WHOLE, StepProgram
-from gemma_tune.training.blockwise import Blockwise
-from gemma_tune.training.compile_once import CompiledOnce, StepMemory
+from gemma_tune.training.blockwise import Blockwise, BlockwiseGradients
+from gemma_tune.training.compile_once import CompiledOnce, StepMemory, num_bytes
 from gemma_tune.training.losses import LossSums, fused_linear_cross_entropy
 from gemma_tune.training.optimizer import as_float32
 
@@ -105,17 +104,24 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     num_targets: int,
     grad_accum_steps: int,
-    program: StepProgram = WHOLE,
+    blockwise: Blockwise | None = None,
 ) -> TrainStep:
     """Returns the compiled training step. The state's buffers are reused; the frozen weights' are not.
+
+    Args:
+        model: A CausalLM.
+        optimizer: From `make_optimizer`.
+        num_targets: Most positions with a weight in any micro-batch.
+        grad_accum_steps: Micro-batches in a batch.
+        blockwise: Computes by one program for each kind of decoder block; None by one for the whole step.
 
     Gradients of the summed loss are added up over the micro-batches and divided once by all their weights: with unequal
     token counts the mean of means would be another number.
     """
     update = make_update(optimizer)
-    if program.kind == "blocks":
-        blockwise = Blockwise(model, make_loss_of_hidden(model, num_targets), program.remat)
-        return BlockwiseTrainStep(blockwise, update, grad_accum_steps)
+    if blockwise:
+        gradients = blockwise.make_gradients(make_loss_of_hidden(model, num_targets))
+        return BlockwiseTrainStep(gradients, update, grad_accum_steps)
     loss_fn = make_loss_fn(model, num_targets)
 
     def sum_gradients(trainable: Params, frozen: Params, batch: Batch) -> tuple[dict, LossSums]:
@@ -170,13 +176,13 @@ class BlockwiseTrainStep:
     """A training step whose gradients come from `Blockwise`.
 
     Args:
-        blockwise: Makes the gradients of a micro-batch.
+        gradients: Of a micro-batch.
         update: From `make_update`.
         grad_accum_steps: Micro-batches in a batch.
     """
 
-    def __init__(self, blockwise: Blockwise, update: Update, grad_accum_steps: int):
-        self._blockwise, self._num_micro = blockwise, grad_accum_steps
+    def __init__(self, gradients: BlockwiseGradients, update: Update, grad_accum_steps: int):
+        self._gradients, self._num_micro = gradients, grad_accum_steps
         self._update = CompiledOnce(update, donate_argnums=0)
         self._add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more), donate_argnums=0)
 
@@ -184,7 +190,7 @@ class BlockwiseTrainStep:
         """Runs a step."""
         total = None
         for micro in self._micro_batches(batch):
-            grads, sums = self._blockwise.gradients(state.trainable, frozen, micro)
+            grads, sums = self._gradients(state.trainable, frozen, micro)
             one = as_float32(grads), sums
             total = self._add(total, one) if total else one
             del grads, one
@@ -194,8 +200,8 @@ class BlockwiseTrainStep:
     def memory(self, state: TrainState, frozen: Params, batch: Batch) -> StepMemory:
         """Returns what a call takes, without running it. Takes shapes too."""
         micro = jax.eval_shape(self._micro_batches, batch)[0]
-        memory = self._blockwise.memory(state.trainable, frozen, micro)
-        optimizer_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state))
+        memory = self._gradients.memory(state.trainable, frozen, micro)
+        optimizer_bytes = num_bytes(state.opt_state)
         accumulated = 4 * sum(leaf.size for leaf in state.trainable.values()) if self._num_micro > 1 else 0
         argument, temporary = memory.argument_bytes + optimizer_bytes, memory.temporary_bytes + accumulated
         return StepMemory(argument, temporary, argument + temporary)
@@ -203,15 +209,18 @@ class BlockwiseTrainStep:
     @property
     def num_programs(self) -> int:
         """For how many shapes it was compiled."""
-        return self._blockwise.num_programs
+        return self._gradients.num_programs
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         rows = [jnp.split(jnp.asarray(field), self._num_micro) for field in batch]
         return [Batch(*fields) for fields in zip(*rows, strict=True)]
 
 
-def make_eval_step(model: keras.Model, num_targets: int, program: StepProgram = WHOLE) -> EvalStep:
-    """Returns the compiled evaluation step: (trainable, frozen, batch) -> LossSums."""
-    if program.kind == "blocks":
-        return Blockwise(model, make_loss_of_hidden(model, num_targets), program.remat).loss
+def make_eval_step(model: keras.Model, num_targets: int, blockwise: Blockwise | None = None) -> EvalStep:
+    """Returns the compiled evaluation step: (trainable, frozen, batch) -> LossSums.
+
+    Arguments as in `make_train_step`.
+    """
+    if blockwise:
+        return blockwise.make_loss(make_loss_of_hidden(model, num_targets))
     return CompiledOnce(make_loss_fn(model, num_targets))

@@ -142,5 +142,5 @@ def test_shapes_are_read_from_the_layers(tiny, family):
 
 
 def test_preparing_returns_the_choice(tiny):
-    choice = prepare_for_training(tiny(), None, packing=True, remat="none", attention="auto", row_length=128)
+    choice = prepare_for_training(tiny(), None, packing=True, remat="none", attention="auto", row_length=128).attention
     assert choice == AttentionChoice("blocks", "") and jax.default_backend() == "cpu"

@@ -10,7 +10,8 @@ from gemma_tune.errors import ModelError
 from gemma_tune.models.blocks import block_kinds, can_be_split
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.packing import enable_packing
-from gemma_tune.models.prepare import LoraSettings, StepProgram, prepare_for_training
+from gemma_tune.models.prepare import LoraSettings, prepare_for_training
+from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.step import init_state, make_eval_step, make_train_step
 
 SPLIT_FAMILIES = ("gemma", "gemma2", "gemma3")
@@ -20,8 +21,8 @@ def both_steps(model, batch, remat, grad_accum_steps=1):
     """Returns (state, metrics) of one step with each program. SGD at rate 1: the state is the gradient."""
     optimizer = sgd()
     results = []
-    for program in (StepProgram("whole", "none"), StepProgram("blocks", remat)):
-        step = make_train_step(model, optimizer, num_targets(batch), grad_accum_steps, program)
+    for blockwise in (None, Blockwise(model, remat)):
+        step = make_train_step(model, optimizer, num_targets(batch), grad_accum_steps, blockwise)
         results.append(step(init_state(model, optimizer), parameters(model).frozen, batch))
     return results
 
@@ -69,8 +70,8 @@ def test_the_held_out_loss_is_the_same(tiny, rng):
     model, batch = tiny("gemma2"), random_batch(rng)
     groups = parameters(model)
     whole, blocks = (
-        make_eval_step(model, num_targets(batch), StepProgram(kind, "none"))(groups.trainable, groups.frozen, batch)
-        for kind in ("whole", "blocks")
+        make_eval_step(model, num_targets(batch), blockwise)(groups.trainable, groups.frozen, batch)
+        for blockwise in (None, Blockwise(model, "blocks"))
     )
     np.testing.assert_allclose(blocks, whole, rtol=1e-5)
 
@@ -89,7 +90,7 @@ def test_gemma_4_takes_one_whole_program(tiny):
     model = tiny("gemma4")
     assert not can_be_split(model.backbone)
     lora = LoraSettings(2, 2.0, ("query",), 0)
-    assert prepare_for_training(model, lora, packing=True, remat="blocks", row_length=64).program.kind == "whole"
+    assert prepare_for_training(model, lora, packing=True, remat="blocks", row_length=64).program == "whole"
     with pytest.raises(ModelError, match="training.program=whole"):
         prepare_for_training(tiny("gemma4"), lora, packing=True, remat="blocks", row_length=64, program="blocks")
 
@@ -97,10 +98,9 @@ def test_gemma_4_takes_one_whole_program(tiny):
 def test_the_program_is_compiled_once_for_a_shape(tiny, rng):
     model = tiny("gemma3")
     lora = LoraSettings(2, 2.0, ("query",), 0)
-    program = prepare_for_training(model, lora, packing=True, remat="blocks", row_length=40).program
-    assert program.kind == "blocks"
+    assert prepare_for_training(model, lora, packing=True, remat="blocks", row_length=40).program == "blocks"
     optimizer = sgd()
-    step, state = make_train_step(model, optimizer, 160, 1, program), init_state(model, optimizer)
+    step, state = make_train_step(model, optimizer, 160, 1, Blockwise(model, "blocks")), init_state(model, optimizer)
     frozen = parameters(model).frozen
     for lengths in ((20, 9), (5, 30, 12), (40, 3)):
         state, _ = step(state, frozen, random_batch(rng, lengths))
@@ -117,7 +117,7 @@ def test_the_forecast_counts_what_is_kept_for_the_backward_pass(tiny, rng):
         model, _, frozen = lora_model(tiny, "gemma3", rng)
         batch = random_batch(rng, (200,) * num_rows, num_rows, 200)
         optimizer = sgd()
-        step = make_train_step(model, optimizer, 64, 1, StepProgram("blocks", remat))
+        step = make_train_step(model, optimizer, 64, 1, Blockwise(model, remat))
         inputs = init_state(model, optimizer), frozen, batch
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), inputs)
         totals.append(step.memory(*shapes).temporary_bytes)
