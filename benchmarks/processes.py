@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Contender:
@@ -47,3 +48,37 @@ class Contender:
             if line.startswith("{"):
                 return json.loads(line)
         raise SystemExit(f"{self._who} ended with exit code {self._process.wait()}; its last words are above.")
+
+
+class Measured(NamedTuple):
+    """What a contender said when it was ready, how long each pass took, and its peak memory in the end."""
+
+    ready: dict[str, Any]
+    seconds: list[float]
+    peak_bytes: int
+
+
+def take_turns(contenders: Mapping[str, Contender], num_passes: int, loss_tolerance: float) -> dict[str, Measured]:
+    """Starts all contenders, and lets one after the other train for a pass, again and again, so that whatever else the
+    machine does hits all alike.
+
+    Raises:
+        SystemExit: Their losses before training differ by more than the tolerance: they don't do the same.
+    """
+    try:
+        ready = {who: contender.start() for who, contender in contenders.items()}
+        losses = {who: values["loss"] for who, values in ready.items()}
+        if max(losses.values()) - min(losses.values()) > loss_tolerance:
+            raise SystemExit(f"The contenders' losses differ: {losses}")
+        answers: dict[str, list[dict[str, Any]]] = {who: [] for who in contenders}
+        for index in range(num_passes):
+            for who, contender in contenders.items():
+                answers[who].append(contender.ask("pass"))
+                print(f"{index + 1}/{num_passes} {who}: {answers[who][-1]['seconds']:.1f} s", file=sys.stderr)
+    finally:
+        for contender in contenders.values():
+            contender.stop()
+    return {
+        who: Measured(ready[who], [answer["seconds"] for answer in each], each[-1]["peak_bytes"])
+        for who, each in answers.items()
+    }

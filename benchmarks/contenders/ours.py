@@ -68,6 +68,7 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         num_tokens=todo.num_tokens,
         num_targets=todo.num_targets,
         num_steps=len(batches),
+        num_positions=len(batches) * batches.batch_size * batches.row_length,
         first_step_seconds=compile_seconds,
     )
 

@@ -67,7 +67,10 @@ def main(job_name: str, num_examples: str, path: str, *settings: str) -> None:
         for batch in batches:
             step(batch)
 
-    serve(one_pass, loss=loss, num_tokens=todo.num_tokens, num_targets=todo.num_targets, num_steps=len(batches))
+    serve(
+        one_pass, loss=loss, num_tokens=todo.num_tokens, num_targets=todo.num_targets, num_steps=len(batches),
+        num_positions=sum(batch["input_ids"].numel() for batch in batches),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

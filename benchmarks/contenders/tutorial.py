@@ -52,7 +52,7 @@ def main(job_name: str, num_examples: str, preset: str, *settings: str) -> None:
     model.fit({k: v[one] for k, v in inputs.items()}, targets[one], sample_weight=weights[one], **arguments)
     serve(
         one_pass, loss=float(loss), num_tokens=todo.num_tokens, num_targets=todo.num_targets,
-        num_steps=-(-count // arguments["batch_size"]),
+        num_steps=-(-count // arguments["batch_size"]), num_positions=weights.size,
     )  # fmt: skip
 
 
