@@ -8,24 +8,29 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
+class ContenderFailed(SystemExit):
+    """Ends the benchmark, unless it can do without this contender."""
+
+
 class Contender:
     """One contender's process.
 
     Args:
         who: Name of a module in benchmarks.contenders.
         arguments: Of its command line.
+        environment: Variables to add. Unless it or the outside says something else, JAX runs on the CPU.
     """
 
-    def __init__(self, who: str, *arguments: Any):
+    def __init__(self, who: str, *arguments: Any, environment: Mapping[str, str] | None = None):
         self._who = who
         self._command = [sys.executable, "-m", f"benchmarks.contenders.{who}", *map(str, arguments)]
+        self._environment = {"JAX_PLATFORMS": "cpu", **os.environ, **(environment or {})}
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> dict[str, Any]:
         """Starts it and waits until it is ready; returns what it said, with what it said of loading as `loaded`."""
-        environment = {**os.environ, "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
         )
         loaded = self._read()
         return {**self._read(), "loaded": loaded}
@@ -46,8 +51,11 @@ class Contender:
         assert self._process is not None and self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit(f"{self._who} ended with exit code {self._process.wait()}; its last words are above.")
+                said = json.loads(line)
+                if "error" in said:
+                    raise ContenderFailed(f"{self._who}: {said['error']}")
+                return said
+        raise ContenderFailed(f"{self._who} ended with exit code {self._process.wait()}; its last words are above.")
 
 
 class Measured(NamedTuple):

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from benchmarks.machine import describe, matmul_rate
 from benchmarks.processes import Contender, take_turns
+from benchmarks.shapes import SHAPES
 from benchmarks.sources import demo_sources, installed
 
 _JOBS = flags.DEFINE_list("job", ["documents", "chats"], "documents, chats, or both.")
@@ -31,19 +32,6 @@ _CONTENDERS = flags.DEFINE_list("contenders", ["ours", "tutorial", "peft_torch"]
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object last.")
 _LOSS_TOLERANCE = 1e-3
 
-# Gemma 3 270M: 18 layers of width 640, 4 query heads and 1 key/value head of width 256, feed-forward 2048.
-_LINEAR_PARAMETERS = 18 * (640 * 256 * (4 + 1 + 1) + 4 * 256 * 640 + 3 * 640 * 2048)
-_HEAD_PARAMETERS = 262_144 * 640
-
-
-def least_operations(num_tokens: int, num_targets: int) -> float:
-    """Returns the floating-point operations that a pass can't do without.
-
-    Forward and the gradient of the activations through every frozen kernel, 4 a parameter and token; the same for the
-    head, at target positions alone. Attention and LoRA's factors are left out, as are gradients of frozen kernels.
-    """
-    return 4.0 * (_LINEAR_PARAMETERS * num_tokens + _HEAD_PARAMETERS * num_targets)
-
 
 def run_job(name: str, count: int, sources: dict[str, str], rate: float) -> dict[str, Any]:
     """Measures all contenders on one job; returns contender -> figures."""
@@ -51,7 +39,7 @@ def run_job(name: str, count: int, sources: dict[str, str], rate: float) -> dict
     figures = {}
     for who, (ready, seconds, peak_bytes) in take_turns(contenders, _REPEATS.value, _LOSS_TOLERANCE).items():
         median = statistics.median(seconds)
-        operations = least_operations(ready["num_tokens"], ready["num_targets"])
+        operations = SHAPES["gemma3_270m"].least_operations(ready["num_tokens"], ready["num_targets"])
         figures[who] = {
             **{key: ready[key] for key in ("loss", "num_steps", "num_tokens", "num_targets", "num_positions")},
             "num_examples": count,
