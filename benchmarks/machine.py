@@ -13,6 +13,7 @@ from gemma_tune.process_memory import peak_memory_bytes
 
 _PACKAGES = ("keras", "keras-hub", "jax", "jaxlib", "optax", "transformers", "peft", "torch", "numpy", "scipy")
 _CPU_SHAPES = ((512, 640, 2048), (8192, 640, 512), (2048, 2048, 2048))
+_SHARE_OF_FREE = 0.8
 
 
 def describe() -> dict[str, Any]:
@@ -64,6 +65,13 @@ def matmul_rate(
             rates.append(2.0 * rows * inner * columns * count / (time.perf_counter() - start))
         best = max(best, statistics.median(rates))
     return best
+
+
+def free_bytes() -> float:
+    """Returns how much memory a measurement may take: most of what is free now."""
+    import psutil
+
+    return _SHARE_OF_FREE * psutil.virtual_memory().available
 
 
 def peak_device_bytes() -> int:
