@@ -27,7 +27,6 @@ from benchmarks.shapes import SHAPES
 from benchmarks.sources import installed
 
 _SHAPES = flags.DEFINE_list("shapes", ["gemma3_1b", "gemma3_4b", "gemma2_2b"], f"Any of {', '.join(SHAPES)}.")
-_CONTENDERS = flags.DEFINE_list("contenders", ["ours", "tutorial", "peft_torch"], "Whom to measure.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Packed rows in a step of ours.", lower_bound=1)
 _ROW_LENGTH = flags.DEFINE_integer("row_length", 1024, "Positions in a packed row.", lower_bound=512)
 _NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 320, "Examples in a pass.", lower_bound=1)
@@ -37,15 +36,15 @@ _TINY = flags.DEFINE_bool("tiny", False, "A tiny shape in float32 on the CPU; it
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object last.")
 
 _PADDED_LENGTH = 512
-# What is measured -> (contender, its settings).
-_RUNS = {
-    "ours, rank 4": ("ours", ("targets=query,value", "rank=4")),
-    "ours, rank 16, all layers": ("ours", ("targets=all-linear", "rank=16")),
-    "Keras tutorial, rank 4": ("tutorial", ()),
-    "transformers + peft, rank 4": ("peft_torch", ("targets=q_proj,v_proj", "rank=4")),
-    "transformers + peft, rank 16, all layers": ("peft_torch", ("targets=all-linear", "rank=16")),
+# What is measured -> (how it is called, contender, its settings).
+_RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "ours": ("ours, rank 4 on query, value", "ours", ("targets=query,value", "rank=4")),
+    "ours_all": ("ours, rank 16 on all linear", "ours", ("targets=all-linear", "rank=16")),
+    "tutorial": ("Keras tutorial, rank 4", "tutorial", ()),
+    "peft": ("peft, rank 4 on query, value", "peft_torch", ("targets=q_proj,v_proj", "rank=4")),
+    "peft_all": ("peft, rank 16 on all linear", "peft_torch", ("targets=all-linear", "rank=16")),
 }
-_REFERENCE = "ours, rank 4"
+_CHOSEN = flags.DEFINE_list("runs", list(_RUNS), "What to measure.")
 _NO_MEMORY = ("resource_exhausted", "out of memory")
 
 
@@ -67,18 +66,18 @@ def ask_python(*arguments: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def contenders_here() -> list[str]:
-    """Returns the chosen contenders that can run on the device."""
-    chosen = installed(_CONTENDERS.value)
-    if "peft_torch" in chosen and not _TINY.value:
-        has_cuda = ask_python("-c", "import torch; print(torch.cuda.is_available())") == "True"
-        return [who for who in chosen if who != "peft_torch" or has_cuda]
-    return chosen
+def runs_here() -> list[str]:
+    """Returns the chosen runs whose contender can run on the device."""
+    here = installed({_RUNS[run][1] for run in _CHOSEN.value})
+    torch_needs_a_gpu = "peft_torch" in here and not _TINY.value
+    if torch_needs_a_gpu and ask_python("-c", "import torch; print(torch.cuda.is_available())") != "True":
+        here.remove("peft_torch")
+    return [run for run in _CHOSEN.value if _RUNS[run][1] in here]
 
 
-def measure(name: str, shape: str, rate: float) -> dict[str, Any]:
+def measure(run: str, shape: str, rate: float) -> dict[str, Any]:
     """Measures one run with as large a batch as fits; returns its figures, or why there are none."""
-    who, settings = _RUNS[name]
+    title, who, settings = _RUNS[run]
     source = f"random:{shape}:{'float32' if _TINY.value else 'bfloat16'}"
     batch_size = _BATCH_SIZE.value
     if who == "ours":
@@ -94,7 +93,7 @@ def measure(name: str, shape: str, rate: float) -> dict[str, Any]:
             passes = [contender.ask("pass") for _ in range(_REPEATS.value)]
             break
         except ContenderFailed as error:
-            print(f"{shape}, {name}, {batch_size} rows: {error}", file=sys.stderr)
+            print(f"{shape}, {title}, {batch_size} rows: {error}", file=sys.stderr)
             if batch_size == 1 or not any(words in str(error).lower() for words in _NO_MEMORY):
                 return {"error": str(error)}
             batch_size //= 2
@@ -118,13 +117,13 @@ def show(shape: str, figures: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{shape}, {_NUM_EXAMPLES.value} examples", title_justify="left")
     for title in ("", "rows", "filled", "tokens/s", "ours is", "of peak", "peak GB", "weights GB", "loss"):
         table.add_column(title, justify="left" if not title else "right")
-    ours = figures.get(_REFERENCE, {}).get("tokens_per_second")
-    for name, row in figures.items():
+    ours = figures.get("ours", {}).get("tokens_per_second")
+    for run, row in figures.items():
         if "error" in row:
-            table.add_row(name, "failed")
+            table.add_row(_RUNS[run][0], "failed")
             continue
         table.add_row(
-            name,
+            _RUNS[run][0],
             str(row["batch_size"]),
             f"{row['num_tokens'] / row['num_positions']:.0%}",
             f"{row['tokens_per_second']:.0f}",
@@ -147,15 +146,15 @@ def main(arguments: list[str]) -> None:
         if _JSON.value:
             print(json.dumps({"gpu": None}))
         sys.exit(1)
-    rate, here = device["matmul_flops_per_second"], contenders_here()
-    left_out = [who for who in _CONTENDERS.value if who not in here]
+    rate, runs = device["matmul_flops_per_second"], runs_here()
+    left_out = [run for run in _CHOSEN.value if run not in runs]
     result: dict[str, Any] = {**describe(), **device, "left_out": left_out}
     console.print(
         f"{device['gpu'] or result['machine']}; matrix products: {rate / 1e12:.2f} TFLOP/s; "
         f"left out: {', '.join(left_out) or 'none'}"
     )
     for shape in ["tiny"] if _TINY.value else _SHAPES.value:
-        result[shape] = {name: measure(name, shape, rate) for name, (who, _) in _RUNS.items() if who in here}
+        result[shape] = {run: measure(run, shape, rate) for run in runs}
         show(shape, result[shape], console)
     if _JSON.value:
         print(json.dumps(result))

@@ -17,7 +17,7 @@ def random_model(shape: Shape, precision: str) -> keras.Model:
     """Returns a CausalLM without preprocessor. Equal shapes get equal weights on equal devices."""
     classes = FAMILIES[shape.family]
     with skeleton():
-        backbone = classes.causal_lm.backbone_cls(dtype=precision, **_arguments(shape))
+        backbone = classes.causal_lm.backbone_cls(dtype=precision, **arguments(shape))
     for index, variable in enumerate(backbone.variables):
         initializer = variable._initializer
         if isinstance(initializer, (keras.initializers.Zeros, keras.initializers.Ones)):
@@ -32,9 +32,9 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return (_SCALE * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
-def _arguments(shape: Shape) -> dict:
+def arguments(shape: Shape) -> dict:
     """Returns what KerasHub's backbones are built with."""
-    arguments = {
+    sizes = {
         "vocabulary_size": shape.vocabulary,
         "num_layers": shape.layers,
         "num_query_heads": shape.heads,
@@ -48,7 +48,7 @@ def _arguments(shape: Shape) -> dict:
         "use_post_attention_norm": True,
     }
     if shape.family == "gemma3":
-        return {**arguments, "image_size": None}
+        return {**sizes, "image_size": None}
     # KerasHub's Gemma 2 counts both halves of the gated layer.
     caps = {"attention_logit_soft_cap": 50.0, "final_logit_soft_cap": 30.0}
-    return {**arguments, **caps, "intermediate_dim": 2 * shape.feed_forward}
+    return {**sizes, **caps, "intermediate_dim": 2 * shape.feed_forward}

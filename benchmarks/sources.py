@@ -1,7 +1,7 @@
 """The models that are trained, as each contender reads them."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from benchmarks.shapes import parse_random, random_job
 _NEEDS = {"peft_torch": ("peft", "transformers", "torch")}
 
 
-def installed(contenders: Sequence[str]) -> list[str]:
+def installed(contenders: Iterable[str]) -> list[str]:
     """Returns the contenders whose packages are there."""
     return [who for who in contenders if all(importlib.util.find_spec(name) for name in _NEEDS.get(who, ()))]
 
