@@ -2,12 +2,17 @@
 
 documents: docstrings of the installed scientific packages, asked for by their functions' names; about 300 tokens on
     average, cut at 512.
-chats: questions and answers of the shipped support desk; about 40 tokens.
+chats: questions to the shipped support desk and the first sentences of their answers; about 40 tokens.
+
+A few examples stand for all there are: they are taken at even steps through all of them, sorted by length, so that
+their mean length is that of all. Their order is random.
 """
 
 import importlib
 import inspect
 import random
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gemma_tune.data import Example, TokenizedExample, Turn, load_examples, template_for
@@ -23,8 +28,7 @@ _DOCUMENTED = (
     "optax",
     "keras.layers",
 )
-_SHORTEST, _LONGEST = 200, 1500  # Letters of a docstring; a token has about four.
-_SHORT_CHAT = 200  # Letters of question and answer together.
+_SHORTEST, _LONGEST = 100, 1600  # Letters of a docstring; a token has about four.
 
 
 class Job(NamedTuple):
@@ -55,14 +59,14 @@ class Job(NamedTuple):
 
 def job(name: str, num_examples: int, tokenizer, family: str = "gemma3", max_length: int = 512) -> Job:
     """Returns a job by its name, `documents` or `chats`; always the same examples for the same installed packages."""
-    examples = {"documents": documents, "chats": chats}[name](num_examples)
-    tokens = tokenize_examples(examples, template_for(family), tokenizer, max_length, "truncate").examples
+    everything = {"documents": documents, "chats": chats}[name]()
+    tokens = tokenize_examples(everything, template_for(family), tokenizer, max_length, "truncate").examples
     row_length, fixed_length, peer_batch_size = {"documents": (1024, 512, 1), "chats": (512, 256, 8)}[name]
-    return Job(tokens, row_length, fixed_length, peer_batch_size)
+    return Job(_some_of_all_lengths(tokens, num_examples), row_length, fixed_length, peer_batch_size)
 
 
-def documents(count: int) -> list[Example]:
-    """Returns what the installed packages say of some of their functions."""
+def documents() -> list[Example]:
+    """Returns what the installed packages say of their functions."""
     found: dict[str, Example] = {}
     for module_name in _DOCUMENTED:
         module = importlib.import_module(module_name)
@@ -71,11 +75,23 @@ def documents(count: int) -> list[Example]:
             if callable(getattr(module, name, None)) and _SHORTEST <= len(text) <= _LONGEST and text not in found:
                 question = Turn("user", f"What does {module_name}.{name} do?")
                 found[text] = Example((question, Turn("model", text)))
-    return random.Random(0).sample(list(found.values()), count)
+    return list(found.values())
 
 
-def chats(count: int) -> list[Example]:
-    """Returns some of the support desk's shorter questions with their answers."""
+def chats() -> list[Example]:
+    """Returns the support desk's questions, each with the first sentence of its answer."""
     examples = load_examples("sample:smartphone_support")
-    short = [example for example in examples if len(example.question) + len(example.answer) <= _SHORT_CHAT]
-    return random.Random(0).sample(short, count)
+    sentences = [re.split(r"(?<=[.!?])\s", example.answer)[0] for example in examples]
+    return [
+        Example((Turn("user", example.question), Turn("model", sentence)))
+        for example, sentence in zip(examples, sentences, strict=True)
+    ]
+
+
+def _some_of_all_lengths(examples: Sequence[TokenizedExample], count: int) -> list[TokenizedExample]:
+    if count > len(examples):
+        raise ValueError(f"{count} examples were asked for; there are {len(examples)}.")
+    by_length = sorted(examples, key=lambda example: len(example.token_ids))
+    chosen = [by_length[(2 * index + 1) * len(by_length) // (2 * count)] for index in range(count)]
+    random.Random(0).shuffle(chosen)
+    return chosen

@@ -1,13 +1,18 @@
-"""The demo model as each contender reads it."""
+"""The models that are trained, as each contender reads them."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders.worker import tell_loaded
+from benchmarks.jobs import Job, job
+from benchmarks.shapes import parse_random, random_job
 
 _NEEDS = {"peft_torch": ("peft", "transformers", "torch")}
 
 
-def installed(contenders: Sequence[str]) -> list[str]:
+def installed(contenders: Iterable[str]) -> list[str]:
     """Returns the contenders whose packages are there."""
     return [who for who in contenders if all(importlib.util.find_spec(name) for name in _NEEDS.get(who, ()))]
 
@@ -21,3 +26,26 @@ def demo_sources(folder: Path, contenders: Sequence[str]) -> dict[str, str]:
         load_model("demo").save_to_preset(str(folder / "preset"))
         sources["tutorial"] = str(folder / "preset")
     return {who: sources[who] for who in contenders}
+
+
+def load_with_job(source: str, job_name: str, num_examples: int) -> tuple[Any, Job]:
+    """Loads a KerasHub model, says so, and makes its job.
+
+    Args:
+        source: Any that gemma_tune loads, or random:SHAPE:PRECISION, whose job is of random tokens too.
+        job_name: `documents` or `chats`.
+        num_examples: In a pass.
+    """
+    chosen = parse_random(source)
+    if chosen:  # Imported only where needed: the other branch's readers of files aren't on every machine.
+        from benchmarks.random_model import random_model
+
+        model = random_model(*chosen)
+        tell_loaded(sum(v.value.nbytes for v in model.backbone.variables))
+        return model, random_job(num_examples, chosen[0].vocabulary)
+    from gemma_tune.models.load import load_model
+    from gemma_tune.models.tokenizer import tokenizer_of
+
+    model = load_model(source)
+    tell_loaded(sum(v.value.nbytes for v in model.backbone.variables))
+    return model, job(job_name, num_examples, tokenizer_of(model))

@@ -1,19 +1,21 @@
 """gemma_tune: packed rows, low-rank LoRA, no logits.
 
 python -m benchmarks.contenders.ours JOB NUM_EXAMPLES MODEL [key=value …]
+
+MODEL is any that gemma_tune loads, or random:SHAPE:PRECISION.
 """
 
-import sys
 import time
 
 import jax
 
-from benchmarks.contenders.worker import serve, tell_loaded
-from benchmarks.jobs import job
+from benchmarks.contenders.worker import run, serve
+from benchmarks.jobs import Job
+from benchmarks.machine import peak_device_bytes
+from benchmarks.sources import load_with_job
+from gemma_tune.keras_runtime import keras
 from gemma_tune.models.functional import parameters
-from gemma_tune.models.load import load_model
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
-from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.training.batches import TrainingBatches
 from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
@@ -24,6 +26,7 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
     """Runs passes over a job as the benchmark asks for them."""
     chosen = {
         "targets": "query,value",
+        "rank": "4",
         "batch_size": "1",
         "remat": "blocks",
         "program": "auto",
@@ -31,10 +34,9 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         "attention": "auto",
         **dict(setting.split("=") for setting in settings),
     }
-    model = load_model(source)
-    tell_loaded(sum(v.value.nbytes for v in model.backbone.variables))
-    todo = job(job_name, int(num_examples), tokenizer_of(model))
-    lora = LoraSettings(4, 4.0, tuple(chosen["targets"].split(",")), seed=0)
+    model, todo = load_with_job(source, job_name, int(num_examples))
+    rank = int(chosen["rank"])
+    lora = LoraSettings(rank, float(rank), tuple(chosen["targets"].split(",")), seed=0)
     row_length = int(chosen["row_length"]) or todo.row_length
     program, _ = prepare_for_training(
         model,
@@ -54,6 +56,11 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         seed=0,
         num_epochs=1,
     )
+    train(model, batches, todo, blockwise)
+
+
+def train(model: keras.Model, batches: TrainingBatches, todo: Job, blockwise: Blockwise | None) -> None:
+    """Compiles the step, and serves."""
     groups = parameters(model)
     optimizer = make_optimizer(
         "adamw", make_schedule("constant", 5e-5, 0, 1), weight_decay=0.01, b1=0.9, b2=0.999, epsilon=1e-8, clip_norm=0.0
@@ -72,18 +79,20 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
     def one_pass() -> None:
         nonlocal state
         for index in range(len(batches)):
-            state, metrics = step(state, frozen, batches[index])
-            float(metrics.loss)
+            state, _ = step(state, frozen, batches[index])
+        jax.block_until_ready(state)
 
     serve(
         one_pass,
+        peak_device_bytes,
         loss=loss,
         num_tokens=todo.num_tokens,
         num_targets=todo.num_targets,
         num_steps=len(batches),
+        num_positions=len(batches) * batches.batch_size * batches.row_length,
         first_step_seconds=compile_seconds,
     )
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(main)

@@ -1,13 +1,12 @@
 """The way of the Keras tutorial on fine-tuning Gemma with LoRA: from_preset, enable_lora(4), fit at a fixed length.
 
-    python -m benchmarks.contenders.tutorial JOB NUM_EXAMPLES PRESET_DIRECTORY [key=value …]
+    python -m benchmarks.contenders.tutorial JOB NUM_EXAMPLES PRESET_DIRECTORY|random:SHAPE:PRECISION [key=value …]
 
 The token ids are made beforehand and are the same as everybody's, so that the tutorial's own preprocessing takes no
 time.
 """
 
 import os
-import sys
 
 os.environ["KERAS_BACKEND"] = "jax"
 
@@ -15,17 +14,28 @@ import keras
 import keras_hub
 import numpy as np
 
-from benchmarks.contenders.worker import serve, tell_loaded
-from benchmarks.jobs import job
-from gemma_tune.models.load import load_tokenizer
+from benchmarks.contenders.worker import run, serve, tell_loaded
+from benchmarks.jobs import Job, job
+from benchmarks.machine import peak_device_bytes
+from benchmarks.shapes import parse_random
+from benchmarks.sources import load_with_job
 
 
-def main(job_name: str, num_examples: str, preset: str, *settings: str) -> None:
+def load(source: str, job_name: str, num_examples: int) -> tuple[keras.Model, Job]:
+    """Loads a preset as the tutorial does; random weights as all do."""
+    if parse_random(source):
+        return load_with_job(source, job_name, num_examples)
+    from gemma_tune.models.load import load_tokenizer
+
+    model = keras_hub.models.Gemma3CausalLM.from_preset(source, dtype="float32", preprocessor=None)
+    tell_loaded(sum(v.value.nbytes for v in model.backbone.variables))
+    return model, job(job_name, num_examples, load_tokenizer(source)[0])
+
+
+def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
     """Runs passes over a job as the benchmark asks for them."""
     chosen = {"targets": "query,value", "batch_size": "1", **dict(setting.split("=") for setting in settings)}
-    model = keras_hub.models.Gemma3CausalLM.from_preset(preset, dtype="float32", preprocessor=None)
-    tell_loaded(sum(v.value.nbytes for v in model.backbone.variables))
-    todo = job(job_name, int(num_examples), load_tokenizer(preset)[0])
+    model, todo = load(source, job_name, int(num_examples))
     if chosen["targets"] != "full":
         model.backbone.enable_lora(4)
     count, length = len(todo.examples), todo.fixed_length
@@ -51,10 +61,10 @@ def main(job_name: str, num_examples: str, preset: str, *settings: str) -> None:
     one = slice(0, arguments["batch_size"])
     model.fit({k: v[one] for k, v in inputs.items()}, targets[one], sample_weight=weights[one], **arguments)
     serve(
-        one_pass, loss=float(loss), num_tokens=todo.num_tokens, num_targets=todo.num_targets,
-        num_steps=-(-count // arguments["batch_size"]),
+        one_pass, peak_device_bytes, loss=float(loss), num_tokens=todo.num_tokens, num_targets=todo.num_targets,
+        num_steps=-(-count // arguments["batch_size"]), num_positions=weights.size,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(main)

@@ -1,7 +1,7 @@
 """How a contender talks with the benchmark that started it: one JSON object a line.
 
 A contender prints {"ready": …} once it can begin. For each line "pass" on its stdin it trains on all examples once and
-prints {"seconds": …}; at the end of stdin it leaves.
+prints {"seconds": …}; at the end of stdin it leaves. If it fails it prints {"error": …} first.
 """
 
 import json
@@ -12,15 +12,32 @@ from typing import Any
 
 from gemma_tune.process_memory import peak_memory_bytes
 
+_ERROR_LETTERS = 500
 
-def serve(one_pass: Callable[[], None], **ready: Any) -> None:
-    """Answers the benchmark until it closes stdin."""
+
+def run(main: Callable[..., None]) -> None:
+    """Calls main with the arguments of the command line."""
+    try:
+        main(*sys.argv[1:])
+    except Exception as error:
+        tell(error=f"{type(error).__name__}: {str(error)[:_ERROR_LETTERS]}")
+        raise
+
+
+def serve(one_pass: Callable[[], None], peak_bytes: Callable[[], int] = peak_memory_bytes, **ready: Any) -> None:
+    """Answers the benchmark until it closes stdin.
+
+    Args:
+        one_pass: Trains on all examples once, and returns when that is done.
+        peak_bytes: Counts the memory that is reported.
+        **ready: What to say before.
+    """
     tell(ready=True, **ready)
     for line in sys.stdin:
         if line.strip() == "pass":
             start = time.perf_counter()
             one_pass()
-            tell(seconds=time.perf_counter() - start, peak_bytes=peak_memory_bytes())
+            tell(seconds=time.perf_counter() - start, peak_bytes=peak_bytes())
 
 
 def tell(**values: Any) -> None:

@@ -3,14 +3,15 @@
 import contextlib
 import json
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from gemma_tune.data.arrays import OffsetWriter, read_array
 from gemma_tune.data.example import Example, Turn
+from gemma_tune.data.lazy_sequence import LazySequence
 
 _TEXT, _OFFSETS = "examples.jsonl", "examples.offsets"
 _FORGET_EVERY_BYTES = 16 << 20
@@ -31,7 +32,7 @@ class ExampleWriter(contextlib.ExitStack):
         self._offsets.append([len(line) for line in lines])
 
 
-class ExampleStore(Sequence[Example]):
+class ExampleStore(LazySequence[Example]):
     """Examples that an ExampleWriter wrote, or some of them.
 
     Args:
@@ -61,15 +62,10 @@ class ExampleStore(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place):
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        index = self._indices[place]
-        return _from_line(self._text[self._offsets[index] : self._offsets[index + 1]])
+    def item(self, index: int) -> Example:
+        """Reads one example."""
+        line = self._indices[index]
+        return _from_line(self._text[self._offsets[line] : self._offsets[line + 1]])
 
     def __iter__(self) -> Iterator[Example]:
         last = 0

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.data.example import Tokenizer
-from gemma_tune.data.sources import TFDS, resolve_files, tfds_source
+from gemma_tune.data.sources import resolve_files
+from gemma_tune.data.tfds_source import TFDS, open_tfds
 from gemma_tune.errors import DataError
 
 
@@ -19,7 +20,7 @@ def source_fingerprint(source: str, split: str) -> list[Any]:
         DataError: As `read_rows`, where something isn't there or can't be opened.
     """
     if source.startswith(TFDS):
-        info = tfds_source(source.removeprefix(TFDS), split).dataset_info
+        info = open_tfds(source.removeprefix(TFDS), split).dataset_info
         files = sorted(path for path in Path(info.data_dir).rglob("*") if path.is_file())
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return [source, info.full_name, split, stats]

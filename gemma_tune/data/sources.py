@@ -12,12 +12,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from gemma_tune.data.example import Report, Row
+from gemma_tune.data.tfds_source import TFDS, read_tfds
 from gemma_tune.errors import DataError, did_you_mean
 
-TFDS = "tfds:"
 SAMPLES = Path(__file__).parent / "samples"
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _LONGEST_CSV_FIELD = 1 << 27
@@ -36,7 +36,7 @@ def read_rows(source: str, split: str, report: Report) -> Iterator[Row]:
         DataError: Nothing there, not readable as what its name says, or empty.
     """
     if source.startswith(TFDS):
-        yield from _read_tfds(source.removeprefix(TFDS), split)
+        yield from read_tfds(source.removeprefix(TFDS), split)
         return
     num_seen = 0
 
@@ -255,48 +255,6 @@ def _read_parquet(path: Path, report: Report) -> Iterator[Row]:
                 yield Row(fields, f"{path}[{number}]")
     except (pyarrow.ArrowException, OSError, EOFError) as error:
         raise DataError(f"{path} is not readable as Parquet: {error}.") from error
-
-
-def tfds_source(name: str, split: str) -> Any:
-    """Opens `name/config[:version]`, or a prepared data set's directory, without TensorFlow.
-
-    Raises:
-        DataError: It isn't there, or doesn't have the split.
-    """
-    import tensorflow_datasets as tfds
-
-    try:
-        if os.path.isdir(name):
-            return tfds.builder_from_directory(name).as_data_source(split=split)
-        return tfds.data_source(name, split=split, data_dir=os.environ.get("TFDS_DATA_DIR"), download=False)
-    except Exception as error:  # TFDS raises many kinds; whichever it is, the user can act on the text.
-        raise DataError(
-            f"tfds:{name}, split {split!r}, can't be read: {_shorten_lines(error)} Data sets are looked for in "
-            "TFDS_DATA_DIR "
-            f"(now {os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')}) as array_record files; prepare one with "
-            "tfds.builder(NAME, file_format='array_record').download_and_prepare()."
-        ) from error
-
-
-def _read_tfds(name: str, split: str) -> Iterator[Row]:
-    for number, fields in enumerate(tfds_source(name, split), 1):
-        yield Row({key: _plain(value) for key, value in fields.items()}, f"tfds:{name}[{number}]")
-
-
-def _shorten_lines(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return first if first.endswith(".") else first + "."
-
-
-def _plain(value):
-    """Turns TFDS's bytes and arrays into text and lists."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return _plain(value.tolist()) if hasattr(value, "tolist") else value
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}

@@ -3,12 +3,13 @@
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemma_tune.data.arrays import OffsetWriter, offsets_of, read_array
 from gemma_tune.data.example import TokenizedExample
+from gemma_tune.data.lazy_sequence import LazySequence
 
 
 class TokenCounts(NamedTuple):
@@ -18,7 +19,7 @@ class TokenCounts(NamedTuple):
     num_targets: np.ndarray
 
 
-class TokenStore(Sequence[TokenizedExample]):
+class TokenStore(LazySequence[TokenizedExample]):
     """n tokenized examples, T tokens together.
 
     Args:
@@ -68,14 +69,8 @@ class TokenStore(Sequence[TokenizedExample]):
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    @overload
-    def __getitem__(self, place: int) -> TokenizedExample: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[TokenizedExample]: ...
-    def __getitem__(self, place):
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        index = range(len(self))[place]
+    def item(self, index: int) -> TokenizedExample:
+        """Returns views of one example's tokens."""
         here = slice(self._offsets[index], self._offsets[index + 1])
         return TokenizedExample(self._token_ids[here], self._is_target[here])
 

@@ -1,0 +1,121 @@
+"""The benchmarks run, at their smallest sizes, and say what they promise. Their figures are not looked at."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_can_be_imported(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def run(module, *arguments, code=0):
+    """Runs a benchmark as its docstring says, and returns the JSON object that it prints last."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--json"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_loss_memory():
+    result, _ = run("loss_memory", "--tokens=16", "--vocabularies=4096,10000", "--width=32", "--repeats=1")
+    assert [row["head"] for row in result["rows"]] == ["frozen", "frozen", "trained", "trained"]
+    for row in result["rows"]:
+        assert row["difference"] < 1e-5
+        assert min(row[f"{name}_{unit}"] for name in ("fused", "plain") for unit in ("bytes", "seconds")) > 0
+
+
+def test_loss_memory_does_not_run_what_does_not_fit():
+    result, _ = run("loss_memory", "--tokens=16", "--vocabularies=4096", "--width=32", "--repeats=1", "--free_bytes=9")
+    for row in result["rows"]:
+        assert row["plain_bytes"] > 9 and row["plain_seconds"] is None and row["difference"] is None
+
+
+def test_scaling(tmp_path):
+    result, _ = run(
+        "scaling", "--quick", "--axes=batch", "--repeats=1", "--remat=none", f"--plot={tmp_path}/growth.png"
+    )
+    assert [point["batch"] for point in result["batch"]["points"]] == [1, 2, 4]
+    fits = result["batch"]["fits"]
+    assert set(fits) == {"temporary_bytes", "state_bytes", "seconds"}
+    # XLA's own count, so the same on every machine: linear, and the state doesn't grow.
+    assert fits["temporary_bytes"]["is_as_claimed"] and fits["temporary_bytes"]["exponent"] > 0.9
+    assert fits["state_bytes"]["exponent"] == pytest.approx(0.0, abs=1e-9)
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gpu_says_that_there_is_none():
+    result, said = run("gpu", code=1)
+    assert result == {"gpu": None} and "No GPU" in said
+
+
+def test_gpu_tiny():
+    arguments = ("--runs=ours", "--num_examples=4", "--batch_size=1", "--repeats=1", "--remat=none")
+    result, _ = run("gpu", "--tiny", *arguments)
+    assert result["gpu"] is None and result["left_out"] == []
+    row = result["tiny"]["ours"]
+    assert min(row[key] for key in ("tokens_per_second", "share_of_matmul", "peak_bytes", "weight_bytes")) > 0
+    assert row["loss"] == pytest.approx(np.log(1024), rel=0.05)  # Random weights know nothing.
+
+
+def test_a_fit_finds_the_growth():
+    from benchmarks.fit import growth
+
+    x = [1, 2, 4, 8]
+    linear = growth(x, [7 + 3 * each for each in x], 1)
+    assert (linear.constant, linear.slope, linear.r_squared) == pytest.approx((7, 3, 1))
+    assert linear.is_as_claimed and linear.last_exponent < 1
+    assert growth(x, [each**1.5 for each in x], 2).exponent == pytest.approx(1.5)
+    assert not growth(x, [each**1.5 for each in x], 1).is_as_claimed
+    # What is constant hides the growth from the fit through all points, but not from the last two.
+    hidden = growth([1, 4, 16, 32, 64], [1000 + each**2 for each in (1, 4, 16, 32, 64)], 1)
+    assert hidden.exponent < 1 and not hidden.is_as_claimed
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("gemma3_270m", "gemma3_270m"),
+        ("gemma3_1b", "gemma3_1b"),
+        ("gemma3_4b", "gemma3_4b_text"),
+        ("gemma2_2b", "gemma2_2b_en"),
+    ],
+)
+def test_shapes_are_those_of_the_presets(name, preset):
+    """As many parameters as KerasHub says, and as the count of least operations assumes."""
+    from benchmarks.random_model import arguments
+    from benchmarks.shapes import SHAPES
+    from gemma_tune.models.family import FAMILIES
+    from gemma_tune.models.presets import presets
+    from gemma_tune.models.skeleton import skeleton
+
+    shape = SHAPES[name]
+    with skeleton():
+        backbone = FAMILIES[shape.family].causal_lm.backbone_cls(dtype="bfloat16", **arguments(shape))
+    sizes = {variable.path: int(np.prod(variable.shape)) for variable in backbone.variables}
+    assert sum(sizes.values()) == next(each.num_params for each in presets() if each.name == preset)
+    kernels = sum(size for path, size in sizes.items() if path.endswith("kernel"))
+    assert kernels == shape.linear_parameters
+
+
+def test_a_job_has_examples_of_all_lengths(tiny_tokenizer):
+    from benchmarks.jobs import job
+
+    few, many = (job("chats", count, tiny_tokenizer) for count in (20, 300))
+    assert few.num_tokens / 20 == pytest.approx(many.num_tokens / 300, rel=0.02)
+    assert job("chats", 20, tiny_tokenizer).num_targets == few.num_targets
+    with pytest.raises(ValueError, match=r"1000 examples were asked for; there are \d+\."):
+        job("chats", 1000, tiny_tokenizer)
