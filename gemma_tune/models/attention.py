@@ -92,7 +92,7 @@ def attend(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Arra
         )
     if kernel == "cudnn":
         return cudnn_attention(q, k, v, mask, scale=shape.scale)
-    return causal_attention(q, k, v, mask, scale=shape.scale, soft_cap=shape.soft_cap)
+    return causal_attention(q, k, v, mask, scale=shape.scale, soft_cap=shape.soft_cap, window=shape.window)
 
 
 def _compute_attention(

@@ -17,13 +17,20 @@ _SPLASH_BLOCKS = (512, 256, FUSED_BLOCK)  # The largest that divides a row: fewe
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float, soft_cap: float | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Returns softmax(cap(q·kᵀ·scale))·v, where no query sees a later position.
 
     The half of the scores that a causal mask throws away is never computed: queries are taken a block at a time, each
-    against the keys up to its own last position, in a layout that needs no transposition when all query heads share
-    one key/value head.
+    against the keys up to its own last position, and from the first that its window reaches, in a layout that needs no
+    transposition when all query heads share one key/value head.
 
     Args:
         q: [B, T, N, H]; every N / K query heads share a key/value head.
@@ -32,6 +39,7 @@ def causal_attention(
         mask: [B, T, T], true where a query (second axis) may look; nothing above the diagonal is read.
         scale: Of the scores.
         soft_cap: c of c·tanh(score / c) (Gemma 2, arXiv:2408.00118), or None.
+        window: Positions that a query sees at most, its own included, as the mask has it too; None: all before it.
 
     Returns:
         [B, T, N, H] in v's dtype. The softmax is float32. Rows whose mask is all false are meaningless.
@@ -42,12 +50,13 @@ def causal_attention(
     blocks, size = [], max(_QUERY_BLOCK, -(-length // _NUM_BLOCKS))
     for start in range(0, length, size):
         stop = min(start + size, length)
-        scores = jnp.einsum("btkgh,bskh->bktgs", q[:, start:stop], k[:, :stop], preferred_element_type=jnp.float32)
+        first = max(0, start - window + 1) if window else 0
+        scores = jnp.einsum("btkgh,bskh->bktgs", q[:, start:stop], k[:, first:stop], preferred_element_type=jnp.float32)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
-        visible = mask[:, None, start:stop, None, :stop]
+        visible = mask[:, None, start:stop, None, first:stop]
         probabilities = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1).astype(v.dtype)
-        blocks.append(jnp.einsum("bktgs,bskh->btkgh", probabilities, v[:, :stop]))
+        blocks.append(jnp.einsum("bktgs,bskh->btkgh", probabilities, v[:, first:stop]))
     return jnp.concatenate(blocks, axis=1).reshape(num_rows, length, num_heads, width)
 
 

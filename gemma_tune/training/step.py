@@ -9,7 +9,15 @@ import optax
 
 from gemma_tune.data import Batch
 from gemma_tune.keras_runtime import keras
-from gemma_tune.models.functional import Params, bound, final_soft_cap, head_weights, hidden_states, parameters
+from gemma_tune.models.functional import (
+    Params,
+    bound,
+    final_soft_cap,
+    head_weights,
+    hidden_states,
+    parameters,
+    variables_by_path,
+)
 from gemma_tune.training.blockwise import Blockwise, BlockwiseGradients
 from gemma_tune.training.compile_once import CompiledOnce, StepMemory, num_bytes
 from gemma_tune.training.losses import LossSums, fused_linear_cross_entropy
@@ -49,12 +57,15 @@ def init_state(model: keras.Model, optimizer: optax.GradientTransformation, *, t
     Args:
         model: A CausalLM.
         optimizer: From `make_optimizer`.
-        take_over: Steps take over the buffers they are given. False makes copies for them; True gives them the model's
-            own, so that the weights are held once, and the model can't be used from the first step until `assign`.
+        take_over: Steps take over the buffers they are given. With True these are the model's own, so that the weights
+            are held once, and the model can't be used from the first step until `assign`.
     """
-    trainable = dict(parameters(model).trainable)
-    if not take_over:
-        trainable = {path: jnp.array(value, copy=True) for path, value in trainable.items()}
+    trainable, variables = {}, variables_by_path(model)
+    for path in list(parameters(model).trainable):
+        # A copy in any case, one at a time: XLA can't reuse memory that NumPy owns, as that of loaded weights.
+        trainable[path] = jnp.array(variables[path].value, copy=True)
+        if take_over:
+            variables[path].assign(trainable[path])
     return TrainState(
         jnp.zeros((), jnp.int32), trainable, jax.jit(lambda tree: optimizer.init(as_float32(tree)))(trainable)
     )

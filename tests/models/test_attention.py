@@ -27,11 +27,13 @@ def plain_attention(q, k, v, mask, scale, soft_cap):
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.parametrize("length", [7, 128, 300])
-def test_by_the_definition(rng, num_kv_heads, soft_cap, length):
+@pytest.mark.parametrize("window", [None, 20, 200])
+def test_by_the_definition(rng, num_kv_heads, soft_cap, length, window):
     q, k, v = (rng.normal(size=(2, length, heads, 8)).astype(np.float32) for heads in (4, num_kv_heads, num_kv_heads))
     segments = np.sort(rng.integers(0, 3, (2, length)))
     mask = np.tril(segments[:, :, None] == segments[:, None, :])
-    ours = causal_attention(*map(jnp.asarray, (q, k, v, mask)), scale=0.3, soft_cap=soft_cap)
+    mask &= np.arange(length)[:, None] - np.arange(length) < (window or length)
+    ours = causal_attention(*map(jnp.asarray, (q, k, v, mask)), scale=0.3, soft_cap=soft_cap, window=window)
     np.testing.assert_allclose(ours, plain_attention(q, k, v, mask, 0.3, soft_cap), atol=1e-5)
 
 
@@ -49,7 +51,8 @@ def test_fewer_scores_are_computed(rng):
         return jnp.einsum("bkgts,bskh->btkgh", weights, v)
 
     fewer = operations(lambda q, k, v, mask: causal_attention(q, k, v, mask, scale=1.0))
-    assert fewer < 0.7 * operations(all_scores)
+    fewest = operations(lambda q, k, v, mask: causal_attention(q, k, v, mask, scale=1.0, window=64))
+    assert fewer < 0.7 * operations(all_scores) and fewest < 0.7 * fewer
 
 
 def test_loss_and_gradients_are_keras_hubs(tiny, family, rng):
