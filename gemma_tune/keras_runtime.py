@@ -2,7 +2,7 @@
 
 keras-hub imports TensorFlow where it is installed, which doubles the start-up time (5 s more) and the memory, for
 preprocessing layers that gemma_tune doesn't use. While keras_hub is being imported TensorFlow is hidden from it; the
-user may import TensorFlow before or afterwards.
+user may import TensorFlow before or afterwards. Grain (half a second, 55 MB) waits until it is needed.
 """
 
 import hashlib
@@ -18,9 +18,12 @@ from gemma_tune.imports import hidden
 _WORTH_KEEPING_SECONDS = 0.5
 
 
-with hidden("tensorflow", "tensorflow_text"):
+with hidden("tensorflow", "tensorflow_text", "grain"):
     import keras
     import keras_hub
+    from keras_hub.src.utils import pipeline_model
+
+pipeline_model.grain = keras.src.utils.module_utils.grain  # Imported once it is used, by `fit` and `generate` on text.
 
 if keras.config.backend() != "jax":
     raise ConfigError(
