@@ -18,7 +18,7 @@ MODULES = sorted(
 )
 # A module may import from its own layer and from those below it.
 LAYERS = (
-    ("errors", "version", "settings", "process_memory"),
+    ("errors", "version", "settings", "process_memory", "imports"),
     ("config", "keras_runtime", "progress"),
     ("data", "models"),
     ("training", "serving"),

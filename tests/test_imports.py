@@ -1,0 +1,20 @@
+"""Packages are hidden while another is imported, and there again afterwards."""
+
+import importlib
+import sys
+
+import pytest
+
+from gemma_tune.imports import hidden
+
+
+def test_hidden_packages_come_back(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with pytest.raises(ImportError), hidden("colorsys"):
+        importlib.import_module("colorsys")
+    assert importlib.import_module("colorsys").rgb_to_hsv(0, 0, 0) == (0.0, 0.0, 0)
+
+
+def test_what_was_imported_before_stays():
+    with hidden("json"):
+        assert importlib.import_module("json") is sys.modules["json"]
