@@ -30,13 +30,13 @@ def recipe(model: str) -> Config:
             "lora.rank": 16,
             "lora.alpha": 32.0,
             "lora.target_layers": ["all-linear"],
-            "optimizer.learning_rate": 1e-3,
+            "optimizer.learning_rate": 1.4e-3,
             "optimizer.schedule": "linear",
             "optimizer.warmup_steps": 5,
             "training.num_epochs": 3,
-            "training.batch_size": 1,
-            "training.eval_every_steps": 248,
-            "training.checkpoint_every_steps": 248,
+            "training.batch_size": 2,
+            "training.eval_every_steps": 125,
+            "training.checkpoint_every_steps": 125,
             "generation.max_new_tokens": 80,
         }
     )
