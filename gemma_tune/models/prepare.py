@@ -70,12 +70,12 @@ def prepare_for_training(
     if packing or choice.kernel == "splash":
         enable_packing(model.backbone)
     use_causal_attention(model.backbone, choice.kernel)
-    can_be_blocks = program != "whole" and can_be_split(model.backbone)
-    if program == "blocks" and not can_be_blocks:
+    wants_blocks = program == "blocks" or (program == "auto" and jax.default_backend() == "cpu")
+    if wants_blocks and can_be_split(model.backbone):
+        return Prepared("blocks", choice)
+    if program == "blocks":
         raise ModelError(
             f"The blocks of {type(model.backbone).__name__} don't just follow one another. Set training.program=whole."
         )
-    if can_be_blocks and (program == "blocks" or jax.default_backend() == "cpu"):
-        return Prepared("blocks", choice)
     enable_remat(model.backbone, remat)
     return Prepared("whole", choice)
