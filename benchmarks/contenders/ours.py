@@ -79,8 +79,8 @@ def train(model: keras.Model, batches: TrainingBatches, todo: Job, blockwise: Bl
     def one_pass() -> None:
         nonlocal state
         for index in range(len(batches)):
-            state, _ = step(state, frozen, batches[index])
-        jax.block_until_ready(state)
+            state, metrics = step(state, frozen, batches[index])
+            float(metrics.loss)  # As the training loop does, so that no step's memory is taken before the last is done.
 
     serve(
         one_pass,
