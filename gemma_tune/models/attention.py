@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from gemma_tune.keras_runtime import keras_hub
 from gemma_tune.models.attention_kernels import FUSED_BLOCK, causal_attention, cudnn_attention, splash_attention
+from gemma_tune.models.segment_attention import QUERY_BLOCK, segment_attention
 
 
 class AttentionShape(NamedTuple):
@@ -92,7 +93,9 @@ def attend(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Arra
         )
     if kernel == "cudnn":
         return cudnn_attention(q, k, v, mask, scale=shape.scale)
-    return causal_attention(q, k, v, mask, scale=shape.scale, soft_cap=shape.soft_cap, window=shape.window)
+    is_long = q.shape[1] > 2 * QUERY_BLOCK  # Shorter rows have too little to skip.
+    by_blocks = segment_attention if is_long and jax.default_backend() == "cpu" else causal_attention
+    return by_blocks(q, k, v, mask, scale=shape.scale, soft_cap=shape.soft_cap, window=shape.window)
 
 
 def _compute_attention(
