@@ -1,11 +1,11 @@
 """Attention of packed rows that computes hardly more scores than their segments need.
 
-In a row of 1,024 tokens with examples of 300, two thirds of the scores below the diagonal lie between examples that don't
-see each other. Where the segments are is known only when the program runs, and a compiled product has a fixed shape. So
-a row is cut into blocks of queries, each of which needs the keys from the first that one of its queries sees up to
-its own last; there is one loop for each of a few spans of keys, and each block is visited by the loop of the
-shortest span that reaches far enough. How often a loop runs depends on the batch. On CPU that costs nothing; a GPU or TPU would
-have to wait for the host.
+In a row of 1,024 tokens with examples of 300, two thirds of the scores below the diagonal lie between examples that
+don't see each other. Where the segments are is known only when the program runs, and a compiled product has a fixed
+shape. So a row is cut into blocks of queries, each of which needs the keys from the first that one of its queries sees
+up to its own last; there is one loop for each of a few spans of keys, and each block is visited by the loop of the
+shortest span that reaches far enough. How often a loop runs depends on the batch. On CPU that costs nothing; a GPU or
+TPU would have to wait for the host.
 """
 
 import functools

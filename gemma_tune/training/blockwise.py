@@ -68,6 +68,7 @@ class Blockwise:
         self._blocks = self._backbone.transformer_layers
         self._kinds = block_kinds(self._backbone)
         self._paths = [[variable.path for variable in block.variables] for block in self._blocks]
+        self._table = self._backbone.token_embedding._embeddings
         self._inside = {path for paths in self._paths for path in paths}
         self._pullbacks: dict[int, Any] = {}  # kind -> how to put a pullback together again; known once traced.
         self._forward = OncePerShape("The forward pass", self._compile_forward, warns=False)
@@ -116,24 +117,39 @@ class Blockwise:
 
     # What is traced.
 
-    def _begin_fn(self, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the first block's input, and the arguments of all blocks."""
+    def _begin_fn(
+        self, trainable: Params, frozen: Params, batch: Batch, table: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns the first block's input, and the arguments of all blocks. table: Another embedding, of any length."""
         found: list[Any] = []
 
         def run(x: jax.Array, named: dict[str, Any]) -> jax.Array:
             found.append((x, named))
             return x
 
-        with bound(self._model, trainable, frozen):
+        with bound(self._model, trainable, frozen) as scope:
+            if table is not None:
+                scope.state_mapping[id(self._table)] = table  # Scopes take no other shapes when they are made.
             run_with(self._backbone, batch.token_ids, batch.segment_ids, batch.positions, run)
         return found[0]
 
     def _begin_backward_fn(
         self, trainable: Params, frozen: Params, batch: Batch, gradient: jax.Array, others: Params
     ) -> Params:
-        """Adds what reaches the embedding through the first block's input."""
-        _, pullback = jax.vjp(lambda trainable: self._begin_fn(trainable, frozen, batch)[0], trainable)
-        return jax.tree.map(jnp.add, others, pullback(gradient)[0])
+        """Adds what reaches the embedding through the first block's input.
+
+        Of a whole table only the rows of this batch's tokens are differentiated, so that no second gradient of its size
+        is held beside the one that the head gave.
+        """
+        path, token_ids = self._table.path, batch.token_ids.ravel()
+        if path not in trainable:
+            _, pullback = jax.vjp(lambda trainable: self._begin_fn(trainable, frozen, batch)[0], trainable)
+            return jax.tree.map(jnp.add, others, pullback(gradient)[0])
+        places: Any = jnp.arange(token_ids.size).reshape(batch.token_ids.shape)
+        by_place = batch._replace(token_ids=places)
+        rows = trainable[path][token_ids]
+        _, pullback = jax.vjp(lambda rows: self._begin_fn(trainable, frozen, by_place, rows)[0], rows)
+        return {**others, path: others[path].at[token_ids].add(pullback(gradient)[0])}
 
     def _finish_fn(
         self, loss_of_hidden: LossOfHidden, trainable: Params, frozen: Params, x: jax.Array, batch: Batch
@@ -241,7 +257,8 @@ class BlockwiseGradients:
             backward_fn = jax.jit(functools.partial(of._backward_fn, kind))
             arrays = of._of_block(kind, trainable, frozen)
             blocks[kind] = backward_fn.trace(*arrays, forward.x, forward.named, kept, gradient)
-        begin = jax.jit(of._begin_backward_fn).trace(*outer, batch, gradient, of_outer) if outer[0] else None
+        begin_fn = jax.jit(of._begin_backward_fn, donate_argnums=4)  # It adds to the gradients that the head gave.
+        begin = begin_fn.trace(*outer, batch, gradient, of_outer) if outer[0] else None
         finish, blocks, begin = compile_all((finish, blocks, begin))
         memories = [memory_of(program) for program in jax.tree.leaves((forward.blocks, finish, blocks, begin))]
         held = sum(num_bytes((forward.x, forward.kept[kind])) for kind in of._kinds) + num_bytes(trainable)

@@ -62,7 +62,18 @@ def make_optimizer(
             optax.scale_by_learning_rate(schedule),
         ),
     }[name]()
-    return optax.chain(optax.clip_by_global_norm(clip_norm), rule) if clip_norm else rule
+    return optax.chain(_clip_by_global_norm(clip_norm), rule) if clip_norm else rule
+
+
+def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """Like Optax's, and takes the norm as `grad_norm` where it is known already."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **others: Any) -> tuple:
+        del params, others
+        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+        return jax.tree.map(lambda update: update * jnp.minimum(1.0, most / norm), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def is_matrix(params: Mapping[str, Any]) -> dict[str, bool]:

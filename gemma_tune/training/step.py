@@ -162,21 +162,24 @@ def make_train_step(
 
 def make_update(optimizer: optax.GradientTransformation) -> Update:
     """Returns (state, summed gradients, LossSums, [B, L] segment ids) -> (state, metrics): the end of a step."""
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def update(
         state: TrainState, grads: Params, sums: LossSums, segment_ids: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
         scale = 1.0 / jnp.maximum(sums.weight_sum, 1.0)
+        # Of the sums: squares of what is scaled, XLA on CPU would hold beside the gradients, all of them at once.
+        grad_norm = optax.tree.norm(grads) * scale
         grads = {path: gradient * scale for path, gradient in grads.items()}
         masters = as_float32(state.trainable)
-        updates, opt_state = optimizer.update(grads, state.opt_state, masters)
+        updates, opt_state = optimizer.update(grads, state.opt_state, masters, grad_norm=grad_norm)
         updated = optax.apply_updates(masters, updates)
         trainable = {path: value.astype(state.trainable[path].dtype) for path, value in updated.items()}
         metrics = StepMetrics(
             loss=sums.loss_sum * scale,
             num_target_tokens=sums.weight_sum,
             num_tokens=jnp.sum(segment_ids > 0, dtype=jnp.float32),
-            grad_norm=optax.tree.norm(grads),
+            grad_norm=grad_norm,
         )
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
