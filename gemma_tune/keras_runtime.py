@@ -15,6 +15,9 @@ import jax
 from gemma_tune.errors import ConfigError
 from gemma_tune.imports import hidden
 
+# Programs on CPU then run in the thread that calls them, and take their memory where `keep_freed_memory` has a say. The
+# loop waits for each step anyhow.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 _WORTH_KEEPING_SECONDS = 0.5
 
 

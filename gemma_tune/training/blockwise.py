@@ -204,7 +204,7 @@ class BlockwiseGradients:
 
     def __init__(self, blockwise: Blockwise, loss_of_hidden: LossOfHidden):
         self._of, self._loss_of_hidden = blockwise, loss_of_hidden
-        self._backward = OncePerShape("train_step", self._compile)
+        self._backward = OncePerShape("train_step", self._compile, keeps_memory=True)
 
     def __call__(self, trainable: Params, frozen: Params, batch: Batch) -> tuple[dict[str, jax.Array], LossSums]:
         """Runs forward and backward."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gemma_tune.process_memory import give_back_memory
+from gemma_tune.process_memory import give_back_memory, keep_freed_memory
 
 
 class StepMemory(NamedTuple):
@@ -33,10 +33,11 @@ class OncePerShape:
         name: Of what is made, for the warning.
         make: Called with the inputs; the last is the batch, which alone may have other shapes.
         warns: Whether there is a warning.
+        keeps_memory: What is made runs many times, so that the process is to keep, on CPU, the memory that a run frees.
     """
 
-    def __init__(self, name: str, make: Callable, *, warns: bool = True):
-        self._name, self._make, self._warns = name, make, warns
+    def __init__(self, name: str, make: Callable, *, warns: bool = True, keeps_memory: bool = False):
+        self._name, self._make, self._warns, self._keeps_memory = name, make, warns, keeps_memory
         self._made: dict[tuple, Any] = {}
 
     def __len__(self) -> int:
@@ -52,6 +53,8 @@ class OncePerShape:
                 warnings.warn(message, RuntimeWarning, stacklevel=4)
             self._made[shapes] = self._make(*inputs)
             give_back_memory()
+            if self._keeps_memory and jax.default_backend() == "cpu":
+                keep_freed_memory()
         return self._made[shapes]
 
 
