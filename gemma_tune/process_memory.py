@@ -39,8 +39,7 @@ def keep_freed_memory() -> None:
 
     XLA on CPU takes a program's temporary memory anew for each call. glibc asks the operating system for large pieces
     and hands them back at once, so that in a step of 1,024 tokens 1.2 GB of fresh pages are mapped and cleared, a
-    twentieth of its time. Works for the main thread; others have
-    places of their own, of 64 MB at most.
+    twentieth of its time. Works for the main thread; others have places of their own, of 64 MB at most.
     """
     _set_malloc_option(_MMAP_MAX, 0)
     _set_malloc_option(_TRIM_THRESHOLD, 2**31 - 1)
