@@ -34,4 +34,6 @@ def test_freed_memory_is_kept():
         found = subprocess.run([sys.executable, "-c", PROGRAM, setting], capture_output=True, text=True, check=True)
         faults[setting], temporary_bytes = map(int, found.stdout.split())
     assert temporary_bytes > 64 << 20
-    assert faults["default"] > temporary_bytes // 4096 and faults["keep"] < faults["default"] // 20, faults
+    every_time = 8 * temporary_bytes // 4096
+    # The heap may still grow once, when something small stands in the way.
+    assert faults["default"] >= every_time and faults["keep"] <= every_time // 4, faults
