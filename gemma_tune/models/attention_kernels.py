@@ -51,13 +51,30 @@ def causal_attention(
     for start in range(0, length, size):
         stop = min(start + size, length)
         first = max(0, start - window + 1) if window else 0
-        scores = jnp.einsum("btkgh,bskh->bktgs", q[:, start:stop], k[:, first:stop], preferred_element_type=jnp.float32)
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
-        visible = mask[:, None, start:stop, None, first:stop]
-        probabilities = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1).astype(v.dtype)
-        blocks.append(jnp.einsum("bktgs,bskh->btkgh", probabilities, v[:, first:stop]))
+        part = (q[:, start:stop], k[:, first:stop], v[:, first:stop], mask[:, start:stop, first:stop])
+        blocks.append(masked_attention(*part, soft_cap))
     return jnp.concatenate(blocks, axis=1).reshape(num_rows, length, num_heads, width)
+
+
+def masked_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, soft_cap: float | None = None
+) -> jax.Array:
+    """Returns softmax(cap(q·kᵀ))·v where the mask allows it, with all scores at once.
+
+    Args:
+        q: [B, T, K, G, H], scaled: G query heads for each key/value head.
+        k, v: [B, S, K, H].
+        mask: [B, T, S].
+        soft_cap: As in `causal_attention`.
+
+    Returns:
+        [B, T, K, G, H] in v's dtype.
+    """
+    scores = jnp.einsum("btkgh,bskh->bktgs", q, k, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    probabilities = jax.nn.softmax(jnp.where(mask[:, None, :, None], scores, -1e30), axis=-1)
+    return jnp.einsum("bktgs,bskh->btkgh", probabilities.astype(v.dtype), v)
 
 
 def cudnn_attention(

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gemma_tune.models.attention_kernels import masked_attention
+
 QUERY_BLOCK = 128  # Positions, at most.
 
 
@@ -72,7 +74,7 @@ def _attention(soft_cap, block, spans, q, k, v, mask) -> jax.Array:
     def visit(span: int, row, first_query, first_key, attended):
         queries, mask_there = _rows(q, row, first_query, block), _mask(mask, row, first_query, first_key, block, span)
         keys, values = (_rows(x, row, first_key, span) for x in (k, v))
-        return _put(attended, _attend(soft_cap, mask_there, queries, keys, values), row, first_query)
+        return _put(attended, masked_attention(queries, keys, values, mask_there, soft_cap), row, first_query)
 
     return _visit_all(mask, block, spans, visit, jnp.zeros(q.shape, v.dtype))
 
@@ -89,7 +91,7 @@ def _attention_backward(soft_cap, block, spans, residuals: tuple, gradient: jax.
         of_q, of_k, of_v = gradients
         mask_there = _mask(mask, row, first_query, first_key, block, span)
         _, pullback = jax.vjp(
-            functools.partial(_attend, soft_cap, mask_there),
+            lambda q, k, v: masked_attention(q, k, v, mask_there, soft_cap),
             _rows(q, row, first_query, block),
             _rows(k, row, first_key, span),
             _rows(v, row, first_key, span),
@@ -108,15 +110,6 @@ def _attention_backward(soft_cap, block, spans, residuals: tuple, gradient: jax.
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _attend(soft_cap: float | None, mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """q: [1, t, K, G, H]; k, v: [1, s, K, H]; mask: [1, t, s]."""
-    scores = jnp.einsum("btkgh,bskh->bktgs", q, k, preferred_element_type=jnp.float32)
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    probabilities = jax.nn.softmax(jnp.where(mask[:, None, :, None], scores, -1e30), axis=-1)
-    return jnp.einsum("bktgs,bskh->btkgh", probabilities.astype(v.dtype), v)
 
 
 def _visit_all(mask: jax.Array, block: int, spans: tuple[int, ...], visit: Callable, carry: Any) -> Any:
