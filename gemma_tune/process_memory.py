@@ -30,21 +30,20 @@ def give_back_memory() -> None:
 
     Compiling takes hundreds of megabytes in small pieces, which glibc keeps for later otherwise.
     """
-    with contextlib.suppress(OSError, AttributeError):  # Another C library.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    _call_glibc("malloc_trim", 0)
 
 
 def keep_freed_memory() -> None:
-    """Keeps what is freed from now on for what is taken next, until `give_back_memory`.
+    """Keeps what is freed from now on for what is taken next; `give_back_memory` gives back what was kept until then.
 
     XLA on CPU takes a program's temporary memory anew for each call. glibc asks the operating system for large pieces
     and hands them back at once, so that in a step of 1,024 tokens 1.2 GB of fresh pages are mapped and cleared, a
     twentieth of its time. Works for the main thread; others have places of their own, of 64 MB at most.
     """
-    _set_malloc_option(_MMAP_MAX, 0)
-    _set_malloc_option(_TRIM_THRESHOLD, 2**31 - 1)
+    _call_glibc("mallopt", _MMAP_MAX, 0)
+    _call_glibc("mallopt", _TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _set_malloc_option(option: int, value: int) -> None:
+def _call_glibc(name: str, *arguments: int) -> None:
     with contextlib.suppress(OSError, AttributeError):  # Another C library.
-        ctypes.CDLL("libc.so.6").mallopt(option, value)
+        getattr(ctypes.CDLL("libc.so.6"), name)(*arguments)
