@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_tune.errors import ConfigError, did_you_mean
+from gemma_tune.quantization.scheme import BLOCK_SIZES, SCHEMES, Grid
 from gemma_tune.settings import check_types, from_plain, setting_paths, to_plain
 
-METHODS = ("full", "lora")
+METHODS = ("full", "lora", "qlora")
 PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -31,10 +32,17 @@ class ModelConfig:
             workdir of an earlier run (its base model with its adapter).
         precision: `float32`, `bfloat16` (weights and arithmetic), or `mixed_bfloat16` (float32 weights, bfloat16
             arithmetic).
+        quantize: Holds the weights of linear layers and embedding in few bits: `int8`, `int4` or `nf4` (QLoRA,
+            arXiv:2305.14314). Empty: `nf4` with training.method=qlora, else not.
+        block_size: Weights of int4 and nf4 that share a scale: 32, 64, 128 or 256.
+        double_quant: Also quantizes these scales, to eight bits.
     """
 
     source: str = "demo"
     precision: str = "float32"
+    quantize: str = ""
+    block_size: int = 64
+    double_quant: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +124,7 @@ class TrainingConfig:
     """How long, in which portions, and what is kept.
 
     Attributes:
-        method: `lora` or `full`.
+        method: `lora`, `qlora` (LoRA on quantized weights) or `full`.
         num_epochs: Passes over the training data.
         num_train_steps: Stop after so many steps; 0: after `num_epochs`.
         batch_size: Rows of `data.max_length` tokens in one optimizer step.
@@ -198,7 +206,13 @@ class Config:
         """The peak learning rate, with the method's default filled in."""
         if self.optimizer.learning_rate:
             return self.optimizer.learning_rate
-        return 5e-4 if self.training.method == "lora" else 5e-5
+        return 5e-5 if self.training.method == "full" else 5e-4
+
+    @property
+    def grid(self) -> Grid | None:
+        """How weights are quantized, with the method's default filled in."""
+        scheme = self.model.quantize or ("nf4" if self.training.method == "qlora" else "")
+        return Grid(scheme, self.model.block_size, self.model.double_quant) if scheme else None
 
     @property
     def row_length(self) -> int:
@@ -238,6 +252,11 @@ def _check_values(config: Config) -> None:
     training, generation = config.training, config.generation
 
     _one_of("model.precision", model.precision, PRECISIONS)
+    _one_of("model.quantize", model.quantize, ("", *SCHEMES))
+    if model.block_size not in BLOCK_SIZES:
+        raise ConfigError(
+            f"model.block_size must be one of {', '.join(map(str, BLOCK_SIZES))}; got {model.block_size}."
+        )
     _one_of("data.overlong", data.overlong, OVERLONG)
     _one_of("data.on_error", data.on_error, ON_ERROR)
     _one_of("optimizer.name", optimizer.name, OPTIMIZERS)
@@ -272,6 +291,11 @@ def _check_values(config: Config) -> None:
         )
     if not lora.target_layers:
         raise ConfigError("lora.target_layers must name at least one layer, got none.")
+    if training.method == "full" and model.quantize:
+        raise ConfigError(
+            f"training.method=full can't train weights in {model.quantize}. Take training.method=qlora, or leave "
+            "model.quantize away."
+        )
     if training.batch_size % training.grad_accum_steps:
         raise ConfigError(
             f"training.grad_accum_steps must divide training.batch_size, got {training.grad_accum_steps} and "

@@ -18,7 +18,7 @@ MODULES = sorted(
 )
 # A module may import from its own layer and from those below it.
 LAYERS = (
-    ("errors", "version", "settings", "process_memory", "imports"),
+    ("errors", "version", "settings", "process_memory", "imports", "quantization"),
     ("config", "keras_runtime", "progress"),
     ("data", "models"),
     ("training", "serving"),
@@ -30,6 +30,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # These compute with arrays and text alone, so that they can be read and tested without a model.
 WITHOUT_KERAS = (
     "data",
+    "quantization",
     "training.losses",
     "training.optimizer",
     "training.batches",

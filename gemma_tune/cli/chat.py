@@ -21,7 +21,18 @@ EXAMPLES = (
 
 def define_flags(values: absl_flags.FlagValues) -> None:
     """Defines the verb's flags."""
-    flags.define(values, "model", "max_new_tokens", "temperature", "top_k", "top_p", "precision", "seed")
+    flags.define(
+        values,
+        "model",
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "precision",
+        "quantize",
+        "block_size",
+        "seed",
+    )
     absl_flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
     absl_flags.DEFINE_string("system", "", "A system turn at the beginning.", flag_values=values)
 
@@ -39,7 +50,11 @@ def run(
     console = output.console
     with console.status(f"Loading {config.model.source}…"):
         model = load_model(
-            config.model.source, precision=config.model.precision, adapter=values.adapter, seed=config.seed
+            config.model.source,
+            precision=config.model.precision,
+            grid=config.grid,
+            adapter=values.adapter,
+            seed=config.seed,
         )
     console.print("Ask away. /reset begins anew, /exit leaves.", style="dim")
     beginning = [Turn("system", values.system)] if values.system else []

@@ -23,7 +23,9 @@ EXAMPLES = (
 
 def define_flags(values: absl_flags.FlagValues) -> None:
     """Defines the verb's flags."""
-    flags.define(values, "model", "data", "max_length", "batch_size", "precision", "on_error", "seed")
+    flags.define(
+        values, "model", "data", "max_length", "batch_size", "precision", "quantize", "block_size", "on_error", "seed"
+    )
     absl_flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
 
 

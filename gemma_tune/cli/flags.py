@@ -9,6 +9,7 @@ from absl import flags
 
 from gemma_tune.config import METHODS, PRECISIONS, Config
 from gemma_tune.errors import ConfigError, did_you_mean
+from gemma_tune.quantization.scheme import SCHEMES
 from gemma_tune.settings import flatten, setting_paths
 
 # Flag -> (setting, help). Types and defaults are the setting's: they stand in Config alone.
@@ -25,7 +26,12 @@ _FLAGS = {
     ),
     "eval_data": ("data.eval_source", "Held-out data of its own. If not given, a part of --data is held out."),
     "workdir": ("workdir", "Folder of the run. The same command on the same folder goes on where it was."),
-    "method": ("training.method", f"{' or '.join(METHODS)}."),
+    "method": ("training.method", f"{', '.join(METHODS[:-1])} or {METHODS[-1]}. qlora is lora on quantized weights."),
+    "quantize": (
+        "model.quantize",
+        f"Holds weights in few bits: {', '.join(SCHEMES)}. With --method=qlora nf4 if not given.",
+    ),
+    "block_size": ("model.block_size", "Weights of int4 and nf4 that share a scale: 32, 64, 128 or 256."),
     "lora_rank": ("lora.rank", "Width of the LoRA factors."),
     "lora_alpha": ("lora.alpha", "LoRA updates are scaled by alpha / rank; 0: alpha = rank."),
     "lora_targets": ("lora.target_layers", "Layers with LoRA: attention, all-linear, or names with commas between."),

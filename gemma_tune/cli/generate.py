@@ -24,7 +24,18 @@ EXAMPLES = (
 
 def define_flags(values: absl_flags.FlagValues) -> None:
     """Defines the verb's flags."""
-    flags.define(values, "model", "max_new_tokens", "temperature", "top_k", "top_p", "precision", "seed")
+    flags.define(
+        values,
+        "model",
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "precision",
+        "quantize",
+        "block_size",
+        "seed",
+    )
     absl_flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
 
 
@@ -41,7 +52,13 @@ def run(
     from gemma_tune.models.load import load_model
     from gemma_tune.serving import generate, stream
 
-    model = load_model(config.model.source, precision=config.model.precision, adapter=values.adapter, seed=config.seed)
+    model = load_model(
+        config.model.source,
+        precision=config.model.precision,
+        grid=config.grid,
+        adapter=values.adapter,
+        seed=config.seed,
+    )
     sampling = {**dataclasses.asdict(config.generation), "seed": config.seed}
     if len(prompts) == 1:
         pieces = []

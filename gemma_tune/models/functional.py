@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import jax, keras, keras_hub
+from gemma_tune.models.quantized import QuantizedEmbedding
+from gemma_tune.quantization.grids import Quantized
 
 Params = Mapping[str, jax.Array]
 
@@ -76,8 +78,12 @@ def check_text_only(model: keras.Model) -> None:
         )
 
 
-def head_weights(backbone: keras_hub.models.Backbone) -> jax.Array:
-    """Returns the [V, D] matrix that turns hidden states into logits: the tied embedding, LoRA on it included."""
+def head_weights(backbone: keras_hub.models.Backbone) -> jax.Array | Quantized:
+    """Returns the [V, D] matrix that turns hidden states into logits: the tied embedding, LoRA on it included. A
+    quantized one is returned as it is, [V, D, 1].
+    """
+    if isinstance(backbone.token_embedding, QuantizedEmbedding):
+        return backbone.token_embedding.head()
     return keras.ops.convert_to_tensor(backbone.token_embedding.embeddings)
 
 

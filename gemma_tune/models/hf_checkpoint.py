@@ -13,7 +13,9 @@ from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub
 from gemma_tune.models.family import Family
 from gemma_tune.models.files import read_json
+from gemma_tune.models.quantized import quantize_layers
 from gemma_tune.models.skeleton import fill, fill_whole, skeleton
+from gemma_tune.quantization.scheme import Grid
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -100,10 +102,13 @@ class _StreamingLoader:
         fill(keras_variable, lambda start, stop: self._checkpoint.rows(hf_weight_key, start, stop))
 
 
-def load_backbone(checkpoint: HfStyleCheckpoint, precision: str, where: str) -> keras_hub.models.Backbone:
+def load_backbone(
+    checkpoint: HfStyleCheckpoint, precision: str, where: str, grid: Grid | None = None
+) -> keras_hub.models.Backbone:
     """Builds the KerasHub backbone that a checkpoint's config describes, and fills it.
 
-    Vision and audio towers are left out: gemma_tune trains on text.
+    Vision and audio towers are left out: gemma_tune trains on text. With a grid, weights are quantized as they are
+    read.
 
     Raises:
         ModelError: Not a Gemma, or a tensor is missing or has another shape.
@@ -114,6 +119,8 @@ def load_backbone(checkpoint: HfStyleCheckpoint, precision: str, where: str) -> 
             config = converter.convert_backbone_config(_with_global_sizes(checkpoint.config))
             config.update({name: None for name in ("vision_encoder", "audio_encoder") if name in config})
             backbone = converter.backbone_cls(**config, dtype=precision)
+            if grid:
+                quantize_layers(backbone, grid)
     except KeyError as error:
         raise ModelError(f"{where}: config.json lacks {error}.") from error
     converter.convert_weights(backbone, _StreamingLoader(checkpoint), checkpoint.config)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.config import PRECISIONS, ModelConfig
+from gemma_tune.config import PRECISIONS, Config, ModelConfig
 from gemma_tune.errors import ModelError, did_you_mean
 from gemma_tune.keras_runtime import cache_dir, keras
 from gemma_tune.models import hf_checkpoint
@@ -15,16 +15,23 @@ from gemma_tune.models.files import read_json
 from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
 from gemma_tune.models.lora import merge_lora
 from gemma_tune.models.preprocessor import text_preprocessor
+from gemma_tune.models.quantized import quantize_layers
 from gemma_tune.models.skeleton import check_filled, skeleton
 from gemma_tune.models.source import Source, parse_source
 from gemma_tune.models.tiny import TOKENIZER_PATH, tiny_backbone
 from gemma_tune.models.tokenizer import TextTokenizer
+from gemma_tune.quantization.scheme import Grid
 
 _DEFAULTS = ModelConfig()
 
 
 def load_model(
-    source: str = _DEFAULTS.source, *, precision: str = _DEFAULTS.precision, adapter: str = "", seed: int = 0
+    source: str = _DEFAULTS.source,
+    *,
+    precision: str = _DEFAULTS.precision,
+    grid: Grid | None = None,
+    adapter: str = "",
+    seed: int = 0,
 ) -> keras.Model:
     """Loads a Gemma.
 
@@ -32,6 +39,8 @@ def load_model(
         source: A preset (`gemma3_1b`), `kaggle://…`, `hf://…`, a directory (Keras preset, Hugging Face, or a run's
             workdir), a `.gguf` file, `demo`, `tiny` or `tiny:FAMILY`.
         precision: `float32`, `bfloat16` or `mixed_bfloat16`.
+        grid: Quantizes linear layers and embedding while they are read: there is never a float copy of them all. None:
+            as a run was trained, if it is a run's, else not at all.
         adapter: A LoRA adapter to put on top.
         seed: Of a tiny model's weights.
 
@@ -48,9 +57,9 @@ def load_model(
         )
     parsed = parse_source(source)
     if parsed.kind == "run":
-        model = _load_run(Path(parsed.value), precision, seed)
+        model = _load_run(Path(parsed.value), precision, seed, grid)
     else:
-        backbone, tokenizer = _LOADERS[parsed.kind](parsed, precision, seed)
+        backbone, tokenizer = _LOADERS[parsed.kind](parsed, precision, seed, grid)
         check_filled(backbone)
         _correct_query_scale(backbone)
         preprocessor = text_preprocessor(tokenizer, with_positions="position_ids" in backbone.input)
@@ -86,14 +95,14 @@ def load_tokenizer(source: str = _DEFAULTS.source) -> tuple[TextTokenizer, str]:
         return TextTokenizer(loader.load_tokenizer(FAMILIES[family].tokenizer).proto), family
 
 
-def _load_tiny(source: Source, precision: str, seed: int) -> tuple[Any, Any]:
-    backbone = tiny_backbone(source.value, precision, seed)
+def _load_tiny(source: Source, precision: str, seed: int, grid: Grid | None) -> tuple[Any, Any]:
+    backbone = tiny_backbone(source.value, precision, seed, grid)
     return backbone, _tokenizer(source.value, TOKENIZER_PATH.read_bytes())
 
 
-def _load_demo(source: Source, precision: str, seed: int) -> tuple[Any, Any]:
+def _load_demo(source: Source, precision: str, seed: int, grid: Grid | None) -> tuple[Any, Any]:
     del source
-    return _load_gguf(Source("gguf", str(demo_path())), precision, seed)
+    return _load_gguf(Source("gguf", str(demo_path())), precision, seed, grid)
 
 
 def demo_path() -> Path:
@@ -117,18 +126,18 @@ def demo_path() -> Path:
         ) from error
 
 
-def _load_gguf(source: Source, precision: str, seed: int) -> tuple[Any, Any]:
+def _load_gguf(source: Source, precision: str, seed: int, grid: Grid | None) -> tuple[Any, Any]:
     del seed
     checkpoint = GgufCheckpoint(Path(source.value))
-    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value)
+    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value, grid)
     return backbone, _tokenizer(family_of(backbone), checkpoint.tokenizer_proto())
 
 
-def _load_hf(source: Source, precision: str, seed: int) -> tuple[Any, Any]:
+def _load_hf(source: Source, precision: str, seed: int, grid: Grid | None) -> tuple[Any, Any]:
     del seed
     directory = Path(source.value) if source.kind == "hf" else _download_hf(source.value)
     checkpoint = hf_checkpoint.SafetensorsCheckpoint(directory)
-    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value)
+    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value, grid)
     return backbone, hf_checkpoint.load_tokenizer(directory, FAMILIES[family_of(backbone)], checkpoint.config)
 
 
@@ -155,13 +164,15 @@ def _download_hf(handle: str, weights: bool = True) -> Path:
         ) from error
 
 
-def _load_keras(source: Source, precision: str, seed: int) -> tuple[Any, Any]:
+def _load_keras(source: Source, precision: str, seed: int, grid: Grid | None) -> tuple[Any, Any]:
     """Loads a Keras preset: KerasHub builds it, without random weights first and without vision and audio towers."""
     del seed
     with _keras_errors(source):
         loader = _preset_loader(source)
         with skeleton():
             backbone = _keras_backbone(loader, precision)
+            if grid:
+                quantize_layers(backbone, grid)
         tokenizer_cls = FAMILIES[family_of(backbone)].tokenizer
         loader._load_backbone_weights(backbone)
         return backbone, loader.load_tokenizer(tokenizer_cls)
@@ -205,18 +216,22 @@ def _keras_message(source: Source, error: Exception) -> str:
     return f"{source.value} can't be downloaded from Kaggle: {reason} {advice}"
 
 
-def _load_run(workdir: Path, precision: str, seed: int) -> keras.Model:
+def _load_run(workdir: Path, precision: str, seed: int, grid: Grid | None) -> keras.Model:
     """Loads what a run made: its base with its adapter, or its fully trained model."""
     if (workdir / "model").exists():
-        return load_model(str(workdir / "model"), precision=precision)
+        return load_model(str(workdir / "model"), precision=precision, grid=grid)
     if not (workdir / "adapter" / ADAPTER_FILE).exists():
         raise ModelError(
             f"{workdir} is a run that has not finished: it has neither adapter/ nor model/. Run its train command "
             "again."
         )
-    config = read_json(workdir / "config.json")
+    config = Config.from_dict(read_json(workdir / "config.json"))
     return load_model(
-        config["model"]["source"], precision=precision, adapter=str(workdir / "adapter"), seed=config["seed"]
+        config.model.source,
+        precision=precision,
+        grid=grid or config.grid,
+        adapter=str(workdir / "adapter"),
+        seed=config.seed,
     )
 
 

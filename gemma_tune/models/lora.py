@@ -129,6 +129,10 @@ def enable_on_layers(
         layer.trainable = False
     for index in indices:
         layer = layers[index]
+        if hasattr(layer, "quantized_scheme") and isinstance(layer, keras.layers.Embedding):
+            raise ModelError(
+                f"{layer.path} is quantized, and can't have LoRA factors. Leave it out of lora.target_layers."
+            )
         layer.trainable = True
         seeds = [seed, zlib.crc32(layer.path.encode())]
         layer.enable_lora(rank, lora_alpha=alpha, a_initializer=functools.partial(_he_uniform, seeds))
@@ -157,6 +161,11 @@ def merge_lora(backbone: keras_hub.models.Backbone) -> None:
     The model computes the same as before.
     """
     for layer in lora_layers(backbone):
+        if hasattr(layer, "quantized_scheme"):
+            raise ModelError(
+                f"LoRA can't be merged into {layer.path}, which is held in {layer.quantized_scheme}: rounding would "
+                "lose it. Load the model without quantization, and merge there."
+            )
         is_embedding = hasattr(layer, "lora_embeddings_a")
         kind = "embeddings" if is_embedding else "kernel"
         weights = layer._embeddings if is_embedding else layer._kernel

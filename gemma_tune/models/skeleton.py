@@ -12,6 +12,7 @@ import numpy as np
 
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import jax, keras
+from gemma_tune.models.quantized import QuantizedKernel
 
 _ALIGNMENT = 64  # What XLA on CPU asks of memory that it takes over as it is.
 _CHUNK_BYTES = 4 << 20  # Stays in the cache while it is made and copied.
@@ -55,6 +56,9 @@ def fill(variable: keras.Variable, read_rows: Callable[[int, int], np.ndarray]) 
         variable: Of any shape; its first axis is cut into pieces.
         read_rows: Called with (start, stop) of the first axis; returns these rows in any float dtype.
     """
+    if isinstance(variable, QuantizedKernel):
+        variable.fill(read_rows)
+        return
     dtype = np.dtype(variable.dtype)  # Also knows bfloat16, which ml_dtypes registers.
     shape = tuple(variable.shape)
     values = aligned_empty(shape, dtype)

@@ -11,7 +11,9 @@ import numpy as np
 from gemma_tune.errors import ModelError, did_you_mean
 from gemma_tune.keras_runtime import keras, keras_hub
 from gemma_tune.models.family import FAMILIES
+from gemma_tune.models.quantized import quantize_layers
 from gemma_tune.models.skeleton import fill_whole, skeleton
+from gemma_tune.quantization.scheme import Grid
 
 TOKENIZER_PATH = Path(__file__).parent / "assets" / "tiny.spm"
 DEFAULT_FAMILY = "gemma3"
@@ -39,13 +41,14 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def tiny_backbone(family: str, precision: str, seed: int) -> keras_hub.models.Backbone:
+def tiny_backbone(family: str, precision: str, seed: int, grid: Grid | None = None) -> keras_hub.models.Backbone:
     """Builds a tiny backbone with seeded random weights.
 
     Args:
         family: `gemma`, `gemma2`, `gemma3` or `gemma4`.
         precision: A Keras dtype policy.
         seed: Equal seeds give equal weights, on every machine.
+        grid: Quantizes them.
     """
     if family not in _CONFIGS:
         known = [f"tiny:{name}" for name in _CONFIGS]
@@ -57,6 +60,8 @@ def tiny_backbone(family: str, precision: str, seed: int) -> keras_hub.models.Ba
         backbone = backbone_cls(vocabulary_size=_vocabulary_size(), dtype=precision, **_CONFIGS[family])
     for variable in backbone.variables:
         fill_whole(variable, _random_value(variable, seed))
+    if grid:
+        quantize_layers(backbone, grid)
     return backbone
 
 

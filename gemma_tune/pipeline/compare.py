@@ -88,7 +88,7 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
             load_examples(config.data.source, config.data.split, config.data.on_error),
             config.data.source,
         )
-    model = load_model(source, precision=config.model.precision, adapter=adapter, seed=config.seed)
+    model = load_model(source, precision=config.model.precision, grid=config.grid, adapter=adapter, seed=config.seed)
     score = functools.partial(
         evaluate, examples=examples, max_length=config.data.max_length, batch_size=config.training.batch_size
     )

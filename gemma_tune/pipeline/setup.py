@@ -73,14 +73,14 @@ def prepare_data(config: Config, splits: Splits, model: keras.Model) -> Prepared
 
 
 def set_up(config: Config, splits: Splits) -> Setup:
-    """Loads and prepares the model in the fixed order precision → merge → LoRA → layers → remat; compiles nothing."""
+    """Loads and prepares the model in a fixed order: precision, quantize, LoRA, layers, remat; compiles nothing."""
     training, optimizer_config = config.training, config.optimizer
-    model = load_model(config.model.source, precision=config.model.precision, seed=config.seed)
+    model = load_model(config.model.source, precision=config.model.precision, grid=config.grid, seed=config.seed)
     data = prepare_data(config, splits, model)
     lora = LoraSettings(config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
     program, attention = prepare_for_training(
         model,
-        lora if training.method == "lora" else None,
+        None if training.method == "full" else lora,
         packing=config.data.packing,
         remat=training.remat,
         program=training.program,

@@ -152,7 +152,7 @@ def _finish(setup: Setup, workdir: Path, state: TrainState, best: Progress, samp
     """Puts the learnt weights into the model, saves them, answers held-out questions, and writes the report."""
     model, config = setup.model, setup.config
     assign(model, state.trainable)
-    if config.training.method == "lora":
+    if config.training.method != "full":
         saved_to = save_adapter(model, workdir / ADAPTER, base_model=config.model.source)
     else:
         saved_to = workdir / MODEL

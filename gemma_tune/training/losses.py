@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gemma_tune.quantization.grids import Quantized, dequantize, rows_of, take_rows
+
 VOCABULARY_BLOCK = 4096
 
 
@@ -29,7 +31,7 @@ class LossSums(NamedTuple):
 
 def fused_linear_cross_entropy(
     hidden: jax.Array,
-    head: jax.Array,
+    head: jax.Array | Quantized,
     target_ids: jax.Array,
     weights: jax.Array,
     *,
@@ -45,7 +47,8 @@ def fused_linear_cross_entropy(
 
     Args:
         hidden: [T, D] final hidden states of the positions to be scored, in any float dtype.
-        head: [V, D] tied embedding; V need not be a multiple of `block`.
+        head: [V, D] tied embedding; V need not be a multiple of `block`. A quantized one, [V, D, 1], is made float a
+            block at a time, and can't be trained.
         target_ids: [T] int32.
         weights: [T] float32; 0 drops a position.
         soft_cap: c, or None.
@@ -109,18 +112,23 @@ def _over_blocks(head, block, dtype, carry, visit):
     """Runs visit(carry, first row's index, rows) over all blocks of the head, in the given dtype; the last may be
     shorter.
     """
-    vocabulary = head.shape[0]
+    vocabulary = (head.codes if isinstance(head, Quantized) else head).shape[0]
     num_whole = vocabulary // block
 
     def step(index, carry):
-        rows = lax.dynamic_slice_in_dim(head, index * block, block)
-        return visit(carry, index * block, rows.astype(dtype))
+        return visit(carry, index * block, _rows(head, index * block, block, dtype))
 
     if num_whole:
         carry = lax.fori_loop(0, num_whole, step, carry)
     if vocabulary % block:
-        carry = visit(carry, num_whole * block, head[num_whole * block :].astype(dtype))
+        carry = visit(carry, num_whole * block, _rows(head, num_whole * block, vocabulary % block, dtype))
     return carry
+
+
+def _rows(head, start, count, dtype):
+    if isinstance(head, Quantized):
+        return dequantize(rows_of(head, start, count), dtype)[..., 0]
+    return lax.dynamic_slice_in_dim(head, start, count).astype(dtype)
 
 
 def _block_logits(soft_cap, rows, hidden):
@@ -158,7 +166,8 @@ def _frozen_head_forward(soft_cap, block, hidden, head, target_ids, weights):
     running = _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient=True)
     assert running.weighted_rows is not None
     expected_row = running.weighted_rows / running.total[:, None]
-    target_row = head[target_ids].astype(jnp.float32) * running.target_slope[:, None]
+    rows = take_rows(head, target_ids)[..., 0] if isinstance(head, Quantized) else head[target_ids]
+    target_row = rows.astype(jnp.float32) * running.target_slope[:, None]
     gradient = ((expected_row - target_row) * weights[:, None]).astype(hidden.dtype)
     return _sums(running, weights), gradient
 

@@ -1,0 +1,1 @@
+"""The arithmetic of quantization: pure functions on arrays; imports no Keras."""

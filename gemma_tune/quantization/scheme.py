@@ -1,0 +1,25 @@
+"""The names of quantization. Without JAX, so that settings and `--help` can know them."""
+
+from typing import NamedTuple
+
+SCHEMES = ("int8", "int4", "nf4")
+BLOCK_SIZES = (32, 64, 128, 256)
+
+
+class Grid(NamedTuple):
+    """How to quantize.
+
+    scheme: `int8`, `int4` or `nf4`. block_size: Inputs that share a scale; int8 has a scale for each channel.
+    double: Also quantizes the scales of int4 and nf4, to eight bits.
+    """
+
+    scheme: str
+    block_size: int = 64
+    double: bool = False
+
+
+def why_not(grid: Grid, num_inputs: int) -> str:
+    """Returns why an array whose products sum over so many inputs can't be quantized so, or ""."""
+    if grid.scheme != "int8" and num_inputs % grid.block_size:
+        return f"block_size={grid.block_size} does not divide its {num_inputs} inputs"
+    return ""

@@ -1,0 +1,173 @@
+"""Quantized layers compute what their dequantized kernels give, train LoRA beside them, and never hold all floats."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_step import num_targets, random_batch
+
+from gemma_tune.errors import ModelError
+from gemma_tune.models.adapter import save_adapter
+from gemma_tune.models.functional import assign, parameters
+from gemma_tune.models.load import load_model
+from gemma_tune.models.lora import merge_lora
+from gemma_tune.models.prepare import LoraSettings, prepare_for_training
+from gemma_tune.models.quantized import QuantizedEinsumDense, quantize_layers, quantized_product
+from gemma_tune.quantization.grids import dequantize, quantize
+from gemma_tune.quantization.scheme import Grid
+from gemma_tune.training.blockwise import Blockwise
+from gemma_tune.training.step import make_loss_fn, make_loss_of_hidden
+
+GRIDS = [Grid("int8"), Grid("int4", 32), Grid("nf4", 32), Grid("nf4", 32, double=True)]
+
+
+def dequantized(model, family, precision="float32"):
+    """A float model of the same values: what the quantized one has to compute."""
+    twin = load_model(f"tiny:{family}", precision=precision)
+    layers = {layer.path: layer for layer in twin.backbone._flatten_layers()}
+    for layer in model.backbone._flatten_layers():
+        if hasattr(layer, "quantized_scheme"):
+            name = "_kernel" if isinstance(layer, QuantizedEinsumDense) else "_embeddings"
+            variable = getattr(layers[layer.path], name)
+            variable.assign(dequantize(layer._quantized()).reshape(variable.shape))
+    return twin
+
+
+def with_factors(model, seed):
+    """LoRA on all linear layers, B no longer zero."""
+    prepare_for_training(model, LoraSettings(4, 8.0, ("all-linear",), 0), packing=True, remat="blocks", row_length=64)
+    groups, rng = parameters(model), np.random.default_rng(seed)
+    return {
+        path: jnp.asarray(0.1 * rng.normal(size=value.shape), jnp.float32) for path, value in groups.trainable.items()
+    }
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(
+    ("equation", "x_shape", "shape"),
+    [
+        ("btd,ndh->btnh", (2, 5, 64), (4, 64, 8)),
+        ("btnh,nhd->btd", (2, 5, 4, 16), (4, 16, 24)),
+        ("btd,df->btf", (2, 5, 64), (64, 24)),
+    ],
+)
+def test_product(rng, grid, equation, x_shape, shape):
+    """And its gradient, which only x has."""
+    x, kernel = jnp.asarray(rng.normal(size=x_shape), jnp.float32), rng.normal(size=shape).astype(np.float32)
+    matrix = {"n": (4, 64, 8), "h": (1, 64, 24), "d": (1, 64, 24)}[equation.split(",")[1][0]]
+    quantized = jax.tree.map(jnp.asarray, quantize(kernel.reshape(matrix), grid))
+    floats = dequantize(quantized).reshape(shape)
+    ours, pullback = jax.vjp(lambda x: quantized_product(equation, shape, x, quantized), x)
+    theirs, their_pullback = jax.vjp(lambda x: jnp.einsum(equation, x, floats), x)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    slope = jnp.asarray(rng.normal(size=ours.shape), jnp.float32)
+    np.testing.assert_allclose(pullback(slope)[0], their_pullback(slope)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_loss_and_gradients_are_those_of_the_dequantized_model(family, grid, rng):
+    model = load_model(f"tiny:{family}", grid=grid)
+    twin = dequantized(model, family)
+    batch = jax.tree.map(jnp.asarray, random_batch(rng, (40, 20, 30), 2, 64))
+    results = []
+    for one in (twin, model):
+        factors = with_factors(one, 0)
+        loss_fn, frozen = make_loss_fn(one, num_targets(batch)), parameters(one).frozen
+        results.append(jax.jit(jax.value_and_grad(lambda t, f=loss_fn, z=frozen: f(t, z, batch).loss_sum))(factors))
+    (wanted, gradients), (loss, ours) = results
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+    for path, gradient in gradients.items():
+        # The same sums in another order; Gemma 4 magnifies roundings the most.
+        np.testing.assert_allclose(ours[path], gradient, atol=1e-3 * np.abs(gradient).max(), err_msg=path)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_blockwise_is_the_whole_program(grid, rng):
+    model = load_model("tiny:gemma3", grid=grid)
+    factors, frozen = with_factors(model, 0), parameters(model).frozen
+    batch = jax.tree.map(jnp.asarray, random_batch(rng, (40, 20, 30), 2, 64))
+    loss_fn = make_loss_fn(model, num_targets(batch))
+    wanted = jax.jit(jax.grad(lambda t: loss_fn(t, frozen, batch).loss_sum))(factors)
+    gradients = Blockwise(model, "none").make_gradients(make_loss_of_hidden(model, num_targets(batch)))
+    for path, gradient in gradients(factors, frozen, batch)[0].items():
+        np.testing.assert_allclose(gradient, wanted[path], atol=1e-4 * np.abs(wanted[path]).max(), err_msg=path)
+
+
+def test_no_floats_are_kept_for_the_backward_pass(rng):
+    """Even where all activations are: of a kernel, only its codes cross from the forward to the backward program."""
+    model = load_model("tiny:gemma3", grid=Grid("nf4", 32))
+    factors, frozen = with_factors(model, 0), parameters(model).frozen
+    batch = jax.tree.map(jnp.asarray, random_batch(rng, (40,), 1, 64))
+    kernels = {layer.kernel.shape for layer in model.backbone._flatten_layers() if hasattr(layer, "quantized_scheme")
+               and isinstance(layer, QuantizedEinsumDense)}  # fmt: skip
+    blockwise = Blockwise(model, "none")
+    forward = blockwise._compile_forward(factors, frozen, batch)
+    kept = {leaf.shape for arrays in forward.kept.values() for leaf in arrays}
+    assert kept and not kept & kernels
+    twin = load_model("tiny:gemma3")
+    factors, frozen = with_factors(twin, 0), parameters(twin).frozen
+    assert len(kernels) > 3 and any(value.shape in kernels for value in frozen.values())
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_generating_is_that_of_the_dequantized_model(family, grid):
+    """KerasHub's generate, with a cache and all logits at once."""
+    model = load_model(f"tiny:{family}", grid=grid)
+    wanted = dequantized(model, family).generate("How do I", max_length=16)
+    assert model.generate("How do I", max_length=16) == wanted
+
+
+def test_bytes_in_memory():
+    """Of the quantized layers; norms stay float."""
+    floats = sum(value.nbytes for value in parameters(load_model("tiny:gemma3")).trainable.values())
+    for grid, most in ((Grid("int8"), 0.28), (Grid("int4"), 0.16), (Grid("nf4"), 0.16)):
+        model = load_model("tiny:gemma3", grid=grid)
+        groups = parameters(model)
+        held = sum(value.nbytes for group in groups for value in group.values())
+        assert held <= most * floats, grid
+
+
+def test_what_cannot_be_quantized():
+    model = load_model("tiny:gemma3")
+    prepare_for_training(model, LoraSettings(4, 8.0, ("query",), 0), packing=True, remat="blocks", row_length=64)
+    with pytest.raises(ModelError, match="Quantize first, then enable LoRA"):
+        quantize_layers(model.backbone, Grid("int8"))
+    with pytest.raises(ModelError, match="block_size=256 does not divide its"):
+        load_model("tiny:gemma3", grid=Grid("int4", 256))
+    quantized = load_model("tiny:gemma3", grid=Grid("int8"))
+    with pytest.raises(ModelError, match="can't have LoRA factors"):
+        prepare_for_training(
+            quantized, LoraSettings(4, 8.0, ("token_embedding",), 0), packing=True, remat="blocks", row_length=64
+        )
+
+
+def test_lora_is_not_merged_into_codes():
+    model = load_model("tiny:gemma3", grid=Grid("nf4", 32))
+    with_factors(model, 0)
+    with pytest.raises(ModelError, match="without quantization"):
+        prepare_for_training(model, None, packing=True, remat="blocks", row_length=64)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_an_adapter_of_a_quantized_model_fits_its_float_base(grid, tmp_path):
+    """So that it can be merged where nothing is rounded; and no other base."""
+    model = load_model("tiny:gemma3", grid=grid)
+    assign(model, with_factors(model, 0))
+    save_adapter(model, tmp_path, base_model="tiny:gemma3")
+    base = load_model("tiny:gemma3", adapter=str(tmp_path))
+    factors = parameters(model).trainable
+    for path, value in parameters(base).trainable.items():
+        np.testing.assert_array_equal(value, factors[path])
+    merge_lora(base.backbone)
+    with pytest.raises(ModelError, match="another base"):
+        load_model("tiny:gemma3", seed=1, adapter=str(tmp_path))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_a_checkpoint_is_quantized_as_it_is_read(grid, tmp_path, family):
+    """From a Keras preset, streamed: the same codes as quantizing the loaded model."""
+    load_model(f"tiny:{family}").save_to_preset(str(tmp_path / "preset"))
+    wanted, model = (load_model(source, grid=grid) for source in (f"tiny:{family}", str(tmp_path / "preset")))
+    groups = [parameters(one).frozen | parameters(one).trainable for one in (wanted, model)]
+    for path, value in groups[0].items():
+        np.testing.assert_array_equal(groups[1][path], value, err_msg=path)

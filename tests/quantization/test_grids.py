@@ -1,0 +1,152 @@
+"""Codes and back: against the definitions, bounds that hold for every value, and other people's tables."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from gemma_tune.keras_runtime import keras
+from gemma_tune.quantization.grids import (
+    NF4_LEVELS,
+    dequantize,
+    fake_quantize,
+    num_bytes,
+    quantize,
+    rows_of,
+    shapes_of,
+    take_rows,
+)
+from gemma_tune.quantization.scheme import BLOCK_SIZES, Grid, why_not
+
+GRIDS = [Grid("int8"), *(Grid(scheme, 64, double) for scheme in ("int4", "nf4") for double in (False, True))]
+SHAPES = [(1, 128, 24), (4, 64, 8), (10, 192, 1)]
+
+
+def weights(rng, shape):
+    """Channels of very different sizes, as in a trained model, one of them zero and one of a single sign."""
+    values = rng.normal(size=shape) * np.exp(rng.normal(size=(shape[0], 1, shape[2])))
+    values[0, :64] = np.abs(values[0, :64])
+    values[-1, -64:] = 0
+    return values.astype(np.float32)
+
+
+def test_nf4_levels_are_quantiles():
+    """The construction of QLoRA's appendix E: 8 quantiles above and 7 below zero, and zero, divided by the largest."""
+    outermost = 1 - (1 / (2 * 15) + 1 / (2 * 16)) / 2
+    above = scipy.stats.norm.ppf(np.linspace(outermost, 0.5, 9)[:-1])
+    below = -scipy.stats.norm.ppf(np.linspace(outermost, 0.5, 8)[:-1])
+    levels = np.sort(np.concatenate([above, [0], below])) / above.max()
+    np.testing.assert_allclose(NF4_LEVELS, levels, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_is_within_half_a_step(rng, grid, shape):
+    values = weights(rng, shape)
+    error = np.abs(dequantize(quantize(values, grid)) - values)
+    groups = (shape[0], 1 if grid.scheme == "int8" else -1, shape[1] if grid.scheme == "int8" else 64, shape[2])
+    grouped, error = values.reshape(groups), error.reshape(groups)
+    largest = np.abs(grouped).max(2, keepdims=True)
+    if grid.scheme == "int8":
+        bound = largest / 127 / 2
+    elif grid.scheme == "nf4":
+        bound = largest * np.diff(NF4_LEVELS).max() / 2
+    else:
+        # The zero is rounded to a code, which can push the outermost value out by half a step more.
+        bound = (np.maximum(grouped.max(2, keepdims=True), 0) - np.minimum(grouped.min(2, keepdims=True), 0)) / 15
+    if grid.double:
+        # A scale is off by half of a 255th of the range of all scales, at most, and a value by 15 times that.
+        bound = bound + 15 / 255 * largest.max()
+    assert (error <= bound * 1.00001).all()
+    if not grid.double:
+        assert error[np.broadcast_to(largest == 0, error.shape)].max() == 0
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_numpy_and_jax_agree(rng, grid):
+    """XLA divides by a constant by multiplying, so that a value halfway between two codes may go the other way."""
+    values = weights(rng, (4, 128, 16))
+    ours, theirs = quantize(values, grid), jax.jit(lambda x: quantize(x, grid))(values)
+    same = np.mean(np.asarray(theirs.codes) == ours.codes)
+    assert same > 0.999
+    back = jax.jit(dequantize)(ours)
+    np.testing.assert_allclose(back, dequantize(ours), rtol=1e-6, atol=1e-7)
+
+
+def test_int8_is_keras_s(rng):
+    """So that a Keras user finds the codes of `quantize("int8")`: it adds 1e-7 to the largest magnitude."""
+    values = weights(rng, (4, 128, 16))
+    codes, scale = keras.quantizers.abs_max_quantize(values, axis=1, to_numpy=True)
+    ours = quantize(values, Grid("int8"))
+    np.testing.assert_array_equal(ours.codes, np.asarray(codes))
+    np.testing.assert_allclose(ours.scales.values[:, 0], 1 / np.asarray(scale), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "nf4"])
+def test_smaller_groups_and_four_bits_of_a_normal_distribution(rng, scheme):
+    """Smaller groups cost bytes and save error; eight bits have less error than four."""
+    values = rng.normal(size=(1, 1024, 64)).astype(np.float32)
+    errors, sizes = [], []
+    for block_size in BLOCK_SIZES:
+        grid = Grid(scheme, block_size)
+        quantized = quantize(values, grid)
+        errors.append(np.square(dequantize(quantized) - values).mean())
+        sizes.append(num_bytes(quantized) / values.nbytes)
+    assert errors == sorted(errors) and sizes == sorted(sizes, reverse=True)
+    int8 = dequantize(quantize(values, Grid("int8")))
+    assert np.square(int8 - values).mean() < errors[0] / 20
+
+
+def test_nf4_is_better_than_int4_where_weights_are_normal(rng):
+    values = rng.normal(size=(1, 4096, 64)).astype(np.float32)
+    error = {
+        scheme: np.square(dequantize(quantize(values, Grid(scheme))) - values).mean() for scheme in ("int4", "nf4")
+    }
+    assert error["nf4"] < 0.95 * error["int4"]
+
+
+@pytest.mark.parametrize(("grid", "most"), [(Grid("int8"), 0.26), (Grid("int4"), 0.146), (Grid("nf4"), 0.1407)])
+def test_bytes(rng, grid, most):
+    values = rng.normal(size=(1, 1024, 512)).astype(np.float32)
+    assert num_bytes(quantize(values, grid)) <= most * values.nbytes
+    assert (
+        num_bytes(quantize(values, grid._replace(double=True)))
+        <= (0.131 if grid.scheme != "int8" else 1) * values.nbytes
+    )
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_straight_through(rng, grid):
+    """Forward what converting gives, backward as if nothing had been rounded."""
+    values = jnp.asarray(weights(rng, (4, 64, 8)))
+    slope = jnp.sin(jnp.arange(values.size, dtype=jnp.float32)).reshape(values.shape)
+    rounded = dequantize(quantize(values, grid))
+    np.testing.assert_allclose(fake_quantize(values, grid), rounded, rtol=1e-6, atol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(fake_quantize(x, grid) * slope))(values)
+    np.testing.assert_array_equal(gradient, slope)
+    assert not np.allclose(jax.grad(lambda x: jnp.sum(dequantize(quantize(x, grid)) * slope))(values), slope)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("start", "count"), [(0, 512), (256, 256), (512, 88)])
+def test_some_rows_are_those_of_all(rng, grid, start, count):
+    """A vocabulary of 600 in blocks, the last of them shorter, and rows by their indices."""
+    quantized = jax.tree.map(jnp.asarray, quantize(weights(rng, (600, 192, 1)), grid))
+    whole = np.asarray(dequantize(quantized))
+    some = jax.jit(lambda q, start: dequantize(rows_of(q, start, count)))(quantized, start)
+    np.testing.assert_allclose(some, whole[start : start + count], rtol=1e-6)
+    indices = rng.integers(0, 600, 30)
+    np.testing.assert_allclose(take_rows(quantized, jnp.asarray(indices)), whole[indices], rtol=1e-6)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_shapes(rng, grid):
+    quantized, shapes = quantize(weights(rng, (4, 128, 16)), grid), shapes_of((4, 128, 16), grid)
+    described = [jax.tree.map(lambda leaf: (leaf.shape, np.dtype(leaf.dtype)), tree) for tree in (quantized, shapes)]
+    assert described[0] == described[1]
+
+
+def test_block_sizes_that_do_not_fit():
+    assert "does not divide its 640" in why_not(Grid("int4", 256), 640)
+    assert not why_not(Grid("int4", 128), 640) and not why_not(Grid("int8", 256), 640)
