@@ -21,11 +21,11 @@ RunBlocks = Callable[[jax.Array, dict[str, Any]], jax.Array]
 def block_kinds(backbone: keras_hub.models.Backbone) -> list[int]:
     """Returns for each decoder block the index of the first block that computes the same from its own variables."""
     first: dict[str, int] = {}
-    return [first.setdefault(_signature(block), index) for index, block in enumerate(backbone.transformer_layers)]
+    return [first.setdefault(signature(block), index) for index, block in enumerate(backbone.transformer_layers)]
 
 
-def _signature(block: keras.layers.Layer) -> str:
-    """Not `get_config`, which would import TensorFlow."""
+def signature(block: keras.layers.Layer) -> str:
+    """Returns what blocks that compute the same have in common. Not `get_config`, which would import TensorFlow."""
     variables = [(variable.shape, variable.dtype, variable.trainable) for variable in block.variables]
     settings = [
         (type(layer).__name__, {name: value for name, value in vars(layer).items() if _is_setting(name, value)})
@@ -80,13 +80,27 @@ def run_with(
         return x
 
     first, *others = backbone.transformer_layers
-    with _calls([(first, all_at_once), *((block, nothing) for block in others)]):
+    with calls([(first, all_at_once), *((block, nothing) for block in others)]):
         return hidden_states(backbone, token_ids, segment_ids, positions)
 
 
+def run_before(
+    backbone: keras_hub.models.Backbone, token_ids: Any, segment_ids: Any, positions: Any
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Returns the first block's input, [B, L, D], and the arguments of all blocks. Arguments as in `run_with`."""
+    found: list[Any] = []
+
+    def run(x: jax.Array, named: dict[str, Any]) -> jax.Array:
+        found.append((x, named))
+        return x
+
+    run_with(backbone, token_ids, segment_ids, positions, run)
+    return found[0]
+
+
 @contextlib.contextmanager
-def _calls(swaps: Sequence[tuple[Any, Callable]]) -> Iterator[None]:
-    """Within it, layers compute with other functions."""
+def calls(swaps: Sequence[tuple[Any, Callable]]) -> Iterator[None]:
+    """Within it, layers compute with other functions, each given (layer, function)."""
     before = [(layer, layer.__dict__.get("call")) for layer, _ in swaps]
     try:
         for layer, call in swaps:

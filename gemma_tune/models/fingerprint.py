@@ -6,7 +6,8 @@ import numpy as np
 
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.functional import variables_by_path
-from gemma_tune.models.quantized import NUM_FIRST, first_floats
+from gemma_tune.models.quantize import first_floats
+from gemma_tune.models.quantized import NUM_FIRST
 
 
 def fingerprint(model: keras.Model) -> str:

@@ -83,7 +83,7 @@ def head_weights(backbone: keras_hub.models.Backbone) -> jax.Array | Quantized:
     quantized one is returned as it is, [V, D, 1].
     """
     if isinstance(backbone.token_embedding, QuantizedEmbedding):
-        return backbone.token_embedding.head()
+        return backbone.token_embedding.quantized()
     return keras.ops.convert_to_tensor(backbone.token_embedding.embeddings)
 
 

@@ -13,7 +13,7 @@ from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub
 from gemma_tune.models.family import Family
 from gemma_tune.models.files import read_json
-from gemma_tune.models.quantized import quantize_layers
+from gemma_tune.models.quantize import quantize_layers
 from gemma_tune.models.skeleton import fill, fill_whole, skeleton
 from gemma_tune.quantization.scheme import Grid
 

@@ -15,7 +15,8 @@ from gemma_tune.models.files import read_json
 from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
 from gemma_tune.models.lora import merge_lora
 from gemma_tune.models.preprocessor import text_preprocessor
-from gemma_tune.models.quantized import quantize_layers
+from gemma_tune.models.quantize import apply_schemes, quantize_layers
+from gemma_tune.models.quantized_preset import read_schemes
 from gemma_tune.models.skeleton import check_filled, skeleton
 from gemma_tune.models.source import Source, parse_source
 from gemma_tune.models.tiny import TOKENIZER_PATH, tiny_backbone
@@ -171,6 +172,7 @@ def _load_keras(source: Source, precision: str, seed: int, grid: Grid | None) ->
         loader = _preset_loader(source)
         with skeleton():
             backbone = _keras_backbone(loader, precision)
+            apply_schemes(backbone, read_schemes(Path(source.value)) if source.kind == "keras" else {})
             if grid:
                 quantize_layers(backbone, grid)
         tokenizer_cls = FAMILIES[family_of(backbone)].tokenizer

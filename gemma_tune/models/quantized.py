@@ -4,30 +4,34 @@ A layer is given another class, and its float variable makes place for those of 
 names like Keras's: `kernel` for the codes, `kernel_scale`, `kernel_zero`, and `kernel_scale_step` and
 `kernel_scale_lowest` where the scales are quantized too. Products take the kernel apart when they need it and forget it
 again: forward and backward each make one layer's floats, and the head those of a block of the vocabulary. Activations
-stay float (Keras's int8 rounds those of the head too, and its gradient is lost in it).
+stay float (Keras's int8 rounds those of the head too, and its gradient is lost in it), except where a scheme says so.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import keras, keras_hub
+from gemma_tune.keras_runtime import keras
 from gemma_tune.models.linear import einsum_product
 from gemma_tune.models.lora import low_rank_product
 from gemma_tune.quantization.grids import Quantized, Scales, dequantize, quantize, rows_of, shapes_of, take_rows
-from gemma_tune.quantization.scheme import Grid, why_not
+from gemma_tune.quantization.scheme import LayerScheme
 
 _ROWS_AT_ONCE = 4096  # Of an embedding, while it is read and in the head.
 NUM_FIRST = 256  # Values of a float kernel that are remembered, so that an adapter knows its base.
+_FIRST_KEY = "first_floats"
 
 
-class QuantizedKernel(NamedTuple):
-    """What a quantized layer shows in the place of its float kernel: filled like a variable, it quantizes.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QuantizedKernel:
+    """What a quantized layer shows in the place of its float kernel: filled like a variable, it quantizes; in a product
+    of JAX's it is the float kernel with LoRA's update, as Keras's `kernel` is (Gemma 4's blocks multiply so).
 
     layer: Quantized. path: Of the variable that it stands for. shape: Of the float kernel.
     """
@@ -36,13 +40,21 @@ class QuantizedKernel(NamedTuple):
     path: str
     shape: tuple[int, ...]
 
+    def __jax_array__(self) -> jax.Array:
+        layer = self.layer
+        floats = dequantize(layer.quantized()).reshape(self.shape)
+        if getattr(layer, "lora_enabled", False):
+            update = keras.ops.matmul(layer.lora_kernel_a, layer.lora_kernel_b)
+            floats += layer.lora_alpha / layer.lora_rank * update
+        return floats.astype(layer.compute_dtype)
+
     def fill(self, read_rows: Callable[[int, int], np.ndarray]) -> None:
         """Quantizes what a checkpoint holds. An embedding is read some rows at a time.
 
         Args:
             read_rows: Called with (start, stop) of the first axis; returns these rows in any float dtype.
         """
-        grid, shape = self.layer._grid, self.layer._matrix_shape
+        grid, shape = self.layer.scheme.grid, self.layer._matrix_shape
         num_rows = self.shape[0]
         step = _ROWS_AT_ONCE if num_rows == shape[0] else num_rows
         parts = []
@@ -55,20 +67,31 @@ class QuantizedKernel(NamedTuple):
             if not start:
                 object.__setattr__(self.layer, "_first_floats", rows.ravel()[:NUM_FIRST].copy())
             parts.append(quantize(rows.reshape(-1, *shape[1:]), grid))
-        arrays = jax.tree.map(lambda *pieces: jnp.asarray(np.concatenate(pieces)), *parts)
-        for variable, value in zip(self.layer._code_variables, jax.tree.leaves(arrays), strict=True):
-            variable.assign(value)
+        arrays = jax.tree.map(lambda *pieces: pieces[0] if len(pieces) == 1 else np.concatenate(pieces), *parts)
+        if self.layer.scheme.has_input_scale:
+            arrays = arrays._replace(input_scale=np.ones((1, shape[1], 1), np.float32))
+        self.layer.assign_quantized(arrays)
 
 
 class _QuantizedLayer:
-    """What both kinds of layers share. The class of `layer` is changed by `quantize_layer`."""
+    """What both kinds of layers share. The class of a layer is changed by `quantize.quantize_layer`."""
 
-    def _take_quantized(self: Any, name: str, variable: keras.Variable, matrix_shape: tuple, grid: Grid) -> None:
-        """Replaces a float variable by those of its codes, still without values in a skeleton."""
-        shapes = shapes_of(matrix_shape, grid)
+    def take_scheme(self: Any, name: str, variable: keras.Variable, matrix_shape: tuple, scheme: LayerScheme) -> None:
+        """Replaces a float variable by those of its codes, still without values in a skeleton.
+
+        Args:
+            name: `kernel` or `embeddings`.
+            variable: The float one.
+            matrix_shape: Its shape as [P, C, Q].
+            scheme: How.
+        """
+        shapes = shapes_of(matrix_shape, scheme.grid)
+        if scheme.has_input_scale:
+            shapes = shapes._replace(input_scale=jax.ShapeDtypeStruct((1, matrix_shape[1], 1), jnp.float32))
         self._tracker.unlock()
         self._untrack_variable(variable)
-        names = Quantized(name, Scales(f"{name}_scale", f"{name}_scale_step", f"{name}_scale_lowest"), f"{name}_zero")
+        scales = Scales(f"{name}_scale", f"{name}_scale_step", f"{name}_scale_lowest")
+        names = Quantized(name, scales, f"{name}_zero", f"{name}_input_scale")
         found, tree = jax.tree.flatten(shapes)
         variables = [
             self.add_weight(
@@ -80,7 +103,7 @@ class _QuantizedLayer:
         self._tracker.lock()
         kernel = QuantizedKernel(self, variable.path, tuple(variable.shape))
         for attribute, value in {
-            "_grid": grid,
+            "scheme": scheme,
             "_matrix_shape": matrix_shape,
             "_float_kernel": kernel,
             "_code_tree": tree,
@@ -88,21 +111,50 @@ class _QuantizedLayer:
         }.items():
             object.__setattr__(self, attribute, value)  # Keras would look for layers and variables in them.
 
-    def _quantized(self: Any) -> Quantized:
-        """The arrays, as the scope around has them."""
+    def quantized(self: Any) -> Quantized:
+        """Returns the arrays, as the scope around has them."""
         values = [keras.ops.convert_to_tensor(variable) for variable in self._code_variables]
         return jax.tree.unflatten(self._code_tree, values)
 
+    def assign_quantized(self: Any, quantized: Quantized) -> None:
+        """Puts other codes and scales, of the layer's own scheme, in the place of those there are."""
+        leaves, tree = jax.tree.flatten(quantized)
+        if tree != self._code_tree:
+            raise ValueError(f"{self.path} holds {self._code_tree}, not {tree}.")
+        for variable, value in zip(self._code_variables, leaves, strict=True):
+            variable.assign(jnp.asarray(value))
+
+    def save_own_variables(self: Any, store: Any) -> None:
+        """Writes codes and scales as they are.
+
+        Raises:
+            ModelError: LoRA factors would be lost.
+        """
+        if getattr(self, "lora_enabled", False):
+            raise ModelError(f"{self.path} has LoRA factors beside its codes. Save these with save_adapter.")
+        values = [*self._code_variables, *([self.bias] if getattr(self, "bias", None) is not None else [])]
+        for index, variable in enumerate(values):
+            store[str(index)] = np.asarray(variable.value)
+        store[_FIRST_KEY] = self._first_floats
+
     def load_own_variables(self: Any, store: Any) -> None:
-        """Reads the float kernel of a Keras preset, and quantizes it."""
-        self._float_kernel.fill(lambda start, stop: store["0"][start:stop])
+        """Reads what `save_own_variables` wrote; the float kernel of any other Keras preset it quantizes."""
+        names = list(store.keys())
+        if _FIRST_KEY in names:
+            object.__setattr__(self, "_first_floats", np.asarray(store[_FIRST_KEY]))
+            for index, variable in enumerate(self._code_variables):
+                variable.assign(jnp.asarray(store[str(index)]))
+            bias = str(len(self._code_variables))
+        else:
+            self._float_kernel.fill(lambda start, stop: store["0"][start:stop])
+            bias = "1"
         if getattr(self, "bias", None) is not None:
-            self.bias.assign(store["1"])
+            self.bias.assign(store[bias])
 
     @property
     def quantized_scheme(self: Any) -> str:
         """`int8`, `int4` or `nf4`."""
-        return self._grid.scheme
+        return self.scheme.grid.scheme
 
 
 class QuantizedEinsumDense(_QuantizedLayer, keras.layers.EinsumDense):
@@ -110,15 +162,12 @@ class QuantizedEinsumDense(_QuantizedLayer, keras.layers.EinsumDense):
 
     @property
     def kernel(self) -> QuantizedKernel:
-        """Not the floats: these are made in products only. `dequantized_kernel` makes them."""
+        """Stands for the floats, which are made in products only."""
         return self._float_kernel
 
-    def dequantized_kernel(self) -> jax.Array:
-        """Returns the float kernel, in its own shape, without LoRA."""
-        return dequantize(self._quantized()).reshape(self._float_kernel.shape)
-
     def call(self, inputs: Any, training: Any = None) -> Any:
-        outputs = quantized_product(self.equation, self._float_kernel.shape, inputs, self._quantized())
+        quantized, shape = self.quantized(), self._float_kernel.shape
+        outputs = quantized_product(self.equation, shape, self.scheme.rounds_inputs, inputs, quantized)
         if self.lora_enabled:
             factors = (keras.ops.cast(factor, inputs.dtype) for factor in (self.lora_kernel_a, self.lora_kernel_b))
             outputs += low_rank_product(self.equation, self.lora_alpha / self.lora_rank, inputs, *factors)
@@ -132,15 +181,11 @@ class QuantizedEmbedding(_QuantizedLayer, keras.layers.ReversibleEmbedding):
 
     @property
     def embeddings(self) -> QuantizedKernel:
-        """Not the floats. `head` has the arrays."""
+        """Stands for the floats. `quantized` has the arrays."""
         return self._float_kernel
 
-    def head(self) -> Quantized:
-        """Returns the rows as the loss takes them, [V, D, 1]."""
-        return self._quantized()
-
     def call(self, inputs: Any, reverse: bool = False) -> Any:
-        quantized = self._quantized()
+        quantized = self.quantized()
         if not reverse:
             rows = take_rows(quantized, jnp.asarray(inputs, jnp.int32).ravel())
             return rows.reshape(*inputs.shape, -1).astype(self.compute_dtype)
@@ -151,24 +196,33 @@ class QuantizedEmbedding(_QuantizedLayer, keras.layers.ReversibleEmbedding):
         return logits
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def quantized_product(equation: str, shape: tuple[int, ...], x: jax.Array, kernel: Quantized) -> jax.Array:
+# Keras finds the saved weights of a layer in a list by the name of its class.
+QuantizedEmbedding.__name__ = keras.layers.ReversibleEmbedding.__name__
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def quantized_product(
+    equation: str, shape: tuple[int, ...], rounds_inputs: bool, x: jax.Array, kernel: Quantized
+) -> jax.Array:
     """Returns jnp.einsum(equation, x, the dequantized kernel). Only x gets a gradient, and only codes are kept for it.
 
     Args:
         equation: Of the layer.
         shape: Of the float kernel.
+        rounds_inputs: x is rounded to int8 first, with a scale for each token; its gradient passes straight through.
         x: Inputs, [B, L, …].
         kernel: Quantized.
     """
+    if rounds_inputs:
+        x, kernel = _rounded(equation, x, kernel.input_scale), kernel._replace(input_scale=None)
     return einsum_product(equation, x, dequantize(kernel, x.dtype).reshape(shape))
 
 
-def _product_forward(equation, shape, x, kernel):
-    return einsum_product(equation, x, dequantize(kernel, x.dtype).reshape(shape)), kernel
+def _product_forward(equation, shape, rounds_inputs, x, kernel):
+    return quantized_product(equation, shape, rounds_inputs, x, kernel), kernel
 
 
-def _product_backward(equation, shape, kernel, gradient):
+def _product_backward(equation, shape, rounds_inputs, kernel, gradient):
     inputs, axes, outputs = equation.replace("->", ",").split(",")
     sizes = dict(zip(axes + outputs, (*shape, *gradient.shape), strict=True))
     x = jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in inputs), gradient.dtype)
@@ -180,80 +234,25 @@ def _product_backward(equation, shape, kernel, gradient):
 quantized_product.defvjp(_product_forward, _product_backward)
 
 
-def quantize_layers(backbone: keras_hub.models.Backbone, grid: Grid) -> int:
-    """Gives all linear layers of the decoder blocks, and the tied embedding, kernels in few bits.
-
-    In a skeleton their values come later, from the checkpoint, and are quantized as they are read. Otherwise those that
-    are there are quantized, layer by layer.
-
-    Args:
-        backbone: Before LoRA is enabled.
-        grid: How.
-
-    Returns:
-        Number of layers.
-
-    Raises:
-        ModelError: LoRA is enabled already, or a layer's inputs can't be cut into groups of `block_size`.
+def _rounded(equation: str, x: jax.Array, input_scale: jax.Array | None) -> jax.Array:
+    """Returns x times the inputs' scale, in 255 steps for each token. Integers and one scale for a token: so these are
+    the products that hardware with int8 makes, whoever multiplies.
     """
-    layers = list(_linear_layers(backbone))
-    for layer in layers:
-        if getattr(layer, "lora_enabled", False):
-            raise ModelError(f"{layer.path} has LoRA factors already. Quantize first, then enable LoRA.")
-        problem = why_not(grid, matrix_shape(layer)[1])
-        if problem:
-            raise ModelError(
-                f"{layer.path} can't be quantized to {grid.scheme}: {problem}. Take another of --block_size=32, 64, "
-                "128 or 256, or --quantize=int8, which has a scale for each channel."
-            )
-    for layer in layers:
-        quantize_layer(layer, grid)
-    return len(layers)
-
-
-def quantize_layer(layer: keras.layers.Layer, grid: Grid) -> None:
-    """Quantizes an EinsumDense or a tied ReversibleEmbedding in its place."""
-    is_embedding = isinstance(layer, keras.layers.ReversibleEmbedding)
-    name = "embeddings" if is_embedding else "kernel"
-    variable, shape = getattr(layer, f"_{name}"), matrix_shape(layer)
-    value = variable._value
-    layer.__class__ = QuantizedEmbedding if is_embedding else QuantizedEinsumDense
-    layer._take_quantized(name, variable, shape, grid)
-    if value is not None:
-        values = np.asarray(value, np.float32)
-        layer._float_kernel.fill(lambda start, stop: values[start:stop])
-
-
-def matrix_shape(layer: Any) -> tuple[int, int, int]:
-    """Returns a kernel's shape as [P, C, Q], where products sum over C."""
-    if isinstance(layer, keras.layers.ReversibleEmbedding):
-        return (layer.input_dim, layer.output_dim, 1)
-    inputs, axes, _ = layer.equation.replace("->", ",").split(",")
-    summed = [place for place, letter in enumerate(axes) if letter in inputs]
-    sizes = tuple(layer._kernel.shape)
-    first, last = summed[0], summed[-1] + 1
-    return tuple(int(np.prod(part, dtype=np.int64)) for part in (sizes[:first], sizes[first:last], sizes[last:]))
-
-
-def first_floats(backbone: Any) -> tuple[dict[str, tuple[tuple[int, ...], np.ndarray]], set[str]]:
-    """Returns (path -> shape and first values of each quantized kernel as it was, paths of all codes and scales)."""
-    layers = [layer for layer in backbone._flatten_layers() if isinstance(layer, _QuantizedLayer)]
-    kernels = {layer._float_kernel.path: (layer._float_kernel.shape, layer._first_floats) for layer in layers}
-    return kernels, {variable.path for layer in layers for variable in layer._code_variables}
-
-
-def _linear_layers(backbone: Any) -> Iterator[Any]:
-    for layer in backbone._flatten_layers(include_self=False):
-        if isinstance(layer, keras.layers.EinsumDense) or layer is backbone.token_embedding:
-            if type(layer) not in (keras.layers.EinsumDense, keras.layers.ReversibleEmbedding):
-                raise ModelError(f"{layer.path} can't be quantized: it is a {type(layer).__name__}.")
-            yield layer
+    inputs, axes, _ = equation.replace("->", ",").split(",")
+    outer = x.shape[: sum(letter not in axes for letter in inputs)]
+    flat = x.reshape(*outer, -1).astype(jnp.float32)
+    if input_scale is not None:
+        flat *= input_scale[0, :, 0]
+    step = jnp.max(jnp.abs(flat), axis=-1, keepdims=True) / 127
+    flat = jnp.round(flat / jnp.where(step == 0, 1, step)) * step
+    return flat.reshape(x.shape).astype(x.dtype)
 
 
 def _names_of(names: Quantized, shapes: Quantized) -> list[str]:
     """The names whose places in the tree hold an array."""
     flat_names, flat_shapes = (jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None) for tree in (names, shapes))
-    return [name for name, shape in zip(flat_names, flat_shapes, strict=True) if shape is not None]
+    present = [shape is not None for shape in flat_shapes]
+    return [name for name, there in zip(flat_names[: len(present)], present, strict=True) if there]
 
 
 def _logits(x: jax.Array, head: Quantized) -> jax.Array:

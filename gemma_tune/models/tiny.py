@@ -11,7 +11,7 @@ import numpy as np
 from gemma_tune.errors import ModelError, did_you_mean
 from gemma_tune.keras_runtime import keras, keras_hub
 from gemma_tune.models.family import FAMILIES
-from gemma_tune.models.quantized import quantize_layers
+from gemma_tune.models.quantize import quantize_layers
 from gemma_tune.models.skeleton import fill_whole, skeleton
 from gemma_tune.quantization.scheme import Grid
 

@@ -66,11 +66,14 @@ class Quantized(NamedTuple):
     codes: int8: [P, C, Q] int8. Otherwise [P, C / block_size, block_size / 2, Q] uint8, two codes in each.
     scales: int8: [P, 1, 1, Q].
     zeros: int4: [P, C / block_size, 1, Q] uint8, the code of 0. Otherwise None.
+    input_scale: [1, C, 1] float32, by which the array was divided before it was rounded, and by which the inputs of a
+        product are multiplied (AWQ, SmoothQuant); or None.
     """
 
     codes: Any
     scales: Scales
     zeros: Any = None
+    input_scale: Any = None
 
 
 def quantize(values: Any, grid: Grid) -> Quantized:
@@ -103,6 +106,9 @@ def quantize(values: Any, grid: Grid) -> Quantized:
 def dequantize(quantized: Quantized, dtype: Any = np.float32) -> Any:
     """Returns [P, C, Q] in a float dtype; computed in float32. How it was quantized shows in the arrays."""
     xp: Any = _namespace(quantized.codes)
+    if quantized.input_scale is not None:
+        values = dequantize(quantized._replace(input_scale=None))
+        return (values * quantized.input_scale).astype(dtype)
     if quantized.codes.dtype == xp.int8:
         return (quantized.codes.astype(xp.float32) * quantized.scales.values[:, 0]).astype(dtype)
     codes = xp.concatenate([quantized.codes & 15, quantized.codes >> 4], axis=2)

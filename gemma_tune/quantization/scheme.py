@@ -10,12 +10,25 @@ class Grid(NamedTuple):
     """How to quantize.
 
     scheme: `int8`, `int4` or `nf4`. block_size: Inputs that share a scale; int8 has a scale for each channel.
-    double: Also quantizes the scales of int4 and nf4, to eight bits.
+    double: Also quantizes the scales of int4 and nf4, to eight bits. or_int8: Takes int8 where it can't be done.
     """
 
     scheme: str
     block_size: int = 64
     double: bool = False
+    or_int8: bool = False
+
+
+class LayerScheme(NamedTuple):
+    """How one layer is held.
+
+    grid: Of its codes. has_input_scale: Its inputs are multiplied by a scale of each (AWQ, SmoothQuant). rounds_inputs:
+    Its inputs are rounded too, to int8 with a scale for each token.
+    """
+
+    grid: Grid
+    has_input_scale: bool = False
+    rounds_inputs: bool = False
 
 
 def why_not(grid: Grid, num_inputs: int) -> str:

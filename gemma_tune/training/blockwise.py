@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from gemma_tune.data import Batch
 from gemma_tune.keras_runtime import keras
-from gemma_tune.models.blocks import block_kinds, call_block, run_with
+from gemma_tune.models.blocks import block_kinds, call_block, run_before, run_with
 from gemma_tune.models.functional import Params, bound
 from gemma_tune.models.remat import POLICIES
 from gemma_tune.training.compile_once import (
@@ -121,17 +121,10 @@ class Blockwise:
         self, trainable: Params, frozen: Params, batch: Batch, table: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the first block's input, and the arguments of all blocks. table: Another embedding, of any length."""
-        found: list[Any] = []
-
-        def run(x: jax.Array, named: dict[str, Any]) -> jax.Array:
-            found.append((x, named))
-            return x
-
         with bound(self._model, trainable, frozen) as scope:
             if table is not None:
                 scope.state_mapping[id(self._table)] = table  # Scopes take no other shapes when they are made.
-            run_with(self._backbone, batch.token_ids, batch.segment_ids, batch.positions, run)
-        return found[0]
+            return run_before(self._backbone, batch.token_ids, batch.segment_ids, batch.positions)
 
     def _begin_backward_fn(
         self, trainable: Params, frozen: Params, batch: Batch, gradient: jax.Array, others: Params

@@ -60,7 +60,7 @@ def test_error_is_within_half_a_step(rng, grid, shape):
         bound = bound + 15 / 255 * largest.max()
     assert (error <= bound * 1.00001).all()
     if not grid.double:
-        assert error[np.broadcast_to(largest == 0, error.shape)].max() == 0
+        assert not error[np.broadcast_to(largest == 0, error.shape)].any()
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -98,22 +98,26 @@ def test_smaller_groups_and_four_bits_of_a_normal_distribution(rng, scheme):
     assert np.square(int8 - values).mean() < errors[0] / 20
 
 
-def test_nf4_is_better_than_int4_where_weights_are_normal(rng):
-    values = rng.normal(size=(1, 4096, 64)).astype(np.float32)
-    error = {
-        scheme: np.square(dequantize(quantize(values, Grid(scheme))) - values).mean() for scheme in ("int4", "nf4")
-    }
-    assert error["nf4"] < 0.95 * error["int4"]
+def test_nf4_is_for_normal_weights(rng):
+    """There it is as good as int4, which keeps a zero for each group besides; in groups that are spread evenly it is
+    worse.
+    """
+    normal, even = rng.normal(size=(1, 4096, 64)), rng.uniform(-1, 1, size=(1, 4096, 64))
+    for values, least, most in ((normal, 0.9, 1.05), (even, 1.3, 3.0)):
+        values = values.astype(np.float32)
+        nf4, int4 = (np.square(dequantize(quantize(values, Grid(s))) - values).mean() for s in ("nf4", "int4"))
+        assert least < nf4 / int4 < most
 
 
-@pytest.mark.parametrize(("grid", "most"), [(Grid("int8"), 0.26), (Grid("int4"), 0.146), (Grid("nf4"), 0.1407)])
-def test_bytes(rng, grid, most):
+@pytest.mark.parametrize(
+    ("scheme", "bits", "double_bits"),
+    # Codes, and for a group of 64: a scale of 32 bits or 8 and a 256th of two more of 32, and int4's zero of 8.
+    [("int4", 4 + 40 / 64, 4 + (16 + 64 / 256) / 64), ("nf4", 4 + 32 / 64, 4 + (8 + 64 / 256) / 64)],
+)
+def test_bytes(rng, scheme, bits, double_bits):
     values = rng.normal(size=(1, 1024, 512)).astype(np.float32)
-    assert num_bytes(quantize(values, grid)) <= most * values.nbytes
-    assert (
-        num_bytes(quantize(values, grid._replace(double=True)))
-        <= (0.131 if grid.scheme != "int8" else 1) * values.nbytes
-    )
+    for grid, wanted in ((Grid(scheme), bits), (Grid(scheme, double=True), double_bits)):
+        assert num_bytes(quantize(values, grid)) == values.size * wanted / 8
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

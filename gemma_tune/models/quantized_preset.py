@@ -1,0 +1,89 @@
+"""Saves quantized models as Keras presets, and says how the layers of a saved one are held.
+
+The preset is KerasHub's; the codes stand among its weights as they are, and `quantization.json` beside them says, layer
+by layer, how they are to be read. It is written to a folder with another name first, so that a half-written preset
+never has the name of a whole one.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from gemma_tune.errors import ModelError
+from gemma_tune.keras_runtime import keras
+from gemma_tune.models.files import read_json
+from gemma_tune.models.lora import lora_layers
+from gemma_tune.models.quantize import quantized_layers
+from gemma_tune.quantization.scheme import Grid, LayerScheme
+
+_FILE = "quantization.json"
+_FORMAT = "gemma_tune.quantization"
+
+
+def check_output(directory: str | os.PathLike) -> Path:
+    """Returns the folder that a preset may be written to.
+
+    Raises:
+        ModelError: There is something already.
+    """
+    path = Path(directory).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ModelError(f"{path} exists already. Name another output, or remove it.")
+    return path
+
+
+def save_quantized(model: keras.Model, directory: str | os.PathLike) -> Path:
+    """Writes a quantized model, from which `load_model` makes the same again, code by code.
+
+    Args:
+        model: A CausalLM with quantized layers, without LoRA.
+        directory: Must not exist, or be empty.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ModelError: The directory holds something, nothing is quantized, or there are LoRA factors.
+    """
+    path = check_output(directory)
+    layers = quantized_layers(model.backbone)
+    if not layers:
+        raise ModelError("The model has no quantized layers. Save it with save_to_preset.")
+    if lora_layers(model.backbone):
+        raise ModelError("The model has LoRA factors beside its codes: save these with save_adapter, or merge them.")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_to_preset(str(partial))
+        schemes = {layer.path: _to_plain(layer.scheme) for layer in layers}
+        text = json.dumps({"format": _FORMAT, "layers": schemes}, indent=1)
+        (partial / _FILE).write_text(text, encoding="utf-8")
+        if path.exists():
+            path.rmdir()
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def read_schemes(directory: Path) -> dict[str, LayerScheme]:
+    """Returns how each quantized layer of a preset is held, by path; {} where none is.
+
+    Raises:
+        ModelError: The file can't be read.
+    """
+    file = directory / _FILE
+    if not file.exists():
+        return {}
+    tree = read_json(file)
+    if tree.get("format") != _FORMAT:
+        raise ModelError(f"{file} is of another format: {tree.get('format')!r}.")
+    try:
+        return {path: LayerScheme(Grid(**one.pop("grid")), **one) for path, one in tree["layers"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} can't be read: {type(error).__name__}: {error}.") from error
+
+
+def _to_plain(scheme: LayerScheme) -> dict:
+    return {**scheme._asdict(), "grid": scheme.grid._asdict()}

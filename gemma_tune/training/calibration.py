@@ -1,0 +1,151 @@
+"""Quantizes a model by what its layers are given: GPTQ, AWQ and SmoothQuant, block after block.
+
+Each decoder block sees the calibration data as the blocks before it leave it once they are quantized. So there are only
+one block's statistics at a time, and the hidden states of the calibration data.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gemma_tune.data import Batch
+from gemma_tune.errors import ModelError
+from gemma_tune.keras_runtime import keras
+from gemma_tune.models.blocks import call_block, calls, can_be_split, run_before, signature
+from gemma_tune.models.functional import bound, parameters
+from gemma_tune.models.quantize import matrix_shape, quantize_layer, schemes_for
+from gemma_tune.quantization.awq import awq
+from gemma_tune.quantization.gptq import gptq
+from gemma_tune.quantization.grids import Quantized, dequantize, quantize
+from gemma_tune.quantization.output_error import output_error
+from gemma_tune.quantization.scheme import Grid, LayerScheme
+from gemma_tune.quantization.smoothquant import smooth_scale
+from gemma_tune.quantization.statistics import InputStatistics, add, observe
+
+METHODS = ("gptq", "awq", "smoothquant")
+
+
+class LayerError(NamedTuple):
+    """What quantizing did to a layer's outputs on the calibration data: the mean squared error divided by the mean
+    square, calibrated and with plain rounding on the same grid.
+    """
+
+    path: str
+    error: float
+    error_of_rounding: float
+
+
+def quantize_calibrated(
+    model: keras.Model,
+    batches: Sequence[Batch],
+    method: str,
+    grid: Grid,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[LayerError]:
+    """Quantizes the decoder blocks by what flows through them; the tied embedding is rounded to the nearest code.
+
+    Args:
+        model: A float CausalLM without LoRA, with packing enabled.
+        batches: Calibration data, all of one shape.
+        method: `gptq`, `awq` or `smoothquant`; the last needs an int8 grid.
+        grid: Of the codes.
+        advance: Called with 1 after each block.
+
+    Returns:
+        The errors, layer by layer.
+
+    Raises:
+        ModelError: A layer can't be quantized so, or the model's blocks don't just follow one another.
+    """
+    backbone = model.backbone
+    if not can_be_split(backbone):
+        raise ModelError(
+            f"The blocks of {type(backbone).__name__} don't just follow one another, so that {method} can't go through "
+            "them one by one. Take --scheme=int4, nf4 or int8."
+        )
+    schemes = schemes_for(backbone, grid)
+    quantize_layer(backbone.token_embedding, schemes[backbone.token_embedding.path])
+    groups = parameters(model)
+    states = [_first_inputs(model, groups.trainable | groups.frozen, batch) for batch in batches]
+    observers: dict[str, Any] = {}
+    runners: dict[str, Any] = {}
+    errors = []
+    for block in backbone.transformer_layers:
+        layers = _linear_layers(block)
+        observer = observers.setdefault(signature(block), jax.jit(functools.partial(_observe, block)))
+        total = None
+        for (x, named), batch in zip(states, batches, strict=True):
+            one = observer(_values(block), x, named, batch.segment_ids > 0)
+            total = one if total is None else jax.tree.map(add, total, one, is_leaf=_is_statistics)
+        for layer, statistics in zip(layers, total or [], strict=True):
+            errors.append(_quantize_one(layer, statistics, method, schemes[layer.path].grid))
+        runner = runners.setdefault(signature(block), jax.jit(functools.partial(call_block, block)))
+        states = [(runner(_values(block), x, named), named) for x, named in states]
+        advance(1)
+    return errors
+
+
+def _first_inputs(model: keras.Model, params: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+    with bound(model, params):
+        return run_before(model.backbone, batch.token_ids, batch.segment_ids, batch.positions)
+
+
+def _values(block: Any) -> list[jax.Array]:
+    return [variable.value for variable in block.variables]
+
+
+def _linear_layers(block: Any) -> list[Any]:
+    return [layer for layer in block._flatten_layers() if isinstance(layer, keras.layers.EinsumDense)]
+
+
+def _is_statistics(value: Any) -> bool:
+    return isinstance(value, InputStatistics)
+
+
+def _observe(block: Any, values: list[jax.Array], x: jax.Array, named: dict[str, Any], mask: Any) -> list[Any]:
+    """Runs a block, and returns the statistics of its linear layers' inputs."""
+    found: dict[int, InputStatistics] = {}
+
+    def tap(layer: Any) -> Callable:
+        def call(inputs: jax.Array, training: Any = None) -> jax.Array:
+            flat = inputs.reshape(*mask.shape, matrix_shape(layer)[1])
+            found[id(layer)] = observe(flat, mask)
+            return type(layer).call(layer, inputs)
+
+        return call
+
+    layers = _linear_layers(block)
+    with calls([(layer, tap(layer)) for layer in layers]):
+        call_block(block, values, x, named)
+    return [found[id(layer)] for layer in layers]
+
+
+def _quantize_one(layer: Any, statistics: InputStatistics, method: str, grid: Grid) -> LayerError:
+    values = jnp.asarray(layer._kernel.value, jnp.float32).reshape(matrix_shape(layer))
+    quantized, scheme = _calibrated(values, statistics, method, grid)
+    quantize_layer(layer, scheme)
+    layer.assign_quantized(quantized)
+    error, of_rounding = (
+        float(output_error(values, dequantize(one), statistics.hessian))
+        for one in (quantized, jax.tree.map(jnp.asarray, quantize(values, grid)))
+    )
+    return LayerError(layer.path, error, of_rounding)
+
+
+def _calibrated(
+    values: jax.Array, statistics: InputStatistics, method: str, grid: Grid
+) -> tuple[Quantized, LayerScheme]:
+    if method == "gptq":
+        return gptq(values, statistics.hessian, grid), LayerScheme(grid)
+    if method == "awq":
+        quantized, scale = awq(values, statistics, grid)
+    else:
+        scale = smooth_scale(values, statistics.largest)
+        quantized = quantize(values * scale[:, None], grid)
+    return (
+        quantized._replace(input_scale=(1 / scale)[None, :, None]),
+        LayerScheme(grid, has_input_scale=True, rounds_inputs=method == "smoothquant"),
+    )
