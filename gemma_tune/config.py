@@ -36,6 +36,7 @@ class ModelConfig:
             arXiv:2305.14314). Empty: `nf4` with training.method=qlora, else not.
         block_size: Weights of int4 and nf4 that share a scale: 32, 64, 128 or 256.
         double_quant: Also quantizes these scales, to eight bits.
+        or_int8: Takes int8 for layers whose inputs `block_size` doesn't divide.
     """
 
     source: str = "demo"
@@ -43,6 +44,7 @@ class ModelConfig:
     quantize: str = ""
     block_size: int = 64
     double_quant: bool = False
+    or_int8: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +214,8 @@ class Config:
     def grid(self) -> Grid | None:
         """How weights are quantized, with the method's default filled in."""
         scheme = self.model.quantize or ("nf4" if self.training.method == "qlora" else "")
-        return Grid(scheme, self.model.block_size, self.model.double_quant) if scheme else None
+        model = self.model
+        return Grid(scheme, model.block_size, model.double_quant, model.or_int8) if scheme else None
 
     @property
     def row_length(self) -> int:

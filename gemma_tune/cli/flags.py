@@ -24,6 +24,10 @@ _FLAGS = {
         "Training data: .jsonl, .json, .csv, .tsv or .parquet files (also .gz; globs and commas allowed), "
         "tfds:name/config, or sample:smartphone_support.",
     ),
+    "calibration": (
+        "data.source",
+        "Data to calibrate with, best that of training; named as --data of train.",
+    ),
     "eval_data": ("data.eval_source", "Held-out data of its own. If not given, a part of --data is held out."),
     "workdir": ("workdir", "Folder of the run. The same command on the same folder goes on where it was."),
     "method": ("training.method", f"{', '.join(METHODS[:-1])} or {METHODS[-1]}. qlora is lora on quantized weights."),
@@ -32,6 +36,8 @@ _FLAGS = {
         f"Holds weights in few bits: {', '.join(SCHEMES)}. With --method=qlora nf4 if not given.",
     ),
     "block_size": ("model.block_size", "Weights of int4 and nf4 that share a scale: 32, 64, 128 or 256."),
+    "double_quant": ("model.double_quant", "Also holds the scales of int4 and nf4 in eight bits."),
+    "or_int8": ("model.or_int8", "Takes int8 for layers whose inputs --block_size does not divide."),
     "lora_rank": ("lora.rank", "Width of the LoRA factors."),
     "lora_alpha": ("lora.alpha", "LoRA updates are scaled by alpha / rank; 0: alpha = rank."),
     "lora_targets": ("lora.target_layers", "Layers with LoRA: attention, all-linear, or names with commas between."),
@@ -48,6 +54,7 @@ _FLAGS = {
     "seed": ("seed", "Of everything random."),
 }
 _DEFINITIONS: dict[type, Callable[..., Any]] = {
+    bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
@@ -57,6 +64,14 @@ _DEFINITIONS: dict[type, Callable[..., Any]] = {
 
 def define(values: flags.FlagValues, *names: str) -> None:
     """Defines shared flags, in the given order, and `--config`. A flag that isn't given is None."""
+    define_some(values, *names)
+    flags.DEFINE_string(
+        "config", None, "A config file, or the workdir of an earlier run, to start from.", flag_values=values
+    )
+
+
+def define_some(values: flags.FlagValues, *names: str) -> None:
+    """Like `define`, without `--config`, for verbs with flags of their own between."""
     defaults = flatten(Config().to_dict())
     for name in names:
         path, text = _FLAGS[name]
@@ -64,9 +79,18 @@ def define(values: flags.FlagValues, *names: str) -> None:
         shown = ",".join(default) if isinstance(default, list) else default
         text = f"{text} (default: {shown})" if shown != "" else text
         _DEFINITIONS[type(default)](name, None, text, flag_values=values)
-    flags.DEFINE_string(
-        "config", None, "A config file, or the workdir of an earlier run, to start from.", flag_values=values
-    )
+
+
+def needed(values: flags.FlagValues, name: str, what: str) -> str:
+    """Returns the value of a flag that must be given.
+
+    Raises:
+        ConfigError: It isn't; says what it means.
+    """
+    value = values[name].value
+    if not value:
+        raise ConfigError(f"--{name}=… is missing: {what}.")
+    return str(value)
 
 
 def to_config(values: flags.FlagValues, overrides: Sequence[str], base: Config | None = None) -> Config:

@@ -21,6 +21,8 @@ VERBS = {
     "data": "Look at a data set: rendered examples, lengths, what is dropped and why.",
     "train": "Fine-tune a model.",
     "eval": "Compare base and tuned model on held-out data.",
+    "quantize": "Hold a trained model's weights in few bits, with or without calibration.",
+    "merge": "Put LoRA into the weights under it.",
     "generate": "Answer questions.",
     "chat": "Talk to a model.",
 }

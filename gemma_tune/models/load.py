@@ -15,8 +15,8 @@ from gemma_tune.models.files import read_json
 from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
 from gemma_tune.models.lora import merge_lora
 from gemma_tune.models.preprocessor import text_preprocessor
+from gemma_tune.models.preset import read_schemes
 from gemma_tune.models.quantize import apply_schemes, quantize_layers
-from gemma_tune.models.quantized_preset import read_schemes
 from gemma_tune.models.skeleton import check_filled, skeleton
 from gemma_tune.models.source import Source, parse_source
 from gemma_tune.models.tiny import TOKENIZER_PATH, tiny_backbone
@@ -31,6 +31,7 @@ def load_model(
     *,
     precision: str = _DEFAULTS.precision,
     grid: Grid | None = None,
+    as_trained: bool = True,
     adapter: str = "",
     seed: int = 0,
 ) -> keras.Model:
@@ -42,6 +43,7 @@ def load_model(
         precision: `float32`, `bfloat16` or `mixed_bfloat16`.
         grid: Quantizes linear layers and embedding while they are read: there is never a float copy of them all. None:
             as a run was trained, if it is a run's, else not at all.
+        as_trained: False: a run's base is read in floats even where it was trained on quantized weights.
         adapter: A LoRA adapter to put on top.
         seed: Of a tiny model's weights.
 
@@ -58,7 +60,7 @@ def load_model(
         )
     parsed = parse_source(source)
     if parsed.kind == "run":
-        model = _load_run(Path(parsed.value), precision, seed, grid)
+        model = _load_run(Path(parsed.value), precision, seed, grid, as_trained)
     else:
         backbone, tokenizer = _LOADERS[parsed.kind](parsed, precision, seed, grid)
         check_filled(backbone)
@@ -218,7 +220,7 @@ def _keras_message(source: Source, error: Exception) -> str:
     return f"{source.value} can't be downloaded from Kaggle: {reason} {advice}"
 
 
-def _load_run(workdir: Path, precision: str, seed: int, grid: Grid | None) -> keras.Model:
+def _load_run(workdir: Path, precision: str, seed: int, grid: Grid | None, as_trained: bool) -> keras.Model:
     """Loads what a run made: its base with its adapter, or its fully trained model."""
     if (workdir / "model").exists():
         return load_model(str(workdir / "model"), precision=precision, grid=grid)
@@ -231,7 +233,7 @@ def _load_run(workdir: Path, precision: str, seed: int, grid: Grid | None) -> ke
     return load_model(
         config.model.source,
         precision=precision,
-        grid=grid or config.grid,
+        grid=grid or (config.grid if as_trained else None),
         adapter=str(workdir / "adapter"),
         seed=config.seed,
     )

@@ -166,20 +166,31 @@ def merge_lora(backbone: keras_hub.models.Backbone) -> None:
                 f"LoRA can't be merged into {layer.path}, which is held in {layer.quantized_scheme}: rounding would "
                 "lose it. Load the model without quantization, and merge there."
             )
-        is_embedding = hasattr(layer, "lora_embeddings_a")
-        kind = "embeddings" if is_embedding else "kernel"
-        weights = layer._embeddings if is_embedding else layer._kernel
-        factors = [getattr(layer, f"lora_{kind}_{letter}") for letter in "ab"]
-        first, second = (factor.value for factor in factors)
-        update = (layer.lora_alpha / layer.lora_rank) * ops.matmul(first, second)
+        weights = layer._embeddings if hasattr(layer, "lora_embeddings_a") else layer._kernel
+        update = lora_update(layer)
         weights.assign(ops.cast(ops.cast(weights.value, "float32") + update, weights.dtype))
-        layer._tracker.unlock()
-        for factor in factors:
-            layer._untrack_variable(factor)
-        layer._tracker.lock()
-        layer.lora_enabled, layer.lora_rank = False, None
+        remove_factors(layer)
         if type(layer) is LowRankEinsumDense:
             layer.__class__ = keras.layers.EinsumDense
         weights.trainable = True
     for layer in backbone._flatten_layers(include_self=False):
         layer.trainable = True
+
+
+def lora_update(layer: keras.layers.Layer) -> jax.Array:
+    """Returns (alpha/rank)·A·B, of the kernel's shape."""
+    return (layer.lora_alpha / layer.lora_rank) * ops.matmul(*(factor.value for factor in _factors(layer)))
+
+
+def remove_factors(layer: keras.layers.Layer) -> None:
+    """Takes a layer's factors away."""
+    layer._tracker.unlock()
+    for factor in _factors(layer):
+        layer._untrack_variable(factor)
+    layer._tracker.lock()
+    layer.lora_enabled, layer.lora_rank = False, None
+
+
+def _factors(layer: keras.layers.Layer) -> list[keras.Variable]:
+    kind = "embeddings" if hasattr(layer, "lora_embeddings_a") else "kernel"
+    return [getattr(layer, f"lora_{kind}_{letter}") for letter in "ab"]

@@ -11,6 +11,7 @@ from gemma_tune.models.functional import check_text_only
 from gemma_tune.models.linear import use_plain_products
 from gemma_tune.models.lora import enable_lora, merge_lora
 from gemma_tune.models.packing import enable_packing
+from gemma_tune.models.quantize import quantized_layers
 from gemma_tune.models.remat import enable_remat
 
 
@@ -63,6 +64,11 @@ def prepare_for_training(
     """
     merge_lora(model.backbone)
     check_text_only(model)
+    if not lora and (quantized := quantized_layers(model.backbone)):
+        raise ModelError(
+            f"The model's weights are held in {quantized[0].quantized_scheme}, so they can't all be trained. Take "
+            "training.method=qlora, which trains LoRA beside them, or the float model that it was made from."
+        )
     if lora:
         enable_lora(model.backbone, *lora)
     use_plain_products(model.backbone)

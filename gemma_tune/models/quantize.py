@@ -1,5 +1,6 @@
 """Gives a backbone's layers quantized kernels: before a checkpoint is read into them, or from the floats they hold."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -116,7 +117,7 @@ def matrix_shape(layer: Any) -> tuple[int, int, int]:
     summed = [place for place, letter in enumerate(axes) if letter in inputs]
     sizes = tuple(layer._float_kernel.shape if is_quantized(layer) else layer._kernel.shape)
     first, last = summed[0], summed[-1] + 1
-    return tuple(int(np.prod(part, dtype=np.int64)) for part in (sizes[:first], sizes[first:last], sizes[last:]))
+    return math.prod(sizes[:first]), math.prod(sizes[first:last]), math.prod(sizes[last:])
 
 
 def first_floats(backbone: Any) -> tuple[dict[str, tuple[tuple[int, ...], np.ndarray]], set[str]]:

@@ -9,6 +9,7 @@ stay float (Keras's int8 rounds those of the head too, and its gradient is lost 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -155,6 +156,11 @@ class _QuantizedLayer:
     def quantized_scheme(self: Any) -> str:
         """`int8`, `int4` or `nf4`."""
         return self.scheme.grid.scheme
+
+    @property
+    def num_weights(self: Any) -> int:
+        """How many numbers the codes stand for."""
+        return math.prod(self._matrix_shape)
 
 
 class QuantizedEinsumDense(_QuantizedLayer, keras.layers.EinsumDense):

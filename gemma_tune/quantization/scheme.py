@@ -19,6 +19,29 @@ class Grid(NamedTuple):
     or_int8: bool = False
 
 
+class PostTraining(NamedTuple):
+    """A way to quantize a trained model.
+
+    scheme: Of the grid. method: `gptq`, `awq` or `smoothquant`, which need calibration data, or "": rounding to the
+    nearest code. rounds_inputs: As in LayerScheme.
+    """
+
+    scheme: str
+    method: str = ""
+    rounds_inputs: bool = False
+
+
+POST_TRAINING = {
+    "int8": PostTraining("int8"),
+    "int8-dynamic": PostTraining("int8", rounds_inputs=True),
+    "int4": PostTraining("int4"),
+    "nf4": PostTraining("nf4"),
+    "gptq-int4": PostTraining("int4", "gptq"),
+    "awq-int4": PostTraining("int4", "awq"),
+    "smoothquant-int8": PostTraining("int8", "smoothquant", rounds_inputs=True),
+}
+
+
 class LayerScheme(NamedTuple):
     """How one layer is held.
 

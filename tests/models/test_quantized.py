@@ -13,9 +13,9 @@ from gemma_tune.models.functional import assign, parameters
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora import merge_lora
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
+from gemma_tune.models.preset import save_preset
 from gemma_tune.models.quantize import quantize_layers
 from gemma_tune.models.quantized import QuantizedEinsumDense, quantized_product
-from gemma_tune.models.quantized_preset import save_quantized
 from gemma_tune.quantization.grids import dequantize, quantize
 from gemma_tune.quantization.scheme import Grid
 from gemma_tune.training.blockwise import Blockwise
@@ -172,7 +172,7 @@ def test_a_checkpoint_is_quantized_as_it_is_read(grid, tmp_path, name):
     """From a Keras preset: the same codes as quantizing the loaded model. What is saved quantized has them too."""
     load_model(f"tiny:{name}").save_to_preset(str(tmp_path / "preset"))
     wanted, model = (load_model(source, grid=grid) for source in (f"tiny:{name}", str(tmp_path / "preset")))
-    save_quantized(model, tmp_path / "codes")
+    save_preset(model, tmp_path / "codes")
     again = load_model(str(tmp_path / "codes"))
     assert fingerprint(again) == fingerprint(load_model(f"tiny:{name}"))
     groups = [parameters(one).frozen | parameters(one).trainable for one in (wanted, model, again)]
@@ -187,15 +187,13 @@ def test_what_is_saved_quantized(tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     with pytest.raises(ModelError, match="exists already"):
-        save_quantized(model, tmp_path / "taken")
-    with pytest.raises(ModelError, match="no quantized layers"):
-        save_quantized(load_model("tiny:gemma3"), tmp_path / "floats")
-    save_quantized(model, tmp_path / "codes")
+        save_preset(model, tmp_path / "taken")
+    save_preset(model, tmp_path / "codes")
     with pytest.raises(ModelError, match="held in int4 already"):
         load_model(str(tmp_path / "codes"), grid=Grid("int8"))
     with_factors(model, 0)
     with pytest.raises(ModelError, match="LoRA factors"):
-        save_quantized(model, tmp_path / "factors")
+        save_preset(model, tmp_path / "factors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["codes", "taken"]
     (tmp_path / "codes" / "quantization.json").write_text('{"format": "gemma_tune.quantization", "layers": {"a": {}}}')
     with pytest.raises(ModelError, match="can't be read"):

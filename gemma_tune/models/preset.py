@@ -1,6 +1,6 @@
-"""Saves quantized models as Keras presets, and says how the layers of a saved one are held.
+"""Saves models as Keras presets, and says how the layers of a quantized one are held.
 
-The preset is KerasHub's; the codes stand among its weights as they are, and `quantization.json` beside them says, layer
+The preset is KerasHub's; codes stand among its weights as they are, and `quantization.json` beside them says, layer
 by layer, how they are to be read. It is written to a folder with another name first, so that a half-written preset
 never has the name of a whole one.
 """
@@ -33,32 +33,30 @@ def check_output(directory: str | os.PathLike) -> Path:
     return path
 
 
-def save_quantized(model: keras.Model, directory: str | os.PathLike) -> Path:
-    """Writes a quantized model, from which `load_model` makes the same again, code by code.
+def save_preset(model: keras.Model, directory: str | os.PathLike) -> Path:
+    """Writes a model, quantized or not, from which `load_model` makes the same again, code by code.
 
     Args:
-        model: A CausalLM with quantized layers, without LoRA.
+        model: A CausalLM without LoRA.
         directory: Must not exist, or be empty.
 
     Returns:
         The directory.
 
     Raises:
-        ModelError: The directory holds something, nothing is quantized, or there are LoRA factors.
+        ModelError: The directory holds something, or there are LoRA factors.
     """
     path = check_output(directory)
-    layers = quantized_layers(model.backbone)
-    if not layers:
-        raise ModelError("The model has no quantized layers. Save it with save_to_preset.")
     if lora_layers(model.backbone):
-        raise ModelError("The model has LoRA factors beside its codes: save these with save_adapter, or merge them.")
+        raise ModelError("The model has LoRA factors: save these with save_adapter, or merge them.")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_to_preset(str(partial))
-        schemes = {layer.path: _to_plain(layer.scheme) for layer in layers}
-        text = json.dumps({"format": _FORMAT, "layers": schemes}, indent=1)
-        (partial / _FILE).write_text(text, encoding="utf-8")
+        schemes = {layer.path: _to_plain(layer.scheme) for layer in quantized_layers(model.backbone)}
+        if schemes:
+            text = json.dumps({"format": _FORMAT, "layers": schemes}, indent=1)
+            (partial / _FILE).write_text(text, encoding="utf-8")
         if path.exists():
             path.rmdir()
         os.replace(partial, path)
