@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.contenders.worker import tell_loaded
 from benchmarks.jobs import Job, job
 from benchmarks.shapes import parse_random, random_job
+from gemma_tune.quantization.scheme import Grid
 
 _NEEDS = {"peft_torch": ("peft", "transformers", "torch")}
 
@@ -28,13 +29,14 @@ def demo_sources(folder: Path, contenders: Sequence[str]) -> dict[str, str]:
     return {who: sources[who] for who in contenders}
 
 
-def load_with_job(source: str, job_name: str, num_examples: int) -> tuple[Any, Job]:
+def load_with_job(source: str, job_name: str, num_examples: int, grid: Grid | None = None) -> tuple[Any, Job]:
     """Loads a KerasHub model, says so, and makes its job.
 
     Args:
         source: Any that gemma_tune loads, or random:SHAPE:PRECISION, whose job is of random tokens too.
         job_name: `documents` or `chats`.
         num_examples: In a pass.
+        grid: What its weights are held in; None: floats.
     """
     chosen = parse_random(source)
     if chosen:  # Imported only where needed: the other branch's readers of files aren't on every machine.
@@ -46,6 +48,6 @@ def load_with_job(source: str, job_name: str, num_examples: int) -> tuple[Any, J
     from gemma_tune.models.load import load_model
     from gemma_tune.models.tokenizer import tokenizer_of
 
-    model = load_model(source)
+    model = load_model(source, grid=grid)
     tell_loaded(sum(v.value.nbytes for v in model.backbone.variables))
     return model, job(job_name, num_examples, tokenizer_of(model))

@@ -16,6 +16,7 @@ from benchmarks.sources import load_with_job
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
+from gemma_tune.quantization.scheme import Grid
 from gemma_tune.training.batches import TrainingBatches
 from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
@@ -32,9 +33,12 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         "program": "auto",
         "row_length": "0",
         "attention": "auto",
+        "quantize": "",
+        "block_size": "64",
         **dict(setting.split("=") for setting in settings),
     }
-    model, todo = load_with_job(source, job_name, int(num_examples))
+    grid = Grid(chosen["quantize"], int(chosen["block_size"])) if chosen["quantize"] else None
+    model, todo = load_with_job(source, job_name, int(num_examples), grid)
     rank = int(chosen["rank"])
     lora = LoraSettings(rank, float(rank), tuple(chosen["targets"].split(",")), seed=0)
     row_length = int(chosen["row_length"]) or todo.row_length
