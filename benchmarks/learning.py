@@ -1,4 +1,4 @@
-"""What models in few bits learn, and what rounding does to a model: the computing parts of `benchmarks.quantization`."""
+"""What models in few bits learn, and what rounding does to a model: the parts of `benchmarks.quantization` by model."""
 
 import functools
 import tempfile

@@ -5,6 +5,7 @@ one block's statistics at a time, and the hidden states of the calibration data.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,10 +21,9 @@ from gemma_tune.models.quantize import matrix_shape, quantize_layer, schemes_for
 from gemma_tune.quantization.awq import awq
 from gemma_tune.quantization.gptq import gptq
 from gemma_tune.quantization.grids import Quantized, dequantize, quantize
-from gemma_tune.quantization.output_error import output_error
 from gemma_tune.quantization.scheme import Grid, LayerScheme
 from gemma_tune.quantization.smoothquant import smooth_scale
-from gemma_tune.quantization.statistics import InputStatistics, add, observe
+from gemma_tune.quantization.statistics import InputStatistics, add, observe, output_error
 
 METHODS = ("gptq", "awq", "smoothquant")
 
@@ -58,7 +58,8 @@ def quantize_calibrated(
         The errors, layer by layer.
 
     Raises:
-        ModelError: A layer can't be quantized so, or the model's blocks don't just follow one another.
+        ModelError: A layer can't be quantized so, the model's blocks don't just follow one another, or hidden states
+            are not finite.
     """
     backbone = model.backbone
     if not can_be_split(backbone):
@@ -139,7 +140,10 @@ def _calibrated(
     values: jax.Array, statistics: InputStatistics, method: str, grid: Grid
 ) -> tuple[Quantized, LayerScheme]:
     if method == "gptq":
-        return gptq(values, statistics.hessian, grid), LayerScheme(grid)
+        quantized, damping = gptq(values, statistics.hessian, grid)
+        if math.isinf(damping):
+            raise ModelError("The model's hidden states are not finite: take --precision=float32.")
+        return quantized, LayerScheme(grid)
     if method == "awq":
         quantized, scale = awq(values, statistics, grid)
     else:

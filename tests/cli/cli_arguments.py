@@ -1,0 +1,8 @@
+"""What makes a command line short enough for a test."""
+
+TINY = ["--model=tiny", "--max_length=128", "--batch_size=8"]
+FAST = [
+    "--config.generation.max_new_tokens=4",
+    "--config.training.num_sample_answers=2",
+    "--config.training.num_scored_answers=3",
+]
