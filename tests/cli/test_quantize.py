@@ -50,7 +50,7 @@ def test_mistakes_write_nothing(call, tmp_path, monkeypatch, arguments, code, me
     row = {"prompt": "How do I switch it on?", "completion": "Hold the key."}
     (tmp_path / "few.jsonl").write_text("".join(json.dumps({**row, "prompt": f"{i}?"}) + "\n" for i in range(4)))
     (tmp_path / "none.jsonl").write_text("")
-    found, out, err = call("quantize", "--model=tiny", "--max_length=128", *arguments)
+    found, _, err = call("quantize", "--model=tiny", "--max_length=128", *arguments)
     assert found == code and message in err and "Traceback" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.jsonl", "none.jsonl", "taken"]
 
@@ -98,5 +98,5 @@ def test_qlora_is_merged_into_the_floats_it_came_from(call, tmp_path):
 
 
 def test_merging_what_has_no_lora(call, tmp_path):
-    code, out, err = call("merge", "--model=tiny", f"--output={tmp_path}/o")
+    code, _, err = call("merge", "--model=tiny", f"--output={tmp_path}/o")
     assert code == 2 and "no LoRA to merge" in err and not list(tmp_path.iterdir())
