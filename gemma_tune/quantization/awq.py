@@ -1,0 +1,72 @@
+"""AWQ: weights of inputs with large activations get more of the grid (Lin et al., arXiv:2306.00978).
+
+Weights are multiplied by a scale s for each input before they are rounded, and the inputs are divided by it, in the
+layer before or at run time. Errors are taken over all inputs by their Hessian, so that no activation is kept.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_tune.quantization.grids import Quantized, dequantize, quantize
+from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.statistics import InputStatistics, check_fit, squared_error
+
+_NUM_ALPHAS = 20  # From 0 on, in steps of 1/20, as the paper's code tries them.
+_SMALLEST = 1e-4  # Of a scale, before the division by the middle.
+
+
+def awq_scale(values: Any, statistics: InputStatistics, grid: Grid) -> jax.Array:
+    """Returns s [C] float32: mean|x|^alpha, divided by the geometric mean of its extremes (section 3.2, equation 5).
+
+    The alpha is the one with the least squared error of the outputs. 0, which scales nothing, is one of them.
+
+    Args:
+        values: [P, C, Q], all P of the same inputs.
+        statistics: Of these inputs.
+        grid: With a block size that divides C.
+
+    Raises:
+        ModelError: Shapes that don't belong together.
+    """
+    check_fit(values, statistics.hessian, grid)
+    return _search(jnp.asarray(values, jnp.float32), statistics, grid)
+
+
+def awq(values: Any, statistics: InputStatistics, grid: Grid) -> tuple[Quantized, jax.Array]:
+    """Returns (values · s in few bits, s [C]). The kernel is what it dequantizes to, divided by s.
+
+    Args:
+        values: [P, C, Q].
+        statistics: Of its inputs.
+        grid: With a block size that divides C.
+
+    Raises:
+        ModelError: Shapes that don't belong together.
+    """
+    scale = awq_scale(values, statistics, grid)
+    return quantize(jnp.asarray(values, jnp.float32) * scale[:, None], grid), scale
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _search(values: jax.Array, statistics: InputStatistics, grid: Grid) -> jax.Array:
+    mean = statistics.magnitude / jnp.maximum(statistics.count, 1)
+
+    def error(alpha: jax.Array) -> jax.Array:
+        scale = _scale_of(mean, alpha)[:, None]
+        rounded = dequantize(quantize(values * scale, grid)) / scale
+        return squared_error(values - rounded, statistics.hessian)
+
+    alphas = jnp.arange(_NUM_ALPHAS) / _NUM_ALPHAS
+    errors = jax.lax.map(error, alphas)
+    return _scale_of(mean, alphas[jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))])
+
+
+def _scale_of(mean: jax.Array, alpha: jax.Array) -> jax.Array:
+    """An input that was never seen gets the least scale of those that were."""
+    seen = mean > 0
+    mean = jnp.where(seen, mean, jnp.min(jnp.where(seen, mean, jnp.inf)))
+    scale = jnp.maximum(jnp.where(jnp.isfinite(mean), mean, 1) ** alpha, _SMALLEST)
+    return scale / jnp.sqrt(jnp.max(scale) * jnp.min(scale))

@@ -1,0 +1,62 @@
+"""Products of eight-bit integers: SmoothQuant (Xiao et al., arXiv:2211.10438).
+
+Activations are rounded as they come, each token with a scale of its own. A few of their channels are far larger than
+the rest and take the grid for themselves, so that first a part of their size is moved into the weights, once.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_tune.errors import ConfigError, ModelError
+from gemma_tune.quantization.grids import Quantized
+
+
+def smooth_scale(values: Any, largest: Any, alpha: float = 0.5) -> jax.Array:
+    """Returns s [C] (equation 4): inputs divided by s and weights times s give the same product.
+
+    s = largest^alpha / (largest weight of the input)^(1 − alpha); 1 for inputs that were never seen or have no weight.
+
+    Args:
+        values: [P, C, Q]; of several kernels with the same inputs, all joined along Q.
+        largest: [C] of `InputStatistics`.
+        alpha: From 0, the weights' sizes alone, to 1, the activations' alone.
+
+    Raises:
+        ConfigError: alpha is outside of 0 to 1.
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"The alpha of SmoothQuant must be from 0 to 1, got {alpha}.")
+    weights = jnp.max(jnp.abs(values), axis=(0, 2))
+    usable = (weights > 0) & (largest > 0)
+    weights, largest = (jnp.where(usable, sizes, 1) for sizes in (weights, largest))
+    return largest**alpha / weights ** (1 - alpha)
+
+
+def quantize_activations(x: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns (codes [..., C] int8 from −127 to 127, scale [..., 1] float32) of x [..., C], for each token alone."""
+    x = jnp.asarray(x, jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+    codes = jnp.clip(jnp.round(x / jnp.where(scale == 0, 1, scale)), -127, 127)
+    return codes.astype(jnp.int8), scale
+
+
+def dynamic_product(x: Any, kernel: Quantized) -> jax.Array:
+    """Returns the product of rounded inputs with a rounded kernel, [..., P, Q] float32; it has no useful gradient.
+
+    Codes are multiplied as integers and added up in int32, which holds for C up to 133,000.
+
+    Args:
+        x: [..., C] in any float dtype.
+        kernel: int8, [P, C, Q].
+
+    Raises:
+        ModelError: The kernel is of another scheme.
+    """
+    if kernel.codes.dtype != jnp.int8:
+        raise ModelError(f"Integer products need an int8 kernel, but its codes are {kernel.codes.dtype}.")
+    codes, scale = quantize_activations(x)
+    summed = (((codes.ndim - 1,), (1,)), ((), ()))
+    sums = jax.lax.dot_general(codes, jnp.asarray(kernel.codes), summed, preferred_element_type=jnp.int32)
+    return sums.astype(jnp.float32) * scale[..., None] * kernel.scales.values[:, 0, 0]
