@@ -120,6 +120,7 @@ def _sweep(values: jax.Array, factor: jax.Array, layout: jax.Array, fixed: Quant
     codes = codes[::-1].reshape(inputs, -1)
     codes = jnp.zeros_like(codes).at[layout].set(codes).reshape(inputs, first, last).transpose(1, 0, 2)
     if grid.scheme == "int8":
+        assert fixed is not None
         return fixed._replace(codes=codes.astype(jnp.int8))
     packed = _pack(jnp, codes.reshape(first, inputs // block, block, last))
     if fixed is not None:
@@ -159,7 +160,7 @@ def _nearest(target, scale, zero, scheme: str) -> tuple[jax.Array, jax.Array]:
     return code, jnp.take(NF4_LEVELS, code) * scale
 
 
-def _steps_of(quantized: Quantized) -> tuple[jax.Array, jax.Array]:
+def _steps_of(quantized: Quantized) -> tuple[Any, ...]:
     """Returns (scales, zeros), each [G, P·Q] float32."""
     scale = _values_of(jnp, quantized.scales)
     zero = jnp.zeros_like(scale) if quantized.zeros is None else quantized.zeros.astype(jnp.float32)

@@ -23,6 +23,8 @@ import numpy as np
 
 from gemma_tune.quantization.scheme import Grid
 
+# Multiplied by, since XLA makes a product of a division by a constant, and NumPy doesn't: both find the same codes.
+_PART_OF_127, _PART_OF_15, _PART_OF_255 = (np.float32(1 / parts) for parts in (127, 15, 255))
 _SCALES_IN_BLOCK = 256  # Of double quantization, as in QLoRA.
 
 # Ascending; equal areas under the normal curve, with an exact zero and an exact ±1.
@@ -85,7 +87,7 @@ def quantize(values: Any, grid: Grid) -> Quantized:
     """
     xp: Any = _namespace(values)
     if grid.scheme == "int8":
-        scale = xp.max(xp.abs(values), axis=1, keepdims=True) / 127
+        scale = xp.max(xp.abs(values), axis=1, keepdims=True) * _PART_OF_127
         codes = xp.clip(xp.round(values / _not_zero(xp, scale)), -127, 127).astype(xp.int8)
         return Quantized(codes, Scales(scale[:, None]))
     first, inputs, last = values.shape
@@ -93,10 +95,10 @@ def quantize(values: Any, grid: Grid) -> Quantized:
     if grid.scheme == "nf4":
         scales = _scales(xp, xp.max(xp.abs(grouped), axis=2, keepdims=True), grid)
         scale = _not_zero(xp, _values_of(xp, scales))
-        return Quantized(_pack(xp, xp.searchsorted(_as(xp, _NF4_BORDERS), grouped / scale)), scales)
+        return Quantized(_pack(xp, _nearest_nf4(xp, grouped / scale)), scales)
     low = xp.minimum(xp.min(grouped, axis=2, keepdims=True), 0)
     high = xp.maximum(xp.max(grouped, axis=2, keepdims=True), 0)
-    scales = _scales(xp, (high - low) / 15, grid)
+    scales = _scales(xp, (high - low) * _PART_OF_15, grid)
     scale = _not_zero(xp, _values_of(xp, scales))
     zeros = xp.clip(xp.round(-low / scale), 0, 15)
     codes = xp.clip(xp.round(grouped / scale) + zeros, 0, 15)
@@ -181,6 +183,12 @@ def _not_zero(xp: Any, scale: Any) -> Any:
     return xp.where(scale == 0, 1, scale)
 
 
+def _nearest_nf4(xp: Any, values: Any) -> Any:
+    if xp is np:
+        return np.searchsorted(_NF4_BORDERS, values)
+    return jnp.searchsorted(jnp.asarray(_NF4_BORDERS), values, method="compare_all")
+
+
 def _pack(xp: Any, codes: Any) -> Any:
     codes = codes.astype(xp.uint8)
     half = codes.shape[2] // 2
@@ -194,7 +202,7 @@ def _scales(xp: Any, values: Any, grid: Grid) -> Scales:
         return Scales(values)
     flat = _blocks_of(xp, values)
     lowest, highest = (f(flat, axis=1, keepdims=True) for f in (xp.min, xp.max))
-    step = (highest - lowest) / 255
+    step = (highest - lowest) * _PART_OF_255
     codes = xp.round((flat - lowest) / _not_zero(xp, step)).astype(xp.uint8)
     return Scales(codes.reshape(-1)[: values.size].reshape(values.shape), step, lowest)
 

@@ -65,11 +65,11 @@ def test_error_is_within_half_a_step(rng, grid, shape):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_numpy_and_jax_agree(rng, grid):
-    """XLA divides by a constant by multiplying, so that a value halfway between two codes may go the other way."""
-    values = weights(rng, (4, 128, 16))
+    """Code by code, so that a model that JAX trained with rounded weights is converted by NumPy to the same."""
+    values = weights(rng, (4, 128, 64))
     ours, theirs = quantize(values, grid), jax.jit(lambda x: quantize(x, grid))(values)
-    same = np.mean(np.asarray(theirs.codes) == ours.codes)
-    assert same > 0.999
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(one, other)
     back = jax.jit(dequantize)(ours)
     np.testing.assert_allclose(back, dequantize(ours), rtol=1e-6, atol=1e-7)
 
