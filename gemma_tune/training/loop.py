@@ -19,7 +19,6 @@ from gemma_tune.training.metrics import MetricsWriter
 from gemma_tune.training.prefetch import Prefetch
 from gemma_tune.training.step import StepMetrics, TrainState, TrainStep
 
-
 _FLOAT16_OVERFLOWS = (
     "float16 ends at 65504, and this model computes larger values. Take --precision=mixed_bfloat16 or float32, with "
     "another --workdir."
