@@ -13,7 +13,7 @@ from gemma_tune.quantization.scheme import BLOCK_SIZES, SCHEMES, Grid
 from gemma_tune.settings import check_types, from_plain, setting_paths, to_plain
 
 METHODS = ("full", "lora", "qlora")
-PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
+PRECISIONS = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 OVERLONG = ("truncate", "drop", "error")
@@ -30,8 +30,9 @@ class ModelConfig:
     Attributes:
         source: A preset, `kaggle://…`, `hf://…`, a directory, a `.gguf` file, `demo`, `tiny` or `tiny:FAMILY`, or the
             workdir of an earlier run (its base model with its adapter).
-        precision: `float32`, `bfloat16` (weights and arithmetic), or `mixed_bfloat16` (float32 weights, bfloat16
-            arithmetic).
+        precision: `float32`; `bfloat16` or `float16` (weights and arithmetic); `mixed_bfloat16` or `mixed_float16`
+            (float32 weights, 16-bit arithmetic). Training in float16 scales the loss. What stays float32:
+            models/precision.py.
         quantize: Holds the weights of linear layers and embedding in few bits: `int8`, `int4` or `nf4` (QLoRA,
             arXiv:2305.14314). Empty: `nf4` with training.method=qlora, else not.
         block_size: Weights of int4 and nf4 that share a scale: 32, 64, 128 or 256.

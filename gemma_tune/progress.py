@@ -35,7 +35,9 @@ class ProgressReporter:
 
     def on_step(self, step: int, num_steps: int, values: dict[str, float]) -> None:
         """Moves the bar, or prints a line."""
+        skipped = values.get("num_skipped_steps", 0)
         text = f"loss {values['loss']:.3f}  {values['tokens_per_second']:.0f} tokens/s{self._heldout}"
+        text += f"  {skipped:.0f} skipped" if skipped else ""
         if not console.is_terminal:
             self._print_now_and_then(step, num_steps, text)
             return

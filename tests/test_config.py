@@ -47,7 +47,7 @@ def test_it_is_frozen():
         ({"training.method": "lorra"}, r"training.method must be one of full, lora; got 'lorra'. Did you mean lora\?"),
         (
             {"model.precision": "float64"},
-            r"model.precision must be one of float32, bfloat16, mixed_bfloat16; got 'float64'. Did you mean",
+            r"model.precision must be one of float32, bfloat16, float16, mixed_bfloat16, mixed_float16; got 'float64'. Did you mean",
         ),
         ({"optimizer.name": "adam"}, r"optimizer.name must be one of .*; got 'adam'. Did you mean adamw\?"),
         ({"optimizer.learning_rate": float("nan")}, r"optimizer.learning_rate must be at least 0, got nan"),

@@ -120,6 +120,17 @@ def _backend() -> list[Finding]:
     return [Finding("Keras backend", keras.config.backend())]
 
 
+def _precision() -> list[Finding]:
+    from gemma_tune.models.attention_choice import first_device
+    from gemma_tune.models.precision import suitable_precisions
+
+    try:
+        suitable = suitable_precisions(first_device())
+    except RuntimeError:  # JAX can't start: said already.
+        return []
+    return [Finding("precisions that suit", ", ".join(suitable))]
+
+
 def _disk() -> list[Finding]:
     free = shutil.disk_usage(Path.cwd()).free
     return [
@@ -182,6 +193,7 @@ _CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     _devices,
     _memory,
     _backend,
+    _precision,
     _disk,
     _cache,
     _credentials,

@@ -58,6 +58,8 @@ def dry_run(config: Config, output: Output, memory_limit: float = 0.0) -> dict[s
     for label, text in rows.items():
         table.add_row(label, text)
     console.print(table)
+    if setup.precision_advice:
+        console.print(setup.precision_advice, style="yellow", markup=False)
     if memory.total_bytes > most_bytes:
         console.print(_advice(memory.total_bytes, proposal, most_bytes), style="yellow", markup=False)
     for path, value in flatten(config.to_dict()).items():
@@ -70,6 +72,7 @@ def dry_run(config: Config, output: Output, memory_limit: float = 0.0) -> dict[s
         "num_parameters": trainable + frozen,
         "num_steps": len(setup.batches),
         "attention": setup.attention._asdict(),
+        "precision_advice": setup.precision_advice,
         "memory": {**memory._asdict(), "limit_bytes": most_bytes},
         "proposal": {"changes": proposal.changes, "memory": proposal.memory._asdict()} if proposal else None,
         "data": setup.data.report.to_dict(),

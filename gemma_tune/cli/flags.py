@@ -45,7 +45,10 @@ _FLAGS = {
     "num_epochs": ("training.num_epochs", "Passes over the data."),
     "batch_size": ("training.batch_size", "Rows of --max_length tokens in one step. Short examples share a row."),
     "max_length": ("data.max_length", "Longest example in tokens."),
-    "precision": ("model.precision", f"{', '.join(PRECISIONS)}."),
+    "precision": (
+        "model.precision",
+        f"{', '.join(PRECISIONS)}. mixed: float32 weights, 16-bit arithmetic. float16: for GPUs without bfloat16.",
+    ),
     "on_error": ("data.on_error", "raise: stop at the first unreadable row. skip: count and report such rows."),
     "max_new_tokens": ("generation.max_new_tokens", "Longest answer in tokens."),
     "temperature": ("generation.temperature", "0: the likeliest token each time. Higher: bolder."),

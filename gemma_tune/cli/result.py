@@ -28,6 +28,11 @@ def show_result(result: RunResult, output: Output) -> None:
     if result.scores:
         right = sum(score.is_right for score in result.scores)
         console.print(f"{right} of {len(result.scores)} held-out questions are answered with their own answer.")
+    if result.num_skipped_steps:
+        console.print(
+            f"{result.num_skipped_steps} of {result.num_steps} steps were skipped, since float16 couldn't hold their "
+            "gradients: a few are usual, while the loss scale is found."
+        )
     console.print(f"\nSaved in {result.workdir}:")
     for path, what in (
         (result.saved_to.relative_to(result.workdir), "what was learnt"),

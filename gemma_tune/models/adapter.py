@@ -9,7 +9,7 @@ import numpy as np
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.family import family_of
-from gemma_tune.models.fingerprint import fingerprint
+from gemma_tune.models.fingerprint import fingerprint, some_values
 from gemma_tune.models.functional import variables_by_path
 from gemma_tune.models.lora import enable_lora, enable_on_layers, lora_layers
 
@@ -50,6 +50,7 @@ def save_adapter(model: keras.Model, path: str | os.PathLike, base_model: str = 
         "family": family_of(model),
         "base_model": base_model,
         "base_fingerprint": fingerprint(model),
+        "base_values": json.dumps(some_values(model)),
         "rank": str(layers[0].lora_rank),
         "alpha": repr(float(layers[0].lora_alpha)),
         "target_layers": json.dumps(sorted({layer.name for layer in layers})),
@@ -116,12 +117,24 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 def _check_base(model: keras.Model, metadata: dict[str, str], file: Path) -> None:
     found, expected = fingerprint(model), metadata["base_fingerprint"]
-    if found != expected:
+    if found != expected and not _is_rounded_otherwise(model, metadata):
         base = metadata["base_model"] or "an unnamed model"
         raise ModelError(
             f"{file} was trained on another base: {base} ({metadata['family']}, weights {expected}); this model is "
             f"{family_of(model)} with weights {found}. Load {base} instead."
         )
+
+
+def _is_rounded_otherwise(model: keras.Model, metadata: dict[str, str]) -> bool:
+    """Whether the base is the same but for the rounding of its weights.
+
+    float16 rounds at other places than bfloat16, in which fingerprints compare. Where one of the two bases is float16,
+    some values are compared instead, with the tolerance of bfloat16, and of float16 near zero.
+    """
+    values, others = some_values(model), json.loads(metadata.get("base_values", "{}"))
+    if "float16" not in (values["dtype"], others.get("dtype")) or values["paths"] != others.get("paths"):
+        return False
+    return np.allclose(values["values"], others["values"], rtol=2**-7, atol=2**-24)
 
 
 def _save_keras(model: keras.Model, file: Path) -> None:

@@ -14,6 +14,7 @@ from gemma_tune.models.family import FAMILIES, family_of
 from gemma_tune.models.files import read_json
 from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
 from gemma_tune.models.lora import merge_lora
+from gemma_tune.models.precision import check_range
 from gemma_tune.models.preprocessor import text_preprocessor
 from gemma_tune.models.preset import read_schemes
 from gemma_tune.models.quantize import apply_schemes, quantize_layers
@@ -40,7 +41,7 @@ def load_model(
     Args:
         source: A preset (`gemma3_1b`), `kaggle://…`, `hf://…`, a directory (Keras preset, Hugging Face, or a run's
             workdir), a `.gguf` file, `demo`, `tiny` or `tiny:FAMILY`.
-        precision: `float32`, `bfloat16` or `mixed_bfloat16`.
+        precision: One of config.PRECISIONS: `float32`, `bfloat16`, `float16`, `mixed_bfloat16` or `mixed_float16`.
         grid: Quantizes linear layers and embedding while they are read: there is never a float copy of them all. None:
             as a run was trained, if it is a run's, else not at all.
         as_trained: False: a run's base is read in floats even where it was trained on quantized weights.
@@ -52,7 +53,8 @@ def load_model(
         work.
 
     Raises:
-        ModelError: There is no such model, it can't be downloaded or read, or it is no Gemma; says what to do.
+        ModelError: There is no such model, it can't be downloaded or read, it is no Gemma, or the precision can't hold
+            its weights; says what to do.
     """
     if precision not in PRECISIONS:
         raise ModelError(
@@ -64,6 +66,7 @@ def load_model(
     else:
         backbone, tokenizer = _LOADERS[parsed.kind](parsed, precision, seed, grid)
         check_filled(backbone)
+        check_range(backbone)
         _correct_query_scale(backbone)
         preprocessor = text_preprocessor(tokenizer, with_positions="position_ids" in backbone.input)
         model = FAMILIES[family_of(backbone)].causal_lm(preprocessor=preprocessor, backbone=backbone)

@@ -95,7 +95,7 @@ def _with_backward_branch(compute: Callable, policy: Callable, some: list[jax.Ar
     def backward(pullback: Callable, gradient: Any) -> tuple[Any, None]:
         (shapes,) = jax.eval_shape(pullback, gradient)
         not_numbers = jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan, shape.dtype), shapes)
-        # Practically always true, but XLA can't know. At any other gradient the training loop stops.
+        # Practically always true, but XLA can't know. At any other gradient the training loop stops, or skips the step.
         is_number = jax.tree.leaves(gradient)[0].ravel()[0] < jnp.inf
         return jax.lax.cond(is_number, lambda: pullback(gradient)[0], lambda: not_numbers), None
 

@@ -15,10 +15,11 @@ from gemma_tune.data import (
 )
 from gemma_tune.evaluation import evaluate_batches
 from gemma_tune.keras_runtime import cache_dir, keras
-from gemma_tune.models.attention_choice import AttentionChoice
+from gemma_tune.models.attention_choice import AttentionChoice, first_device
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import Params, parameters
 from gemma_tune.models.load import load_model
+from gemma_tune.models.precision import check_precision
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.training.batches import HeldoutBatches, TrainingBatches, most_targets
@@ -34,6 +35,7 @@ class Setup:
     config: Config
     model: keras.Model
     attention: AttentionChoice
+    precision_advice: str  # Empty where the precision suits the device.
     data: PreparedData
     batches: TrainingBatches
     heldout: HeldoutBatches
@@ -75,6 +77,7 @@ def prepare_data(config: Config, splits: Splits, model: keras.Model) -> Prepared
 def set_up(config: Config, splits: Splits) -> Setup:
     """Loads and prepares the model in a fixed order: precision, quantize, LoRA, layers, remat; compiles nothing."""
     training, optimizer_config = config.training, config.optimizer
+    precision_advice = check_precision(first_device(), config.model.precision)
     model = load_model(config.model.source, precision=config.model.precision, grid=config.grid, seed=config.seed)
     data = prepare_data(config, splits, model)
     lora = LoraSettings(config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
@@ -114,6 +117,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         config=config,
         model=model,
         attention=attention,
+        precision_advice=precision_advice,
         data=data,
         batches=batches,
         heldout=heldout,

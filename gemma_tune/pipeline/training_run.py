@@ -48,6 +48,7 @@ class RunResult:
     Attributes:
         model: The tuned CausalLM.
         saved_to: The adapter file, or the preset directory of a fully tuned model.
+        num_skipped_steps: Steps whose gradients float16 couldn't hold.
         before, after: Held-out values; empty when nothing is held out. `after` is of the best step.
     """
 
@@ -58,6 +59,7 @@ class RunResult:
     num_trainable: int
     num_steps: int
     best_step: int
+    num_skipped_steps: int
     before: dict[str, float]
     after: dict[str, float]
     samples: list[SampleAnswer]
@@ -70,6 +72,7 @@ class RunResult:
             "saved_to": str(self.saved_to),
             "num_steps": self.num_steps,
             "best_step": self.best_step,
+            "num_skipped_steps": self.num_skipped_steps,
             "num_trainable_parameters": self.num_trainable,
             "heldout_before": self.before,
             "heldout_after": self.after,
@@ -105,6 +108,8 @@ def run(config: Config) -> RunResult:
     )  # What can be wrong is looked for before what takes long, and nothing is written before all is well.
     setup = set_up(config, read_splits(config))
     progress.console.print(f"Attention: {setup.attention}", markup=False)
+    if setup.precision_advice:
+        progress.console.print(setup.precision_advice, style="yellow", markup=False)
     workdir = open_workdir(config)
     samples = _base_answers(setup, workdir)
     state, best = _train(setup, workdir)
@@ -172,6 +177,7 @@ def _finish(setup: Setup, workdir: Path, state: TrainState, best: Progress, samp
         num_trainable=sum(math.prod(value.shape) for value in state.trainable.values()),
         num_steps=len(setup.batches),
         best_step=int(state.step),
+        num_skipped_steps=max([row.get("num_skipped_steps", 0) for row in rows], default=0),
         before=_heldout_values(heldout.get(0)),
         after=_heldout_values(heldout.get(int(state.step))),
         samples=samples,

@@ -92,7 +92,7 @@ class Blockwise:
         return loss
 
     def make_gradients(self, loss_of_hidden: LossOfHidden) -> "BlockwiseGradients":
-        """Returns (trainable, frozen, batch) -> (gradients of loss_sum by path, LossSums)."""
+        """Returns (trainable, frozen, scale, batch) -> (gradients of scale · loss_sum by path, LossSums)."""
         return BlockwiseGradients(self, loss_of_hidden)
 
     def _outer(self, params: Params) -> dict[str, jax.Array]:
@@ -193,23 +193,28 @@ class Blockwise:
 
 
 class BlockwiseGradients:
-    """Gradients by the programs of a `Blockwise`: (trainable, frozen, batch) -> (by path, LossSums)."""
+    """Gradients by the programs of a `Blockwise`: (trainable, frozen, scale, batch) -> (by path, LossSums).
+
+    scale: [] float32, what the loss is multiplied with, or None.
+    """
 
     def __init__(self, blockwise: Blockwise, loss_of_hidden: LossOfHidden):
         self._of, self._loss_of_hidden = blockwise, loss_of_hidden
         self._backward = OncePerShape("train_step", self._compile, keeps_memory=True)
 
-    def __call__(self, trainable: Params, frozen: Params, batch: Batch) -> tuple[dict[str, jax.Array], LossSums]:
+    def __call__(
+        self, trainable: Params, frozen: Params, scale: jax.Array | None, batch: Batch
+    ) -> tuple[dict[str, jax.Array], LossSums]:
         """Runs forward and backward."""
         of = self._of
-        forward, backward = of._forward(trainable, frozen, batch), self._backward(trainable, frozen, batch)
+        forward, backward = of._forward(trainable, frozen, batch), self._backward(trainable, frozen, scale, batch)
         outer = of._outer(trainable), of._outer(frozen)
         x, named = forward.begin(*outer, batch)
         saved = []
         for index, kind in enumerate(of._kinds):
             before, (x, kept) = x, forward.blocks[kind](*of._of_block(index, trainable, frozen), x, named)
             saved.append((before, kept))
-        (_, sums), (gradients, gradient) = backward.finish(*outer, x, batch)
+        (_, sums), (gradients, gradient) = backward.finish(*outer, x, scale, batch)
         del x
         for index, kind in reversed(list(enumerate(of._kinds))):
             before, kept = saved.pop()
@@ -222,10 +227,10 @@ class BlockwiseGradients:
             gradients.update(backward.begin(*outer, batch, gradient, of_outer))
         return gradients, sums
 
-    def memory(self, trainable: Params, frozen: Params, batch: Batch) -> StepMemory:
+    def memory(self, trainable: Params, frozen: Params, scale: Any, batch: Batch) -> StepMemory:
         """Returns what a call takes, the gradients included, without running it. Takes shapes too."""
         argument = num_bytes((trainable, frozen, batch))
-        temporary = self._backward(trainable, frozen, batch).temporary_bytes
+        temporary = self._backward(trainable, frozen, scale, batch).temporary_bytes
         return StepMemory(argument, temporary, argument + temporary)
 
     @property
@@ -233,17 +238,19 @@ class BlockwiseGradients:
         """For how many shapes programs were compiled."""
         return len(self._backward)
 
-    def _compile(self, trainable: Params, frozen: Params, batch: Batch) -> _Backward:
+    def _compile(self, trainable: Params, frozen: Params, scale: Any, batch: Batch) -> _Backward:
         of = self._of
         forward = of._forward(trainable, frozen, batch)
         outer = of._outer(trainable), of._outer(frozen)
 
-        def loss_and_sums(trainable: Params, frozen: Params, x: jax.Array, batch: Batch) -> tuple[Any, LossSums]:
+        def loss_and_sums(
+            trainable: Params, frozen: Params, x: jax.Array, scale: jax.Array | None, batch: Batch
+        ) -> tuple[Any, LossSums]:
             sums = of._finish_fn(self._loss_of_hidden, trainable, frozen, x, batch)
-            return sums.loss_sum, sums
+            return sums.loss_sum if scale is None else sums.loss_sum * scale, sums
 
         finish_fn = jax.value_and_grad(loss_and_sums, argnums=(0, 2), has_aux=True)
-        finish = jax.jit(finish_fn).trace(*outer, forward.x, batch)
+        finish = jax.jit(finish_fn).trace(*outer, forward.x, scale, batch)
         of_outer, gradient = finish.out_info[1]
         blocks = {}
         for kind, kept in forward.kept.items():

@@ -168,13 +168,15 @@ def _frozen_head_forward(soft_cap, block, hidden, head, target_ids, weights):
     expected_row = running.weighted_rows / running.total[:, None]
     rows = take_rows(head, target_ids)[..., 0] if isinstance(head, Quantized) else head[target_ids]
     target_row = rows.astype(jnp.float32) * running.target_slope[:, None]
-    gradient = ((expected_row - target_row) * weights[:, None]).astype(hidden.dtype)
-    return _sums(running, weights), gradient
+    gradient = (expected_row - target_row) * weights[:, None]
+    return _sums(running, weights), (gradient, jnp.empty(0, hidden.dtype))
 
 
-def _frozen_head_backward(soft_cap, block, gradient, cotangents):
+def _frozen_head_backward(soft_cap, block, saved, cotangents):
     del soft_cap, block
-    return (gradient * cotangents[0].astype(gradient.dtype), None, None, None)
+    gradient, like_hidden = saved
+    # Rounded only after it was multiplied with the loss scale: that is what the scale is for.
+    return ((gradient * cotangents[0]).astype(like_hidden.dtype), None, None, None)
 
 
 _frozen_head_loss.defvjp(_frozen_head_forward, _frozen_head_backward)

@@ -18,8 +18,10 @@ from gemma_tune.models.functional import (
     parameters,
     variables_by_path,
 )
+from gemma_tune.models.precision import computes_in_float16
 from gemma_tune.training.blockwise import Blockwise, BlockwiseGradients
 from gemma_tune.training.compile_once import CompiledOnce, StepMemory, num_bytes
+from gemma_tune.training.loss_scale import LossScale, init_loss_scale, next_loss_scale, scale_of_sum
 from gemma_tune.training.losses import LossSums, fused_linear_cross_entropy
 from gemma_tune.training.optimizer import as_float32
 
@@ -27,17 +29,18 @@ from gemma_tune.training.optimizer import as_float32
 class TrainState(NamedTuple):
     """Everything that changes while training. Its buffers are given to each step and come back new.
 
-    step: [] int32. trainable: path -> array. opt_state: Optax's.
+    step: [] int32. trainable: path -> array. opt_state: Optax's. loss_scale: None unless the arithmetic is float16.
     """
 
     step: jax.Array
     trainable: dict[str, jax.Array]
     opt_state: Any
+    loss_scale: LossScale | None = None
 
 
 class StepMetrics(NamedTuple):
     """All [] float32: mean loss in nats per learnt token, learnt tokens, tokens that are no padding, norm of the
-    gradient.
+    gradient. With loss scaling, a step whose norm is not finite was skipped.
     """
 
     loss: jax.Array
@@ -67,7 +70,10 @@ def init_state(model: keras.Model, optimizer: optax.GradientTransformation, *, t
         if take_over:
             variables[path].assign(trainable[path])
     return TrainState(
-        jnp.zeros((), jnp.int32), trainable, jax.jit(lambda tree: optimizer.init(as_float32(tree)))(trainable)
+        jnp.zeros((), jnp.int32),
+        trainable,
+        jax.jit(lambda tree: optimizer.init(as_float32(tree)))(trainable),
+        init_loss_scale() if computes_in_float16(model) else None,
     )
 
 
@@ -122,23 +128,23 @@ def make_train_step(
     Args:
         model: A CausalLM.
         optimizer: From `make_optimizer`.
-        num_targets: Most positions with a weight in any micro-batch.
+        num_targets: Most positions with a weight in any batch.
         grad_accum_steps: Micro-batches in a batch.
         blockwise: Computes by one program for each kind of decoder block; None by one for the whole step.
 
     Gradients of the summed loss are added up over the micro-batches and divided once by all their weights: with unequal
     token counts the mean of means would be another number.
     """
-    update = make_update(optimizer)
+    update = make_update(optimizer, num_targets)
     if blockwise:
         gradients = blockwise.make_gradients(make_loss_of_hidden(model, num_targets))
-        return BlockwiseTrainStep(gradients, update, grad_accum_steps)
+        return BlockwiseTrainStep(gradients, update, num_targets, grad_accum_steps)
     loss_fn = make_loss_fn(model, num_targets)
 
-    def sum_gradients(trainable: Params, frozen: Params, batch: Batch) -> tuple[dict, LossSums]:
+    def sum_gradients(trainable: Params, frozen: Params, batch: Batch, scale: Any) -> tuple[dict, LossSums]:
         def loss_and_sums(trainable: Params, micro: Batch):
             sums = loss_fn(trainable, frozen, micro)
-            return sums.loss_sum, sums
+            return sums.loss_sum if scale is None else sums.loss_sum * scale, sums
 
         def add(carry, micro: Batch):
             grads, sums = jax.grad(loss_and_sums, has_aux=True)(trainable, micro)
@@ -155,19 +161,25 @@ def make_train_step(
         return jax.lax.scan(add, zero, micro_batches)[0]
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return update(state, *sum_gradients(state.trainable, frozen, batch), batch.segment_ids)
+        scale = scale_of_sum(state.loss_scale, num_targets)
+        return update(state, *sum_gradients(state.trainable, frozen, batch, scale), batch.segment_ids)
 
     return CompiledOnce(train_step, donate_argnums=0)
 
 
-def make_update(optimizer: optax.GradientTransformation) -> Update:
-    """Returns (state, summed gradients, LossSums, [B, L] segment ids) -> (state, metrics): the end of a step."""
+def make_update(optimizer: optax.GradientTransformation, num_targets: int) -> Update:
+    """Returns (state, summed gradients, LossSums, [B, L] segment ids) -> (state, metrics): the end of a step.
+
+    The gradients are float32, and with loss scaling still multiplied with `scale_of_sum(loss_scale, num_targets)`. If
+    they are then not all finite, weights and optimizer state stay as they were.
+    """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(
         state: TrainState, grads: Params, sums: LossSums, segment_ids: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
-        scale = 1.0 / jnp.maximum(sums.weight_sum, 1.0)
+        mean, factor = 1.0 / jnp.maximum(sums.weight_sum, 1.0), scale_of_sum(state.loss_scale, num_targets)
+        scale = mean if factor is None else mean / factor
         # Of the sums: squares of what is scaled, XLA on CPU would hold beside the gradients, all of them at once.
         grad_norm = optax.tree.norm(grads) * scale
         grads = {path: gradient * scale for path, gradient in grads.items()}
@@ -176,12 +188,20 @@ def make_update(optimizer: optax.GradientTransformation) -> Update:
         updated = optax.apply_updates(masters, updates)
         trainable = {path: value.astype(state.trainable[path].dtype) for path, value in updated.items()}
         metrics = StepMetrics(
-            loss=sums.loss_sum * scale,
+            loss=sums.loss_sum * mean,
             num_target_tokens=sums.weight_sum,
             num_tokens=jnp.sum(segment_ids > 0, dtype=jnp.float32),
             grad_norm=grad_norm,
         )
-        return TrainState(state.step + 1, trainable, opt_state), metrics
+        if state.loss_scale is None:
+            return TrainState(state.step + 1, trainable, opt_state), metrics
+        is_finite = jnp.isfinite(grad_norm)  # Of what float16 can hold, squares don't overflow in float32.
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            (trainable, opt_state),
+            (dict(state.trainable), state.opt_state),
+        )
+        return TrainState(state.step + 1, trainable, opt_state, next_loss_scale(state.loss_scale, is_finite)), metrics
 
     return update
 
@@ -192,19 +212,21 @@ class BlockwiseTrainStep:
     Args:
         gradients: Of a micro-batch.
         update: From `make_update`.
+        num_targets: As for `make_update`.
         grad_accum_steps: Micro-batches in a batch.
     """
 
-    def __init__(self, gradients: BlockwiseGradients, update: Update, grad_accum_steps: int):
-        self._gradients, self._num_micro = gradients, grad_accum_steps
+    def __init__(self, gradients: BlockwiseGradients, update: Update, num_targets: int, grad_accum_steps: int):
+        self._gradients, self._num_targets, self._num_micro = gradients, num_targets, grad_accum_steps
         self._update = CompiledOnce(update, donate_argnums=0)
         self._add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more), donate_argnums=0)
 
     def __call__(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Runs a step."""
         total = None
+        scale = scale_of_sum(state.loss_scale, self._num_targets)
         for micro in self._micro_batches(batch):
-            grads, sums = self._gradients(state.trainable, frozen, micro)
+            grads, sums = self._gradients(state.trainable, frozen, scale, micro)
             one = as_float32(grads), sums
             total = self._add(total, one) if total else one
             del grads, one
@@ -214,7 +236,8 @@ class BlockwiseTrainStep:
     def memory(self, state: TrainState, frozen: Params, batch: Batch) -> StepMemory:
         """Returns what a call takes, without running it. Takes shapes too."""
         micro = jax.eval_shape(self._micro_batches, batch)[0]
-        memory = self._gradients.memory(state.trainable, frozen, micro)
+        scale = jax.eval_shape(lambda loss_scale: scale_of_sum(loss_scale, self._num_targets), state.loss_scale)
+        memory = self._gradients.memory(state.trainable, frozen, scale, micro)
         optimizer_bytes = num_bytes(state.opt_state)
         accumulated = 4 * sum(leaf.size for leaf in state.trainable.values()) if self._num_micro > 1 else 0
         argument, temporary = memory.argument_bytes + optimizer_bytes, memory.temporary_bytes + accumulated

@@ -57,6 +57,27 @@ def test_scaling(tmp_path):
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_precision_tiny():
+    arguments = ("--model=tiny", "--steps=5", "--window=2", "--job=chats", "--num_examples=8", "--row_length=64")
+    result, _ = run("precision", *arguments)
+    assert list(result["runs"]) == ["float32", "mixed_float16", "mixed_bfloat16"] and result["is_reached"]
+    for precision, row in result["runs"].items():
+        assert len(row["losses"]) == 5 and len(row["windows"]) == 3 and row["seconds_per_step"] > 0
+        assert row["num_skipped_steps"] == 0 and (row["loss_scale"] == 2**15) == (precision == "mixed_float16")
+    assert result["runs"]["float32"]["deviation"] == 0 < result["runs"]["mixed_float16"]["deviation"]
+
+
+def test_deviations_are_of_running_means():
+    from benchmarks.precision import compare, running_mean
+
+    np.testing.assert_allclose(running_mean([1, 2, 3, 6], 2), [1.5, 2.5, 4.5])
+    np.testing.assert_allclose(running_mean([1, 2], 20), [1.5])
+    runs = {"float32": {"losses": [1.0, 1.0, 1.0, 1.0]}, "other": {"losses": [1.0, 1.1, 0.9, 1.2]}}
+    compare(runs, 2)
+    assert runs["other"]["windows"] == pytest.approx([1.05, 1.05])
+    assert (runs["float32"]["deviation"], runs["other"]["deviation"]) == pytest.approx((0, 0.05))
+
+
 def test_gpu_says_that_there_is_none():
     result, said = run("gpu", code=1)
     assert result == {"gpu": None} and "No GPU" in said

@@ -137,9 +137,9 @@ def test_doctor(call):
     code, out, _ = call("doctor")
     assert code == 0 and "Python" in out and "devices" in out
     found = json.loads(call("doctor", "--json")[1])
-    assert {"Python", "jax", "devices", "memory", "disk", "cache", "Kaggle token"} <= {
-        finding["name"] for finding in found["findings"]
-    }
+    values = {finding["name"]: finding["value"] for finding in found["findings"]}
+    assert {"Python", "jax", "devices", "memory", "disk", "cache", "Kaggle token"} <= values.keys()
+    assert values["precisions that suit"] == "float32"  # On a CPU.
 
 
 def test_data_shows_counts_and_writes_splits(call, write, tmp_path, questions):

@@ -271,12 +271,17 @@ def test_precisions(tiny):
     for precision, variables, compute in (
         ("bfloat16", "bfloat16", "bfloat16"),
         ("mixed_bfloat16", "float32", "bfloat16"),
+        ("float16", "float16", "float16"),
+        ("mixed_float16", "float32", "float16"),
     ):
         model = tiny("gemma3", precision=precision)
         assert model.backbone.token_embedding.embeddings.dtype == variables
         hidden = hidden_states(model.backbone, *(np.ones((1, 4), np.int32) for _ in range(3)))
         assert hidden.dtype == compute
-    with pytest.raises(ModelError, match="precision must be one of float32, bfloat16, mixed_bfloat16; got 'bf16'"):
+    with pytest.raises(
+        ModelError,
+        match="precision must be one of float32, bfloat16, float16, mixed_bfloat16, mixed_float16; got 'bf16'",
+    ):
         tiny("gemma3", precision="bf16")
 
 

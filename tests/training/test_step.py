@@ -152,7 +152,7 @@ def test_padding_rows_and_spare_targets_change_nothing(tiny, rng):
     np.testing.assert_allclose(spare, plain, rtol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "mixed_bfloat16"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "mixed_bfloat16", "mixed_float16"])
 def test_low_precision_follows_float32(tiny, rng, precision):
     batch = random_batch(rng)
     losses = {}

@@ -1,0 +1,89 @@
+"""What each precision computes in which number format, and which precision suits which device.
+
+| | float32 | bfloat16 | float16 | mixed_bfloat16 | mixed_float16 |
+|---|---|---|---|---|---|
+| weights of the model | float32 | bfloat16 | float16 | float32 | float32 |
+| products, activations and their gradients | float32 | bfloat16 | float16 | bfloat16 | float16 |
+| sums within a product, scores of attention | float32 | float32 | float32 | float32 | float32 |
+| softmax, RMS norms, angles of positions | float32 | float32 | float32 | float32 | float32 |
+| logits, log-sum-exp, loss | float32 | float32 | float32 | float32 | float32 |
+| sums of gradients, their norm, the update | float32 | float32 | float32 | float32 | float32 |
+| optimizer state, LoRA factors | float32 | float32 | float32 | float32 | float32 |
+| loss scaling | | | yes | | yes |
+
+The scores of attention are those of our kernels; KerasHub's own (`training.attention=keras`, and decoding) rounds them
+to the format of the activations before a float32 softmax.
+
+With float32 weights an update is added to the weight itself, its master copy. `bfloat16` and `float16` have none: with
+LoRA that costs nothing, since what is trained is float32 in any case; training all weights, each update is computed in
+float32 and rounded, so that those below 1/256 (bfloat16) or 1/2048 (float16) of a weight are lost.
+
+float16 ends at 65504. KerasHub's Gemma 3 and 4 blocks cut what they pass on off there; elsewhere it becomes infinite,
+and then the loss is no number.
+"""
+
+import jax.numpy as jnp
+
+from gemma_tune.config import PRECISIONS
+from gemma_tune.errors import ModelError
+from gemma_tune.keras_runtime import keras, keras_hub
+from gemma_tune.models.attention_choice import Device
+
+_BFLOAT16_CAPABILITY = (8, 0)  # Ampere.
+
+
+def computes_in_float16(model: keras.Model) -> bool:
+    """Whether a model's products and activations are float16, so that its training needs loss scaling."""
+    return model.backbone.token_embedding.compute_dtype == "float16"
+
+
+def check_range(backbone: keras_hub.models.Backbone) -> None:
+    """Looks for weights that float16 can't hold.
+
+    Raises:
+        ModelError: Names the first variable with a value beyond 65504 (or one that was not finite before).
+    """
+    for variable in backbone.variables:
+        if variable.dtype == "float16" and not bool(jnp.isfinite(variable.value).all()):
+            raise ModelError(
+                f"{variable.path} has a value beyond 65504, where float16 ends. Take --precision=bfloat16, "
+                "mixed_bfloat16 or float32."
+            )
+
+
+def check_precision(device: Device, precision: str) -> str:
+    """Returns what speaks against a precision on a device, and what to take instead, or "".
+
+    Args:
+        device: Where the model is to be trained.
+        precision: One of config.PRECISIONS.
+
+    Raises:
+        ModelError: The device doesn't compute in this format.
+    """
+    mixed = "mixed_" if precision.startswith("mixed_") else ""
+    dtype = precision.removeprefix("mixed_")
+    if device.platform == "tpu" and dtype == "float16":
+        raise ModelError(f"TPUs don't compute in float16. Take --precision={mixed}bfloat16.")
+    if device.platform == "cpu" and dtype != "float32":
+        saves = " It halves the memory of weights." if not mixed else ""
+        return f"On a CPU, {precision} is slower than float32.{saves} The fastest here is --precision=float32."
+    if device.platform == "cuda" and dtype == "bfloat16" and device.capability < _BFLOAT16_CAPABILITY:
+        major, minor = device.capability
+        return (
+            f"This GPU (compute capability {major}.{minor}) has no bfloat16 arithmetic, so that {precision} is slow. "
+            f"Take --precision={mixed}float16."
+        )
+    return ""
+
+
+def suitable_precisions(device: Device) -> list[str]:
+    """Returns the precisions that nothing speaks against."""
+    return [precision for precision in PRECISIONS if _suits(device, precision)]
+
+
+def _suits(device: Device, precision: str) -> bool:
+    try:
+        return not check_precision(device, precision)
+    except ModelError:
+        return False
