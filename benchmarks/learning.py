@@ -70,7 +70,7 @@ def learn(model: str, scheme: str, block_size: int, steps: int, rank: int, point
     assign(setup.model, state.trainable)  # The step took over the model's own buffers.
     loss_of_hidden = make_loss_of_hidden(setup.model, setup.batches.most_targets)
     gradients, _ = Blockwise(setup.model, "blocks").make_gradients(loss_of_hidden)(
-        {path: jax.numpy.asarray(value) for path, value in point.items()}, setup.frozen, setup.batches[0]
+        {path: jax.numpy.asarray(value) for path, value in point.items()}, setup.frozen, None, setup.batches[0]
     )
     return Learnt(point, {path: np.asarray(value) for path, value in gradients.items()}, before, after)
 

@@ -92,7 +92,7 @@ def test_blockwise_is_the_whole_program(grid, rng):
     loss_fn = make_loss_fn(model, num_targets(batch))
     wanted = jax.jit(jax.grad(lambda t: loss_fn(t, frozen, batch).loss_sum))(factors)
     gradients = Blockwise(model, "none").make_gradients(make_loss_of_hidden(model, num_targets(batch)))
-    for path, gradient in gradients(factors, frozen, batch)[0].items():
+    for path, gradient in gradients(factors, frozen, None, batch)[0].items():
         np.testing.assert_allclose(gradient, wanted[path], atol=1e-4 * np.abs(wanted[path]).max(), err_msg=path)
 
 
