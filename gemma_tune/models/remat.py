@@ -9,6 +9,7 @@ equal to the first computation, and keeps everything after all. There a block's 
 doesn't look for equal computations inside and outside of one.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +19,22 @@ import jax.numpy as jnp
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub
 
+_FEW_TERMS = 64
+
+
+def _is_worth_keeping(primitive: Any, *avals: Any, **parameters: Any) -> bool:
+    """Says whether a result is a product with weights. LoRA's x·A·B is as large as x·W, but sums over the rank alone:
+    it takes less to compute it anew than to keep it.
+    """
+    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **parameters):
+        return False
+    (summed, _), _ = parameters["dimension_numbers"]
+    return math.prod(avals[0].shape[axis] for axis in summed) >= _FEW_TERMS
+
+
 POLICIES = {
     "none": None,
-    "blocks": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "blocks": _is_worth_keeping,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
