@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ConfigError
-from gemma_tune.quantization.grids import NF4_LEVELS, Quantized, _pack, _values_of, quantize
+from gemma_tune.quantization.grids import NF4_BORDERS, NF4_LEVELS, Quantized, pack, quantize, scale_values
 from gemma_tune.quantization.scheme import Grid
 from gemma_tune.quantization.statistics import check_fit
 
 _BLOCK = 128  # Inputs at once where a grid has no groups, at most.
-_NF4_BORDERS = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def gptq(
@@ -101,7 +101,7 @@ def _sweep(values: jax.Array, factor: jax.Array, layout: jax.Array, fixed: Quant
         weights = jax.lax.dynamic_slice_in_dim(matrix, start, block)
         columns = jax.lax.dynamic_slice_in_dim(factor, start, block, axis=1)
         corner = jax.lax.dynamic_slice_in_dim(columns, start, block)
-        carried = columns.T @ errors
+        carried = _product(columns.T, errors)
         found = None
         if steps is None:
             # The minimum over all inputs that are not rounded yet.
@@ -120,14 +120,14 @@ def _sweep(values: jax.Array, factor: jax.Array, layout: jax.Array, fixed: Quant
     codes = codes[::-1].reshape(inputs, -1)
     codes = jnp.zeros_like(codes).at[layout].set(codes).reshape(inputs, first, last).transpose(1, 0, 2)
     if grid.scheme == "int8":
-        assert fixed is not None
-        return fixed._replace(codes=codes.astype(jnp.int8))
-    packed = _pack(jnp, codes.reshape(first, inputs // block, block, last))
+        codes = codes.astype(jnp.int8)
+    else:
+        codes = pack(jnp, codes.reshape(first, inputs // block, block, last))
     if fixed is not None:
-        return fixed._replace(codes=packed)
+        return fixed._replace(codes=codes)
     # The first block was the first group: [G, P, 1, 1, Q] each.
     scales, zeros = (jax.tree.map(lambda array: array[:, :, 0].swapaxes(0, 1), part) for part in found[1:])
-    return Quantized(packed, scales, zeros)
+    return Quantized(codes, scales, zeros)
 
 
 def _round_in_order(weights, carried, corner, scale, zero, scheme: str) -> tuple[jax.Array, jax.Array]:
@@ -139,7 +139,7 @@ def _round_in_order(weights, carried, corner, scale, zero, scheme: str) -> tuple
         codes, errors = state
         place = len(weights) - 1 - index
         column = corner[:, place]
-        target = weights[place] + (carried[place] + column @ errors) / column[place]
+        target = weights[place] + (carried[place] + _product(column, errors)) / column[place]
         code, value = _nearest(target, scale[place], zero[place], scheme)
         return codes.at[place].set(code.astype(jnp.int16)), errors.at[place].set(weights[place] - value)
 
@@ -156,15 +156,16 @@ def _nearest(target, scale, zero, scheme: str) -> tuple[jax.Array, jax.Array]:
     if scheme == "int4":
         code = jnp.clip(jnp.round(scaled) + zero, 0, 15)
         return code, (code - zero) * scale
-    code = jnp.sum(scaled[..., None] > _NF4_BORDERS, axis=-1)
+    code = jnp.sum(scaled[..., None] > NF4_BORDERS, axis=-1)
     return code, jnp.take(NF4_LEVELS, code) * scale
 
 
 def _steps_of(quantized: Quantized) -> tuple[Any, ...]:
     """Returns (scales, zeros), each [G, P·Q] float32."""
-    scale = _values_of(jnp, quantized.scales)
+    scale = scale_values(jnp, quantized.scales)
     zero = jnp.zeros_like(scale) if quantized.zeros is None else quantized.zeros.astype(jnp.float32)
-    return tuple(step[:, :, 0].swapaxes(0, 1).reshape(step.shape[1], -1) for step in (scale, zero))
+    rows = [step[:, :, 0].swapaxes(0, 1).reshape(step.shape[1], -1) for step in (scale, zero)]
+    return rows[0], rows[1]
 
 
 def _block_of(inputs: int) -> int:

@@ -49,7 +49,7 @@ NF4_LEVELS = np.array(
     ],
     np.float32,
 )
-_NF4_BORDERS = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
+NF4_BORDERS = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
 
 
 class Scales(NamedTuple):
@@ -94,15 +94,15 @@ def quantize(values: Any, grid: Grid) -> Quantized:
     grouped = values.reshape(first, inputs // grid.block_size, grid.block_size, last)
     if grid.scheme == "nf4":
         scales = _scales(xp, xp.max(xp.abs(grouped), axis=2, keepdims=True), grid)
-        scale = _not_zero(xp, _values_of(xp, scales))
-        return Quantized(_pack(xp, _nearest_nf4(xp, grouped / scale)), scales)
+        scale = _not_zero(xp, scale_values(xp, scales))
+        return Quantized(pack(xp, _nearest_nf4(xp, grouped / scale)), scales)
     low = xp.minimum(xp.min(grouped, axis=2, keepdims=True), 0)
     high = xp.maximum(xp.max(grouped, axis=2, keepdims=True), 0)
     scales = _scales(xp, (high - low) * _PART_OF_15, grid)
-    scale = _not_zero(xp, _values_of(xp, scales))
+    scale = _not_zero(xp, scale_values(xp, scales))
     zeros = xp.clip(xp.round(-low / scale), 0, 15)
     codes = xp.clip(xp.round(grouped / scale) + zeros, 0, 15)
-    return Quantized(_pack(xp, codes), scales, zeros.astype(xp.uint8))
+    return Quantized(pack(xp, codes), scales, zeros.astype(xp.uint8))
 
 
 def dequantize(quantized: Quantized, dtype: Any = np.float32) -> Any:
@@ -114,7 +114,7 @@ def dequantize(quantized: Quantized, dtype: Any = np.float32) -> Any:
     if quantized.codes.dtype == xp.int8:
         return (quantized.codes.astype(xp.float32) * quantized.scales.values[:, 0]).astype(dtype)
     codes = xp.concatenate([quantized.codes & 15, quantized.codes >> 4], axis=2)
-    scale = _values_of(xp, quantized.scales)
+    scale = scale_values(xp, quantized.scales)
     if quantized.zeros is None:
         values = xp.take(_as(xp, NF4_LEVELS), codes) * scale
     else:
@@ -144,7 +144,7 @@ def rows_of(quantized: Quantized, start: Any, count: int) -> Quantized:
 
 def take_rows(quantized: Quantized, indices: jax.Array) -> jax.Array:
     """Returns some of P by their indices, dequantized: [n, C, Q] float32 for indices [n]."""
-    values = _values_of(jnp, quantized.scales)
+    values = scale_values(jnp, quantized.scales)
     zeros = None if quantized.zeros is None else quantized.zeros[indices]
     return dequantize(Quantized(quantized.codes[indices], Scales(values[indices]), zeros))
 
@@ -185,11 +185,12 @@ def _not_zero(xp: Any, scale: Any) -> Any:
 
 def _nearest_nf4(xp: Any, values: Any) -> Any:
     if xp is np:
-        return np.searchsorted(_NF4_BORDERS, values)
-    return jnp.searchsorted(jnp.asarray(_NF4_BORDERS), values, method="compare_all")
+        return np.searchsorted(NF4_BORDERS, values)
+    return jnp.searchsorted(jnp.asarray(NF4_BORDERS), values, method="compare_all")
 
 
-def _pack(xp: Any, codes: Any) -> Any:
+def pack(xp: Any, codes: Any) -> Any:
+    """Returns [P, G, block / 2, Q] uint8 of codes [P, G, block, Q] below 16. xp: NumPy or JAX's."""
     codes = codes.astype(xp.uint8)
     half = codes.shape[2] // 2
     return codes[:, :, :half] | (codes[:, :, half:] << 4)
@@ -207,7 +208,8 @@ def _scales(xp: Any, values: Any, grid: Grid) -> Scales:
     return Scales(codes.reshape(-1)[: values.size].reshape(values.shape), step, lowest)
 
 
-def _values_of(xp: Any, scales: Scales) -> Any:
+def scale_values(xp: Any, scales: Scales) -> Any:
+    """Returns [P, G, 1, Q] float32, doubly quantized or not. xp: NumPy or JAX's."""
     if scales.step is None:
         return scales.values
     flat = _blocks_of(xp, scales.values).astype(xp.float32) * scales.step + scales.lowest

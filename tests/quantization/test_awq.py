@@ -67,6 +67,16 @@ def test_outliers_are_where_it_helps(rng):
     assert error_of(values, x, grid) < 0.7 * nearest_error(values, x, grid)
 
 
+@pytest.mark.parametrize("grid", GRIDS[1:3], ids=str)
+def test_cutting_off_helps_further(rng, grid):
+    """Groups of normal weights with one far out, against the scale alone."""
+    values, x = kernel(rng), with_outliers(rng)
+    values[:, ::32] *= 4
+    scale = awq_scale(values, observe(x), grid)
+    alone = dequantize(quantize(values * scale[:, None], grid)) / scale[:, None]
+    assert error_of(values, x, grid) < 0.99 * float(output_error(values, alone, observe(x).hessian))
+
+
 def test_inputs_of_one_size_need_no_scale(rng):
     x = np.where(rng.random((300, SHAPE[1])) < 0.5, -1, 1).astype(np.float32)
     np.testing.assert_allclose(awq_scale(kernel(rng), observe(x), Grid("int4", 32)), 1, rtol=1e-6)
