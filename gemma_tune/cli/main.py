@@ -21,6 +21,7 @@ VERBS = {
     "data": "Look at a data set: rendered examples, lengths, what is dropped and why.",
     "train": "Fine-tune a model.",
     "eval": "Compare base and tuned model on held-out data.",
+    "compare": "Put models side by side: what each takes, and what it costs in answers.",
     "generate": "Answer questions.",
     "chat": "Talk to a model.",
 }

@@ -46,11 +46,12 @@ def _answers(result: RunResult) -> Table:
     table.add_column("base model", ratio=4, style="dim")
     table.add_column("tuned model", ratio=4)
     for sample in result.samples:
-        table.add_row(Text(sample.question), Text(_shorten(sample.base_answer)), Text(_shorten(sample.tuned_answer)))
+        table.add_row(Text(sample.question), Text(shorten(sample.base_answer)), Text(shorten(sample.tuned_answer)))
     return table
 
 
-def _shorten(text: str, limit: int = 240) -> str:
+def shorten(text: str, limit: int = 240) -> str:
+    """Returns a text in one line, cut where it gets long."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

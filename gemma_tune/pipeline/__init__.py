@@ -3,7 +3,8 @@
 The only place, besides the command line, that reads a Config.
 """
 
-from gemma_tune.pipeline.compare import Comparison, compare_with_base, evaluate
+from gemma_tune.pipeline.fidelity import compare
+from gemma_tune.pipeline.scoring import Comparison, compare_with_base, evaluate
 from gemma_tune.pipeline.setup import Setup, prepare_data, read_splits, set_up
 from gemma_tune.pipeline.training_run import RunResult, SampleAnswer, run, train
 
@@ -12,6 +13,7 @@ __all__ = [
     "RunResult",
     "SampleAnswer",
     "Setup",
+    "compare",
     "compare_with_base",
     "evaluate",
     "prepare_data",

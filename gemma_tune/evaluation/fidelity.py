@@ -1,0 +1,213 @@
+"""How far one model's next-token predictions lie from another's, without ever holding the logits.
+
+With a vocabulary of 262,144 the logits of 1,000 positions are 1 GB in float32 for each of the two models. Here both
+heads are visited block by block, in lock step, and what is kept of each position is a handful of running sums. The
+figures are those of llama.cpp's `llama-perplexity --kl-divergence`: divergence of the whole distribution, and how often
+the likeliest token is the same.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_tune.evaluation.heldout import perplexity_of
+from gemma_tune.quantization.grids import Quantized
+from gemma_tune.training.losses import VOCABULARY_BLOCK, block_logits, num_rows, over_blocks, rows_of_head
+
+_MOST_POSITIONS = 1024  # At a time: each pass over the heads makes their rows float anew.
+_POSITION_BUCKET = 64
+
+
+class Head(NamedTuple):
+    """What makes logits of hidden states h: c·tanh(h·w / c) for each row w, or h·w.
+
+    weights: [V, D], or quantized [V, D, 1]. soft_cap: c, or None.
+    """
+
+    weights: jax.Array | Quantized
+    soft_cap: float | None
+
+
+class PositionFigures(NamedTuple):
+    """Of each scored position, [T]: float32 in nats, or bool.
+
+    kl: KL(reference || candidate) of the next token's distribution. reference_loss, loss: −log of the target's
+        probability. agrees: Both have the same likeliest token. reference_is_correct, is_correct: It is the target.
+    """
+
+    kl: np.ndarray
+    reference_loss: np.ndarray
+    loss: np.ndarray
+    agrees: np.ndarray
+    reference_is_correct: np.ndarray
+    is_correct: np.ndarray
+
+
+class Quality(NamedTuple):
+    """How well a model predicts the answers, as `evaluate_batches` counts. loss: Mean, in nats a token."""
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+
+
+class Divergence(NamedTuple):
+    """How far a candidate is from the reference.
+
+    mean_kl, median_kl, p99_kl: Of KL(reference || candidate) over the positions, in nats. agreement: Share of positions
+        with the same likeliest token. loss_increase: Candidate's mean loss less the reference's; below 0 it is better.
+        loss_increase_error: Its standard error, the examples being what was drawn; None of a single one.
+    """
+
+    mean_kl: float
+    median_kl: float
+    p99_kl: float
+    agreement: float
+    loss_increase: float
+    loss_increase_error: float | None
+
+
+def compare_positions(
+    reference: Head,
+    reference_hidden: np.ndarray,
+    candidate: Head,
+    candidate_hidden: np.ndarray,
+    target_ids: np.ndarray,
+    *,
+    block: int = VOCABULARY_BLOCK,
+    advance: Callable[[int], None] | None = None,
+) -> PositionFigures:
+    """Compares two models at the same positions.
+
+    With p and q the two distributions, KL(p || q) = Σ_v p_v (log p_v − log q_v). Logits and sums are float32. Where one
+    vocabulary has more rows (some checkpoints fill theirs up), those that both have count.
+
+    Args:
+        reference, candidate: The heads.
+        reference_hidden, candidate_hidden: [T, D] final hidden states; D may differ between the models.
+        target_ids: [T] int32.
+        block: Rows of a head at a time; a multiple of 256 for heads with doubly quantized scales.
+        advance: Called with how many more positions are done.
+    """
+    num_positions = len(target_ids)
+    size = min(_MOST_POSITIONS, -(-num_positions // _POSITION_BUCKET) * _POSITION_BUCKET)
+    parts = []
+    for start in range(0, num_positions, size):
+        count = min(size, num_positions - start)
+        rows = (_filled(array[start : start + count], size) for array in (reference_hidden, candidate_hidden))
+        figures = _compare(
+            reference.soft_cap,
+            candidate.soft_cap,
+            block,
+            reference.weights,
+            candidate.weights,
+            *rows,
+            _filled(target_ids[start : start + count], size),
+        )
+        parts.append([np.asarray(values)[:count] for values in figures])
+        if advance:
+            advance(count)
+    return PositionFigures(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def reference_quality(figures: PositionFigures) -> Quality:
+    """Returns the reference's own figures."""
+    return _quality(figures.reference_loss, figures.reference_is_correct)
+
+
+def candidate_quality(figures: PositionFigures) -> Quality:
+    """Returns the candidate's own figures."""
+    return _quality(figures.loss, figures.is_correct)
+
+
+def divergence(figures: PositionFigures, example_ids: np.ndarray) -> Divergence:
+    """Sums up the positions.
+
+    Args:
+        figures: From `compare_positions`.
+        example_ids: [T] which example each position belongs to, counted from 0. Tokens of an answer go up and down
+            together, so that the standard error is that of a ratio of sums over examples.
+    """
+    kl = figures.kl.astype(np.float64)
+    increase = figures.loss.astype(np.float64) - figures.reference_loss
+    return Divergence(
+        mean_kl=float(kl.mean()),
+        median_kl=float(np.median(kl)),
+        p99_kl=float(np.percentile(kl, 99)),
+        agreement=float(figures.agrees.mean()),
+        loss_increase=float(increase.mean()),
+        loss_increase_error=_standard_error(increase, example_ids),
+    )
+
+
+def _quality(losses: np.ndarray, is_correct: np.ndarray) -> Quality:
+    loss = float(losses.astype(np.float64).mean())
+    return Quality(loss, perplexity_of(loss), float(is_correct.mean()))
+
+
+def _standard_error(values: np.ndarray, example_ids: np.ndarray) -> float | None:
+    sums = np.bincount(example_ids, values - values.mean())
+    num_examples = len(np.unique(example_ids))
+    if num_examples < 2:
+        return None
+    return float(np.sqrt(np.square(sums).sum() * num_examples / (num_examples - 1)) / len(values))
+
+
+def _filled(array: np.ndarray, size: int) -> np.ndarray:
+    """Zeros behind, so that every call has the same shape."""
+    return np.pad(array, ((0, size - len(array)),) + ((0, 0),) * (array.ndim - 1))
+
+
+class _Running(NamedTuple):
+    """What is known of one model after some blocks, [T]. likeliest: int32; the others are float32."""
+
+    top: jax.Array  # Largest logit so far.
+    likeliest: jax.Array  # Its row.
+    total: jax.Array  # Σ exp(logit − top).
+    target: jax.Array  # The target's logit, once its block was visited.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _compare(reference_cap, candidate_cap, block, reference, candidate, reference_hidden, candidate_hidden, target_ids):
+    zeros = jnp.zeros(target_ids.shape, jnp.float32)
+    start = _Running(jnp.full_like(zeros, -jnp.inf), jnp.zeros_like(target_ids), zeros, zeros)
+
+    def logits_of(cap, head, hidden, first, count):
+        return block_logits(cap, rows_of_head(head, first, count, hidden.dtype), hidden)[0]
+
+    def visit(carry, first, count):
+        ours, theirs, weighted = carry
+        a = logits_of(reference_cap, reference, reference_hidden, first, count)
+        b = logits_of(candidate_cap, candidate, candidate_hidden, first, count)
+        new, unnormalized = _visited(ours, a, first, target_ids)
+        weighted = weighted * jnp.exp(ours.top - new.top) + (unnormalized * (a - b)).sum(axis=1)
+        return new, _visited(theirs, b, first, target_ids)[0], weighted
+
+    vocabulary = min(num_rows(reference), num_rows(candidate))
+    a, b, weighted = over_blocks(vocabulary, block, (start, start, zeros), visit)
+    # Σ p (a − b) − log Σ exp a + log Σ exp b. It is never negative; what rounding makes of 0 may be.
+    kl = weighted / a.total - (a.top - b.top) - (jnp.log(a.total) - jnp.log(b.total))
+    losses = [running.top - running.target + jnp.log(running.total) for running in (a, b)]
+    return PositionFigures(
+        jnp.maximum(kl, 0.0), *losses, a.likeliest == b.likeliest, a.target >= a.top, b.target >= b.top
+    )
+
+
+def _visited(running: _Running, logits, first, target_ids) -> tuple[_Running, jax.Array]:
+    """Returns what is known after another block, and its [T, block] of exp(logit − top)."""
+    block_top = logits.max(axis=1)
+    top = jnp.maximum(running.top, block_top)
+    unnormalized = jnp.exp(logits - top[:, None])
+    inside = (target_ids >= first) & (target_ids < first + logits.shape[1])
+    place = (jnp.arange(len(target_ids)), jnp.clip(target_ids - first, 0, logits.shape[1] - 1))
+    new = _Running(
+        top=top,
+        likeliest=jnp.where(block_top > running.top, first + jnp.argmax(logits, axis=1), running.likeliest),
+        total=running.total * jnp.exp(running.top - top) + unnormalized.sum(axis=1),
+        target=jnp.where(inside, logits[place], running.target),
+    )
+    return new, unnormalized
