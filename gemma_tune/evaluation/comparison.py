@@ -2,12 +2,34 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
-
-from gemma_tune.evaluation.fidelity import Divergence, Quality
+from typing import Any, NamedTuple
 
 MAX_TOKENS = 10_000  # Scored at most, if not said otherwise: a minute for each model of 270M on two CPU cores.
 NUM_ANSWERS = 3
+
+
+class Quality(NamedTuple):
+    """How well a model predicts the answers, as `evaluate_batches` counts. loss: Mean, in nats a token."""
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+
+
+class Divergence(NamedTuple):
+    """How far a candidate is from the reference.
+
+    mean_kl, median_kl, p99_kl: Of KL(reference || candidate) over the positions, in nats. agreement: Share of positions
+        with the same likeliest token. loss_increase: Candidate's mean loss less the reference's; below 0 it is better.
+        loss_increase_error: Its standard error, the examples being what was drawn; None of a single one.
+    """
+
+    mean_kl: float
+    median_kl: float
+    p99_kl: float
+    agreement: float
+    loss_increase: float
+    loss_increase_error: float | None
 
 
 @dataclasses.dataclass

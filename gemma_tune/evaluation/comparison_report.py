@@ -2,7 +2,7 @@
 
 import html
 import json
-import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,11 +64,13 @@ def as_html(report: FidelityReport, chart: str) -> str:
 
 
 def where_they_part(text: str, reference: str) -> int:
-    """Returns the index of the first word of `text` that is not the reference's; len(text) if they are the same."""
-    if text == reference:
-        return len(text)
-    common = len(os.path.commonprefix([text, reference]))
-    return text.rfind(" ", 0, common) + 1
+    """Returns where in `text` the first word begins that is not the reference's; len(text) if there is none."""
+    place = 0
+    for match, word in zip(re.finditer(r"\S+\s*", text), reference.split(), strict=False):
+        if match[0].rstrip() != word:
+            return match.start()
+        place = match.end()
+    return place
 
 
 def _html_figures(report: FidelityReport) -> str:

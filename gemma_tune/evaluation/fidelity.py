@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_tune.evaluation.comparison import Divergence, Quality
 from gemma_tune.evaluation.heldout import perplexity_of
 from gemma_tune.quantization.grids import Quantized
 from gemma_tune.training.losses import VOCABULARY_BLOCK, block_logits, num_rows, over_blocks, rows_of_head
@@ -45,30 +46,6 @@ class PositionFigures(NamedTuple):
     agrees: np.ndarray
     reference_is_correct: np.ndarray
     is_correct: np.ndarray
-
-
-class Quality(NamedTuple):
-    """How well a model predicts the answers, as `evaluate_batches` counts. loss: Mean, in nats a token."""
-
-    loss: float
-    perplexity: float
-    token_accuracy: float
-
-
-class Divergence(NamedTuple):
-    """How far a candidate is from the reference.
-
-    mean_kl, median_kl, p99_kl: Of KL(reference || candidate) over the positions, in nats. agreement: Share of positions
-        with the same likeliest token. loss_increase: Candidate's mean loss less the reference's; below 0 it is better.
-        loss_increase_error: Its standard error, the examples being what was drawn; None of a single one.
-    """
-
-    mean_kl: float
-    median_kl: float
-    p99_kl: float
-    agreement: float
-    loss_increase: float
-    loss_increase_error: float | None
 
 
 def compare_positions(
@@ -192,9 +169,7 @@ def _compare(reference_cap, candidate_cap, block, reference, candidate, referenc
     # Σ p (a − b) − log Σ exp a + log Σ exp b. It is never negative; what rounding makes of 0 may be.
     kl = weighted / a.total - (a.top - b.top) - (jnp.log(a.total) - jnp.log(b.total))
     losses = [running.top - running.target + jnp.log(running.total) for running in (a, b)]
-    return PositionFigures(
-        jnp.maximum(kl, 0.0), *losses, a.likeliest == b.likeliest, a.target >= a.top, b.target >= b.top
-    )
+    return jnp.maximum(kl, 0.0), *losses, a.likeliest == b.likeliest, a.target >= a.top, b.target >= b.top
 
 
 def _visited(running: _Running, logits, first, target_ids) -> tuple[_Running, jax.Array]:

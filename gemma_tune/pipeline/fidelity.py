@@ -16,12 +16,17 @@ from gemma_tune.data.sources import heldout_of
 from gemma_tune.data.tokenize import tokenize_examples
 from gemma_tune.errors import ConfigError, DataError, ModelError
 from gemma_tune.evaluation import choose_questions
-from gemma_tune.evaluation.comparison import MAX_TOKENS, NUM_ANSWERS, FidelityReport, ModelFigures
+from gemma_tune.evaluation.comparison import (
+    MAX_TOKENS,
+    NUM_ANSWERS,
+    Divergence,
+    FidelityReport,
+    ModelFigures,
+    Quality,
+)
 from gemma_tune.evaluation.comparison_report import write_comparison
 from gemma_tune.evaluation.fidelity import (
-    Divergence,
     Head,
-    Quality,
     candidate_quality,
     compare_positions,
     divergence,
