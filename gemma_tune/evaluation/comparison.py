@@ -110,7 +110,7 @@ def figure_rows(report: FidelityReport) -> list[tuple[str, list[str]]]:
     """Returns the table that people read: (label, a text for each model), without rows that say nothing."""
     labels: list[tuple[str, Callable[[ModelFigures], str]]] = [
         ("memory", lambda model: size_text(model.memory_bytes)),
-        ("of the reference's", lambda model: f"{model.memory_bytes / report.reference.memory_bytes:.0%}"),
+        ("of the reference's", lambda model: f"{100 * model.memory_bytes / report.reference.memory_bytes:.0f} %"),
         ("disk", _disk_text),
         ("KL, mean", lambda model: _of(model.divergence, lambda d: kl_text(d.mean_kl))),
         ("KL, median", lambda model: _of(model.divergence, lambda d: kl_text(d.median_kl))),
@@ -146,10 +146,10 @@ def summaries(report: FidelityReport) -> list[str]:
     sentences = []
     for model in report.candidates:
         assert model.divergence  # Only the reference has none.
-        share = model.memory_bytes / report.reference.memory_bytes
+        share = 100 * model.memory_bytes / report.reference.memory_bytes
         sentences.append(
-            f"{model.name} takes {size_text(model.memory_bytes)}, {share:.0%} of {report.reference.name}'s, and finds "
-            f"the same token likeliest in {share_text(model.divergence.agreement)} of places; loss "
+            f"{model.name} takes {size_text(model.memory_bytes)}, {share:.0f} % of {report.reference.name}'s, and "
+            f"finds the same token likeliest in {share_text(model.divergence.agreement)} of places; loss "
             f"{_increase_text(model.divergence)}."
         )
     return sentences

@@ -47,7 +47,7 @@ class _Label(NamedTuple):
 def _draw_fidelity(axes: Any, report: FidelityReport) -> list[_Label]:
     pairs = [(model, model.divergence) for model in report.candidates if model.divergence]
     positive = [value for _, each in pairs for value in (each.mean_kl, each.p99_kl) if value > 0]
-    floor = min(positive, default=1.0) / 4  # Where 0 is drawn, which no log axis has.
+    floor = min(positive) / 4 if positive else 0.0  # Where 0 is drawn, which no log axis has.
     labels = []
     for model, each in pairs:
         color, mean, p99 = color_of(model), max(each.mean_kl, floor), max(each.p99_kl, floor)
@@ -60,7 +60,13 @@ def _draw_fidelity(axes: Any, report: FidelityReport) -> list[_Label]:
         low = floor if any(each.mean_kl == 0 for _, each in pairs) else min(value.mean_kl for _, value in pairs)
         axes.set_ylim(low / 2, max(positive) * 2)
         axes.yaxis.set_major_formatter(lambda value, _: kl_text(value))
+    else:
+        axes.set_ylim(-0.1, 1)
     axes.axvline(report.reference.memory_bytes, color=_REFERENCE, linestyle=":", linewidth=1.2)
+    axes.text(
+        report.reference.memory_bytes, 0.98, f" {report.reference.name}", transform=axes.get_xaxis_transform(),
+        rotation=90, ha="left", va="top", fontsize=9, color=_REFERENCE
+    )  # fmt: skip
     axes.set_ylabel("KL from the reference, nats" + (" (log)" if positive else ""))
     axes.set_title("How far from the reference: mean, and 99th percentile (–)", fontsize=10.5, loc="left")
     return labels
@@ -124,16 +130,17 @@ def _write_labels(axes: Any, labels: Sequence[_Label]) -> None:
                 color=color,
                 linespacing=1.3,
                 zorder=4,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
     """Returns heights in shares of the chart, moved so that neighbours have a label's room between them."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
-    moved = list(heights)
+    moved = [max(height, _LABEL_HEIGHT / 2) for height in heights]
     for below, above in itertools.pairwise(order):
         moved[above] = max(moved[above], moved[below] + _LABEL_HEIGHT)
-    ceiling = 1.0
+    ceiling = 1 - _LABEL_HEIGHT / 2
     for place in reversed(order):
         moved[place] = min(moved[place], ceiling)
         ceiling = moved[place] - _LABEL_HEIGHT

@@ -54,7 +54,7 @@ def as_html(report: FidelityReport, chart: str) -> str:
     name = html.escape(report.reference.name)
     parts = [
         f"<h1>Compared with {name}</h1><p>{html.escape(report.scope)}.</p>",
-        "".join(f"<p>{html.escape(sentence)}</p>" for sentence in summaries(report)),
+        "<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in summaries(report)) + "</ul>",
         f"<figure>{chart}</figure>",
         _html_figures(report),
         "".join(f"<small>{html.escape(note)}<br></small>" for note in notes(report)),
