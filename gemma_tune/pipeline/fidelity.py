@@ -86,27 +86,10 @@ def compare(
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}.")
     named = _names(reference, candidates)
-    if output:
-        _make_folder(output)
     examples, source = _examples(named, data, config)
     scored = _choose(named, examples, config, max_tokens, num_answers)
-    first = _measure(named[0], scored, config)
-    models: list[ModelFigures] = []
-    for each in named[1:]:
-        other = _measure(each, scored, config)
-        with progress.counting(f"{each}: compared tokens", len(scored.positions.target_ids)) as advance:
-            figures = compare_positions(
-                first.head,
-                first.states.hidden,
-                other.head,
-                other.states.hidden,
-                scored.positions.target_ids,
-                advance=advance,
-            )
-        if not models:
-            models.append(first.figures(reference_quality(figures), None))
-        models.append(other.figures(candidate_quality(figures), divergence(figures, scored.positions.example_ids)))
-        del other  # Before the next model is loaded.
+    if output:
+        _make_folder(output)  # What can't be written is found out before what takes long.
     report = FidelityReport(
         data_source=source,
         num_examples=scored.num_examples,
@@ -116,7 +99,7 @@ def compare(
         device=jax.devices()[0].device_kind,
         questions=[example.question for example in scored.questions],
         wanted_answers=[example.answer for example in scored.questions],
-        models=models,
+        models=_side_by_side(named, scored, config),
     )
     if output:
         write_comparison(Path(output).expanduser(), report)
@@ -221,6 +204,29 @@ def _tokenize(source: str, examples: Sequence[Example], max_length: int) -> list
 
 def _are_equal(one: tuple[Example, TokenizedExample], other: tuple[Example, TokenizedExample]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+def _side_by_side(named: Sequence[SchemedSource], scored: _Scored, config: Config) -> list[ModelFigures]:
+    """Runs the reference, then each candidate beside what is left of it."""
+    target_ids, example_ids = scored.positions
+    reference = _measure(named[0], scored, config)
+    models: list[ModelFigures] = []
+    for name in named[1:]:
+        candidate = _measure(name, scored, config)
+        with progress.counting(f"{name}: compared tokens", len(target_ids)) as advance:
+            figures = compare_positions(
+                reference.head,
+                reference.states.hidden,
+                candidate.head,
+                candidate.states.hidden,
+                target_ids,
+                advance=advance,
+            )
+        if not models:
+            models.append(reference.figures(reference_quality(figures), None))
+        models.append(candidate.figures(candidate_quality(figures), divergence(figures, example_ids)))
+        del candidate  # Before the next model is loaded.
+    return models
 
 
 def _measure(name: SchemedSource, scored: _Scored, config: Config) -> _Measured:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from gemma_tune.config import Config
 from gemma_tune.data import load_examples
 from gemma_tune.evaluation.fidelity import (
     Head,
@@ -214,3 +215,15 @@ def test_answers_are_those_of_generate(tiny):
     assert answers.texts == generate(model, prompts, max_new_tokens=6)
     assert answers.tokens_per_second > 0
     assert written_answers(model, prompts, 1).tokens_per_second is None
+
+
+def test_bfloat16():
+    """Half as much memory, and still 0 from itself."""
+    examples = load_examples("sample:smartphone_support/heldout")[:4]
+    config = Config().replace({"model.precision": "bfloat16"})
+    report = compare("tiny", ["tiny", "tiny@nf4"], examples, config=config, num_answers=0)
+    whole = compare("tiny", ["tiny"], examples, num_answers=0)
+    assert report.reference.memory_bytes == whole.reference.memory_bytes / 2
+    assert report.candidates[0].divergence.mean_kl == 0.0 < report.candidates[1].divergence.mean_kl
+    # bfloat16 has three digits.
+    assert report.reference.quality.loss == pytest.approx(whole.reference.quality.loss, rel=0.01)
