@@ -31,7 +31,9 @@ def define_flags(values: absl_flags.FlagValues) -> None:
     """Defines the verb's flags."""
     from gemma_tune.evaluation.comparison import MAX_TOKENS, NUM_ANSWERS
 
-    absl_flags.DEFINE_string("reference", "demo", "What the others are compared with.", flag_values=values)
+    absl_flags.DEFINE_string(
+        "reference", "demo", "What the others are compared with. (default: demo)", flag_values=values
+    )
     absl_flags.DEFINE_string(
         "candidates",
         "",
@@ -95,7 +97,7 @@ def _figures(report: "FidelityReport") -> Table:
     from gemma_tune.evaluation.comparison import figure_rows
 
     table = Table(box=box.SIMPLE_HEAD, title=Text(report.scope), title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for model in report.models:
         style = "" if model.divergence else "dim"
         header = Text(model.name if model.divergence else f"{model.name}\n(reference)")

@@ -117,7 +117,8 @@ def figure_rows(report: FidelityReport) -> list[tuple[str, list[str]]]:
         ("KL, 99th percentile", lambda model: _of(model.divergence, lambda d: kl_text(d.p99_kl))),
         ("same likeliest token", lambda model: _of(model.divergence, lambda d: share_text(d.agreement))),
         ("loss", lambda model: f"{model.quality.loss:.4f}"),
-        ("loss increase", lambda model: _of(model.divergence, _increase_text)),
+        ("loss increase", lambda model: _of(model.divergence, lambda d: f"{d.loss_increase:+.4f}")),
+        ("  ± standard error", lambda model: _of(model.divergence, _error_text)),
         ("perplexity", lambda model: f"{model.quality.perplexity:,.2f}"),
         ("token accuracy", lambda model: share_text(model.quality.token_accuracy)),
         ("reading, tokens/s", lambda model: f"{model.reading_tokens_per_second:,.0f}"),
@@ -135,7 +136,7 @@ def notes(report: FidelityReport) -> list[str]:
         f"Reading (without the head) and writing (one answer at a time) on {report.device}, {report.precision}.",
     ]
     if any(model.divergence and model.divergence.loss_increase_error is not None for model in report.models):
-        lines.append("±: one standard error, over examples.")
+        lines.append("Standard error: over examples, since the tokens of an answer go up and down together.")
     if not all(model.has_files for model in report.models):
         lines.append("*: there is no such file; what the arrays would take.")
     return lines
@@ -184,6 +185,10 @@ def _of(value: Any, text_of: Callable[[Any], str]) -> str:
 def _increase_text(values: Divergence) -> str:
     text = f"{values.loss_increase:+.4f}"
     return text if values.loss_increase_error is None else f"{text} ± {values.loss_increase_error:.4f}"
+
+
+def _error_text(values: Divergence) -> str:
+    return _of(values.loss_increase_error, lambda error: f"{error:.4f}")
 
 
 def _disk_text(model: ModelFigures) -> str:

@@ -140,7 +140,10 @@ def _filled(array: np.ndarray, size: int) -> np.ndarray:
 
 
 class _Running(NamedTuple):
-    """What is known of one model after some blocks, [T]. likeliest: int32; the others are float32."""
+    """What is known of both models after some blocks, [2, T]. likeliest: int32; the others are float32.
+
+    Both go through the same operations, so that a model's divergence from itself is 0 and not a rounding.
+    """
 
     top: jax.Array  # Largest logit so far.
     likeliest: jax.Array  # Its row.
@@ -150,39 +153,41 @@ class _Running(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _compare(reference_cap, candidate_cap, block, reference, candidate, reference_hidden, candidate_hidden, target_ids):
-    zeros = jnp.zeros(target_ids.shape, jnp.float32)
-    start = _Running(jnp.full_like(zeros, -jnp.inf), jnp.zeros_like(target_ids), zeros, zeros)
+    zeros = jnp.zeros((2, *target_ids.shape), jnp.float32)
+    start = _Running(jnp.full_like(zeros, -jnp.inf), jnp.zeros(zeros.shape, jnp.int32), zeros, zeros)
 
     def logits_of(cap, head, hidden, first, count):
         return block_logits(cap, rows_of_head(head, first, count, hidden.dtype), hidden)[0]
 
     def visit(carry, first, count):
-        ours, theirs, weighted = carry
+        running, weighted = carry
         a = logits_of(reference_cap, reference, reference_hidden, first, count)
         b = logits_of(candidate_cap, candidate, candidate_hidden, first, count)
-        new, unnormalized = _visited(ours, a, first, target_ids)
-        weighted = weighted * jnp.exp(ours.top - new.top) + (unnormalized * (a - b)).sum(axis=1)
-        return new, _visited(theirs, b, first, target_ids)[0], weighted
+        new, unnormalized = _visited(running, jnp.stack([a, b]), first, target_ids)
+        weighted = weighted * jnp.exp(running.top[0] - new.top[0]) + (unnormalized[0] * (a - b)).sum(axis=1)
+        return new, weighted
 
     vocabulary = min(num_rows(reference), num_rows(candidate))
-    a, b, weighted = over_blocks(vocabulary, block, (start, start, zeros), visit)
+    end, weighted = over_blocks(vocabulary, block, (start, zeros[0]), visit)
+    log_total = jnp.log(end.total)
     # Σ p (a − b) − log Σ exp a + log Σ exp b. It is never negative; what rounding makes of 0 may be.
-    kl = weighted / a.total - (a.top - b.top) - (jnp.log(a.total) - jnp.log(b.total))
-    losses = [running.top - running.target + jnp.log(running.total) for running in (a, b)]
-    return jnp.maximum(kl, 0.0), *losses, a.likeliest == b.likeliest, a.target >= a.top, b.target >= b.top
+    kl = weighted / end.total[0] - (end.top[0] - end.top[1]) - (log_total[0] - log_total[1])
+    losses, is_correct = end.top - end.target + log_total, end.target >= end.top
+    return jnp.maximum(kl, 0.0), *losses, end.likeliest[0] == end.likeliest[1], *is_correct
 
 
 def _visited(running: _Running, logits, first, target_ids) -> tuple[_Running, jax.Array]:
-    """Returns what is known after another block, and its [T, block] of exp(logit − top)."""
-    block_top = logits.max(axis=1)
+    """Returns what is known after another block of logits, [2, T, block], and exp(logit − top) of it."""
+    count = logits.shape[2]
+    block_top = logits.max(axis=2)
     top = jnp.maximum(running.top, block_top)
-    unnormalized = jnp.exp(logits - top[:, None])
-    inside = (target_ids >= first) & (target_ids < first + logits.shape[1])
-    place = (jnp.arange(len(target_ids)), jnp.clip(target_ids - first, 0, logits.shape[1] - 1))
+    unnormalized = jnp.exp(logits - top[..., None])
+    inside = (target_ids >= first) & (target_ids < first + count)
+    places = jnp.clip(target_ids - first, 0, count - 1)
     new = _Running(
         top=top,
-        likeliest=jnp.where(block_top > running.top, first + jnp.argmax(logits, axis=1), running.likeliest),
-        total=running.total * jnp.exp(running.top - top) + unnormalized.sum(axis=1),
-        target=jnp.where(inside, logits[place], running.target),
+        likeliest=jnp.where(block_top > running.top, first + jnp.argmax(logits, axis=2), running.likeliest),
+        total=running.total * jnp.exp(running.top - top) + unnormalized.sum(axis=2),
+        target=jnp.where(inside, logits[:, jnp.arange(len(target_ids)), places], running.target),
     )
     return new, unnormalized

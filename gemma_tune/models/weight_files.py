@@ -29,7 +29,7 @@ def weight_files(source: str) -> list[Path]:
         return [*weight_files(base), path / "adapter" / ADAPTER_FILE]
     if parsed.kind in ("hf", "hf_download"):
         return sorted((path if parsed.kind == "hf" else _hf_folder(parsed.value)).glob("*.safetensors"))
-    return sorted((path if parsed.kind == "keras" else _keras_folder(parsed.value)).glob("*.weights.h5"))
+    return sorted((path if parsed.kind == "keras" else _keras_folder(parsed.value)).glob("model*.weights.h5"))
 
 
 def weight_bytes(source: str) -> int | None:

@@ -35,9 +35,9 @@ def test_table_answers_and_files(call, questions, tmp_path):
     command = ["compare", "--reference=tiny", f"--data={questions}", *FEW]
     code, out, err = call(*command, "--candidates=tiny,tiny@int4", f"--output={folder}")
     assert code == 0, err
-    for text in ("300 answer tokens", "tiny (reference)", "memory", "KL, mean", "same likeliest token", "100 %",
+    for text in ("answer tokens", "(reference)", "memory", "KL, mean", "same likeliest token", "100 %",
                  "loss increase", "perplexity", "reading, tokens/s", "writing, tokens/s", "wanted", "Next:"):  # fmt: skip
-        assert text in " ".join(out.split()) or text == "300 answer tokens", text
+        assert text in " ".join(out.split()), text
     assert {path.name for path in folder.iterdir()} == {f"comparison.{kind}" for kind in ("json", "md", "png", "html")}
     report = json.loads((folder / "comparison.json").read_text())
     reference, itself, int4 = report["models"]
@@ -120,7 +120,7 @@ def test_empty_data_and_a_candidate_that_cannot_be_held(call, questions, write, 
 def test_a_run_is_compared_on_what_it_held_out(call, tmp_path):
     workdir = tmp_path / "run"
     code = run(["train", "--model=tiny", "--max_length=96", f"--workdir={workdir}", "--data=sample:smartphone_support",
-                "--config.training.num_train_steps=2", "--config.training.num_sample_answers=1",
+                "--config.training.num_train_steps=6", "--config.training.num_sample_answers=1",
                 "--config.training.num_scored_answers=1", "--config.generation.max_new_tokens=2"])  # fmt: skip
     assert code == 0
     code, out, err = call("compare", f"--reference={workdir}", f"--candidates=tiny,{workdir}@int8", *FEW,
