@@ -32,7 +32,7 @@ def define_flags(values: absl_flags.FlagValues) -> None:
     from gemma_tune.evaluation.comparison import MAX_TOKENS, NUM_ANSWERS
 
     absl_flags.DEFINE_string(
-        "reference", "demo", "What the others are compared with. (default: demo)", flag_values=values
+        "reference", "demo", "Compared with it are the others. (default: demo)", flag_values=values
     )
     absl_flags.DEFINE_string(
         "candidates",
