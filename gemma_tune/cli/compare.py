@@ -9,8 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli import flags
-from gemma_tune.cli.output import Output
-from gemma_tune.cli.result import shorten
+from gemma_tune.cli.output import Output, shorten
 
 if TYPE_CHECKING:
     from gemma_tune.evaluation.comparison import FidelityReport
@@ -32,7 +31,7 @@ def define_flags(values: absl_flags.FlagValues) -> None:
     from gemma_tune.evaluation.comparison import MAX_TOKENS, NUM_ANSWERS
 
     absl_flags.DEFINE_string(
-        "reference", "demo", "Compared with it are the others. (default: demo)", flag_values=values
+        "reference", "demo", "What the others are compared with. (default: demo)", flag_values=values
     )
     absl_flags.DEFINE_string(
         "candidates",

@@ -4,7 +4,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from gemma_tune.cli.output import Output
+from gemma_tune.cli.output import Output, shorten
 from gemma_tune.pipeline import RunResult
 
 
@@ -48,12 +48,6 @@ def _answers(result: RunResult) -> Table:
     for sample in result.samples:
         table.add_row(Text(sample.question), Text(shorten(sample.base_answer)), Text(shorten(sample.tuned_answer)))
     return table
-
-
-def shorten(text: str, limit: int = 240) -> str:
-    """Returns a text in one line, cut where it gets long."""
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def next_commands(result: RunResult) -> list[str]:
