@@ -95,12 +95,12 @@ def run(
 def _figures(report: "FidelityReport") -> Table:
     from gemma_tune.evaluation.comparison import figure_rows
 
-    table = Table(box=box.SIMPLE_HEAD, title=Text(report.scope), title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=Text(report.scope), title_justify="left", collapse_padding=True)
     table.add_column("", no_wrap=True)
     for model in report.models:
         style = "" if model.divergence else "dim"
-        header = Text(model.name if model.divergence else f"{model.name}\n(reference)")
-        table.add_column(header, justify="right", style=style, header_style=style or "bold")
+        header = Text(model.name if model.divergence else f"{model.name}\nreference")
+        table.add_column(header, justify="right", overflow="fold", style=style, header_style=style or "bold")
     for label, texts in figure_rows(report):
         table.add_row(label, *texts)
     return table
