@@ -93,13 +93,14 @@ def run(
 
 
 def _figures(report: "FidelityReport") -> Table:
-    from gemma_tune.evaluation.comparison import figure_rows
+    from gemma_tune.evaluation.comparison import figure_rows, short_name
 
     table = Table(box=box.SIMPLE_HEAD, title=Text(report.scope), title_justify="left", collapse_padding=True)
     table.add_column("", no_wrap=True)
     for model in report.models:
         style = "" if model.divergence else "dim"
-        header = Text(model.name if model.divergence else f"{model.name}\nreference")
+        name = short_name(model.name)
+        header = Text(name if model.divergence else f"{name}\nreference")
         table.add_column(header, justify="right", overflow="fold", style=style, header_style=style or "bold")
     for label, texts in figure_rows(report):
         table.add_row(label, *texts)
@@ -108,6 +109,7 @@ def _figures(report: "FidelityReport") -> Table:
 
 def _print_answers(report: "FidelityReport", output: Output) -> None:
     """Prints the answers below one another; bold from where one parts from the reference's."""
+    from gemma_tune.evaluation.comparison import short_name
     from gemma_tune.evaluation.comparison_report import where_they_part
 
     console = output.console
@@ -120,6 +122,6 @@ def _print_answers(report: "FidelityReport", output: Output) -> None:
         for model in report.models:
             text = Text(shorten(model.answers[index]))
             text.stylize("bold", where_they_part(text.plain, reference))
-            table.add_row(Text(model.name), text)
+            table.add_row(Text(short_name(model.name)), text)
         console.print()
         console.print(table)

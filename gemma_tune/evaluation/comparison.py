@@ -165,6 +165,11 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TB"
 
 
+def short_name(name: str) -> str:
+    """Returns a model's name, of a long path its end: for pictures and columns."""
+    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
+
+
 def kl_text(kl: float) -> str:
     """Returns a divergence with three digits."""
     return f"{kl:.3g}" if kl >= 1e-4 or not kl else f"{kl:.1e}"
@@ -176,6 +181,7 @@ def share_text(share: float) -> str:
 
 
 _NOTHING = "–"
+_LONGEST_NAME = 28
 
 
 def _of(value: Any, text_of: Callable[[Any], str]) -> str:

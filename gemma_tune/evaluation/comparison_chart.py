@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gemma_tune.evaluation.comparison import FidelityReport, ModelFigures, kl_text, share_text, size_text
+from gemma_tune.evaluation.comparison import FidelityReport, ModelFigures, kl_text, share_text, short_name, size_text
 
 _COLORS = {"int8": "#2a78b8", "nf4": "#2b9461", "int4": "#d2762a"}
 _OTHER, _REFERENCE = "#7a5aa6", "#333333"
@@ -26,7 +26,7 @@ def draw_comparison(report: FidelityReport) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2, which="major")
         axes.set_axisbelow(True)
-    figure.suptitle(f"Compared with {report.reference.name}", fontsize=14, weight="bold")
+    figure.suptitle(f"Compared with {short_name(report.reference.name)}", fontsize=14, weight="bold")
     figure.supxlabel(f"{report.scope} · {report.precision} · gemma-tune compare", fontsize=8, color="#666666")
     return figure
 
@@ -64,8 +64,9 @@ def _draw_fidelity(axes: Any, report: FidelityReport) -> list[_Label]:
         axes.set_ylim(-0.1, 1)
     axes.axvline(report.reference.memory_bytes, color=_REFERENCE, linestyle=":", linewidth=1.2)
     axes.text(
-        report.reference.memory_bytes, 0.98, f" {report.reference.name}", transform=axes.get_xaxis_transform(),
-        rotation=90, ha="left", va="top", fontsize=9, color=_REFERENCE
+        report.reference.memory_bytes, 0.98, f" {short_name(report.reference.name)}", transform=axes.get_xaxis_transform(),
+        rotation=90, ha="left", va="top", fontsize=9, color=_REFERENCE,
+        in_layout=False,
     )  # fmt: skip
     axes.set_ylabel("KL from the reference, nats" + (" (log)" if positive else ""))
     axes.set_title("How far from the reference: mean, and 99th percentile (–)", fontsize=10.5, loc="left")
@@ -122,7 +123,7 @@ def _write_labels(axes: Any, labels: Sequence[_Label]) -> None:
             axes.text(
                 x + shift,
                 height,
-                f"{label.model.name}\n{label.detail}",
+                f"{short_name(label.model.name)}\n{label.detail}",
                 transform=axes.transAxes,
                 ha="right" if is_right else "left",
                 va="center",
@@ -130,6 +131,7 @@ def _write_labels(axes: Any, labels: Sequence[_Label]) -> None:
                 color=color,
                 linespacing=1.3,
                 zorder=4,
+                in_layout=False,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )
 
