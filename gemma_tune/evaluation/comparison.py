@@ -181,7 +181,7 @@ def share_text(share: float) -> str:
 
 
 _NOTHING = "–"
-_LONGEST_NAME = 28
+_LONGEST_NAME = 20
 
 
 def _of(value: Any, text_of: Callable[[Any], str]) -> str:

@@ -64,10 +64,17 @@ def _draw_fidelity(axes: Any, report: FidelityReport) -> list[_Label]:
         axes.set_ylim(-0.1, 1)
     axes.axvline(report.reference.memory_bytes, color=_REFERENCE, linestyle=":", linewidth=1.2)
     axes.text(
-        report.reference.memory_bytes, 0.98, f" {short_name(report.reference.name)}", transform=axes.get_xaxis_transform(),
-        rotation=90, ha="left", va="top", fontsize=9, color=_REFERENCE,
+        report.reference.memory_bytes,
+        0.98,
+        f" {short_name(report.reference.name)}",
+        transform=axes.get_xaxis_transform(),
+        rotation=90,
+        ha="left",
+        va="top",
+        fontsize=9,
+        color=_REFERENCE,
         in_layout=False,
-    )  # fmt: skip
+    )
     axes.set_ylabel("KL from the reference, nats" + (" (log)" if positive else ""))
     axes.set_title("How far from the reference: mean, and 99th percentile (–)", fontsize=10.5, loc="left")
     return labels
