@@ -120,27 +120,24 @@ def _write_labels(axes: Any, labels: Sequence[_Label]) -> None:
         axes.transAxes.inverted().transform(axes.transData.transform((label.model.memory_bytes, label.height)))
         for label in labels
     ]
-    for is_right in (False, True):
-        side = [i for i, (x, _) in enumerate(places) if (x > 0.5) == is_right]
-        heights = _apart([places[i][1] for i in side])
-        for i, height in zip(side, heights, strict=True):
-            label, (x, y) = labels[i], places[i]
-            color, shift = color_of(label.model), -_LABEL_SHIFT if is_right else _LABEL_SHIFT
-            axes.plot([x, x + shift * 0.8], [y, height], transform=axes.transAxes, color=color, linewidth=0.8)
-            axes.text(
-                x + shift,
-                height,
-                f"{short_name(label.model.name)}\n{label.detail}",
-                transform=axes.transAxes,
-                ha="right" if is_right else "left",
-                va="center",
-                fontsize=9,
-                color=color,
-                linespacing=1.3,
-                zorder=4,
-                in_layout=False,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-            )
+    for label, (x, y), height in zip(labels, places, _apart([y for _, y in places]), strict=True):
+        is_right = x > 0.5
+        color, shift = color_of(label.model), -_LABEL_SHIFT if is_right else _LABEL_SHIFT
+        axes.plot([x, x + shift * 0.8], [y, height], transform=axes.transAxes, color=color, linewidth=0.8)
+        axes.text(
+            x + shift,
+            height,
+            f"{short_name(label.model.name)}\n{label.detail}",
+            transform=axes.transAxes,
+            ha="right" if is_right else "left",
+            va="center",
+            fontsize=9,
+            color=color,
+            linespacing=1.3,
+            zorder=4,
+            in_layout=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )
 
 
 def _apart(heights: Sequence[float]) -> list[float]:

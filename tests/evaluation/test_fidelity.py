@@ -16,7 +16,7 @@ from gemma_tune.evaluation.fidelity import (
     reference_quality,
 )
 from gemma_tune.evaluation.measure import scored_positions, scored_states, written_answers
-from gemma_tune.models.functional import final_soft_cap, head_weights
+from gemma_tune.models.functional import final_soft_cap, head_weights, parameters
 from gemma_tune.pipeline import compare, evaluate
 from gemma_tune.quantization.grids import dequantize, quantize
 from gemma_tune.quantization.scheme import Grid
@@ -111,7 +111,7 @@ def test_far_apart_models_have_a_finite_divergence(rng):
     targets = targets_of(rng, logits)
     figures = compare_positions(head, hidden * 30, head, far * 30, targets)
     wanted = by_definition(logits * 30, far.astype(np.float64) * 30 @ np.asarray(head.weights, np.float64).T, targets)
-    np.testing.assert_allclose(figures.kl, wanted["kl"], rtol=1e-4)
+    np.testing.assert_allclose(figures.kl, wanted["kl"], rtol=1e-5, atol=1e-3)  # Logits of 500 have steps of 3e-5.
     assert figures.kl.max() > 100
 
 
@@ -169,29 +169,24 @@ def test_all_families_against_their_own_logits(family, tiny):
     figures = compare_positions(*sides, positions.target_ids)
     found = [divergence(figures, positions.example_ids), reference_quality(figures), candidate_quality(figures)]
 
-    kl, losses, targets = [], [], []
-    for example in tokens:  # One by one, unpacked.
-        logits = []
-        for model in models:
-            ids = jnp.asarray(example.token_ids[None, :-1])
-            inputs = {
-                "token_ids": ids,
-                "padding_mask": jnp.ones_like(ids),
-                "position_ids": jnp.arange(ids.shape[1])[None],
-            }
-            outputs = model({name: inputs[name] for name in model.backbone.input})
-            logits.append(np.asarray(outputs, np.float64)[0][example.is_target[1:]])
-        target_ids = example.token_ids[1:][example.is_target[1:]]
-        wanted = by_definition(*logits, target_ids)
-        kl.append(wanted["kl"])
-        losses.append(np.stack([wanted["reference_loss"], wanted["loss"]]))
-        targets.append(target_ids)
-    assert len(positions.target_ids) == sum(map(len, targets))
-    assert sorted(positions.target_ids) == sorted(np.concatenate(targets))
+    ids, is_target = np.zeros((2, len(tokens), 97), np.int32)
+    for row, example in enumerate(tokens):  # Each in a row of its own.
+        ids[row, : len(example.token_ids)] = example.token_ids
+        is_target[row, : len(example.token_ids)] = example.is_target
+    inputs = {"token_ids": ids[:, :-1], "padding_mask": np.ones_like(ids[:, :-1])}
+    inputs["position_ids"] = np.broadcast_to(np.arange(96), ids[:, :-1].shape)
+    chosen = is_target[:, 1:] > 0
+    logits = [
+        np.asarray(model({name: inputs[name] for name in model.backbone.input}), np.float64)[chosen] for model in models
+    ]
+    wanted = by_definition(*logits, ids[:, 1:][chosen])
+    assert sorted(positions.target_ids) == sorted(ids[:, 1:][chosen])
     assert len(np.unique(positions.example_ids)) == len(tokens)
     # Packed and unpacked, the same sums in another order; Gemma 4 magnifies roundings the most.
-    assert found[0].mean_kl == pytest.approx(np.concatenate(kl).mean(), rel=1e-3)
-    assert [each.loss for each in found[1:]] == pytest.approx(np.concatenate(losses, axis=1).mean(axis=1), rel=1e-4)
+    assert found[0].mean_kl == pytest.approx(wanted["kl"].mean(), rel=1e-3)
+    assert [each.loss for each in found[1:]] == pytest.approx(
+        [wanted["reference_loss"].mean(), wanted["loss"].mean()], rel=1e-4
+    )
 
 
 def test_counted_as_eval_counts(tiny):
@@ -217,13 +212,11 @@ def test_answers_are_those_of_generate(tiny):
     assert written_answers(model, prompts, 1).tokens_per_second is None
 
 
-def test_bfloat16():
+def test_bfloat16(tiny):
     """Half as much memory, and still 0 from itself."""
     examples = load_examples("sample:smartphone_support/heldout")[:4]
     config = Config().replace({"model.precision": "bfloat16"})
-    report = compare("tiny", ["tiny", "tiny@nf4"], examples, config=config, num_answers=0)
-    whole = compare("tiny", ["tiny"], examples, num_answers=0)
-    assert report.reference.memory_bytes == whole.reference.memory_bytes / 2
-    assert report.candidates[0].divergence.mean_kl == 0.0 < report.candidates[1].divergence.mean_kl
-    # bfloat16 has three digits.
-    assert report.reference.quality.loss == pytest.approx(whole.reference.quality.loss, rel=0.01)
+    report = compare("tiny", ["tiny"], examples, config=config, num_answers=0)
+    in_float32 = sum(value.nbytes for group in parameters(tiny()) for value in group.values())
+    assert report.reference.memory_bytes == in_float32 / 2
+    assert report.candidates[0].divergence.mean_kl == 0.0
