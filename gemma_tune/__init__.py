@@ -34,6 +34,7 @@ _PUBLIC = {
     "save_adapter": "gemma_tune.models",
     "train": "gemma_tune.pipeline",
     "evaluate": "gemma_tune.pipeline",
+    "compare": "gemma_tune.pipeline",
     "generate": "gemma_tune.serving",
     "stream": "gemma_tune.serving",
     "GemmaTuneError": "gemma_tune.errors",

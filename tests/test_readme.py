@@ -57,7 +57,7 @@ def with_tiny_model(words):
         arguments += SHORT
     if verb in ("train", "quickstart", "data") and not any(word.startswith(("--model", "--config=")) for word in words):
         arguments.append("--model=tiny")
-    if verb in ("generate", "chat"):
+    if verb in ("generate", "chat", "compare"):
         arguments.append("--max_new_tokens=2")
     return arguments
 
@@ -70,7 +70,7 @@ def test_every_command_runs(folder, monkeypatch, capfd):
             code = run(with_tiny_model(words))
             assert code == 0, (words, capfd.readouterr().err[-2000:])
             seen.append(words[1])
-    assert {"quickstart", "data", "train", "eval", "generate", "chat", "models", "doctor"} <= set(seen)
+    assert {"quickstart", "data", "train", "eval", "compare", "generate", "chat", "models", "doctor"} <= set(seen)
     assert (folder / "runs/mine/adapter").is_dir()
 
 

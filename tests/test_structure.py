@@ -36,6 +36,7 @@ WITHOUT_KERAS = (
     "training.batches",
     "serving.sampling",
     "evaluation.answers",
+    "evaluation.fidelity",
     "evaluation.heldout",
 )
 

@@ -60,3 +60,9 @@ class Output:
     def _write_json(self, value: dict[str, Any]) -> None:
         if self._json_fd is not None:
             os.write(self._json_fd, (json.dumps(value, ensure_ascii=False) + "\n").encode())
+
+
+def shorten(text: str, limit: int = 240) -> str:
+    """Returns a text in one line, cut where it gets long."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -4,7 +4,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from gemma_tune.cli.output import Output
+from gemma_tune.cli.output import Output, shorten
 from gemma_tune.pipeline import RunResult
 
 
@@ -51,13 +51,8 @@ def _answers(result: RunResult) -> Table:
     table.add_column("base model", ratio=4, style="dim")
     table.add_column("tuned model", ratio=4)
     for sample in result.samples:
-        table.add_row(Text(sample.question), Text(_shorten(sample.base_answer)), Text(_shorten(sample.tuned_answer)))
+        table.add_row(Text(sample.question), Text(shorten(sample.base_answer)), Text(shorten(sample.tuned_answer)))
     return table
-
-
-def _shorten(text: str, limit: int = 240) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def next_commands(result: RunResult) -> list[str]:

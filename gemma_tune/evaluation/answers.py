@@ -1,10 +1,14 @@
-"""How near written answers come to the wanted ones."""
+"""Which questions are answered, and how near written answers come to the wanted ones."""
 
+import random
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from gemma_tune.data import Example
+from gemma_tune.data.seen import hash_text
 
 _WORD = re.compile(r"\w+")
 _RIGHT_F1 = 0.5
@@ -51,3 +55,15 @@ def score_answers(answers: Sequence[str], references: Sequence[str]) -> list[Ans
         best_other = max((word_f1(answer, topic) for topic in topics if topic != reference), default=0.0)
         scores.append(AnswerScore(words(answer) == words(reference), f1, f1 >= _RIGHT_F1 and f1 > best_other))
     return scores
+
+
+def choose_questions(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """Returns conversations that end with an answer, at most `count`, in a fixed random order, those with new answers
+    first.
+    """
+    answers = {i: hash_text(example.answer) for i, example in enumerate(examples) if example.turns[-1].role == "model"}
+    chats = list(answers)
+    random.Random(seed).shuffle(chats)
+    first_of_answer = {answers[i]: i for i in reversed(chats)}
+    ordered = sorted(chats, key=lambda i: first_of_answer[answers[i]] != i)
+    return [examples[i] for i in ordered[:count]]

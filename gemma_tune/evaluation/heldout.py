@@ -23,7 +23,12 @@ def evaluate_batches(step: Callable[[Batch], Any], batches: Iterable[Batch]) -> 
     loss = sum(float(part.loss_sum) for part in sums) / num_tokens
     return {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),  # exp(710) overflows.
+        "perplexity": perplexity_of(loss),
         "token_accuracy": sum(float(part.correct_sum) for part in sums) / num_tokens,
         "num_tokens": num_tokens,
     }
+
+
+def perplexity_of(loss: float) -> float:
+    """Returns exp(loss)."""
+    return math.exp(min(loss, 700.0))  # exp(710) overflows.

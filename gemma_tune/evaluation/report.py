@@ -44,14 +44,26 @@ def write_report(
         _data(result["data"]),
         f"<details><summary>Settings</summary><pre>{html.escape(_settings(config))}</pre></details>",
     ]
-    document = (
+    path = workdir / REPORT_FILE
+    path.write_text(html_document("gemma_tune report", parts), encoding="utf-8")
+    return path
+
+
+def html_document(title: str, parts: Sequence[str]) -> str:
+    """Returns a whole HTML file of these pieces of HTML, in the reports' style."""
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>gemma_tune report</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
-    path = workdir / REPORT_FILE
-    path.write_text(document, encoding="utf-8")
-    return path
+
+
+def as_svg(figure: Any) -> str:
+    """Returns a matplotlib figure as an element of an HTML file."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
 def _figures(result: dict[str, Any]) -> str:
@@ -108,10 +120,7 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
     for axes in (losses, rates):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return as_svg(figure)
 
 
 def _answers(samples: Sequence[dict[str, str]]) -> str:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from gemma_tune.errors import ModelError, did_you_mean
 from gemma_tune.models.files import read_json
+from gemma_tune.quantization.scheme import SCHEMES
 
 _TINY = ("tiny", "tiny:gemma", "tiny:gemma2", "tiny:gemma3", "tiny:gemma4")
 _DEFAULT_TINY = "gemma3"
@@ -18,6 +19,34 @@ class Source(NamedTuple):
 
     kind: str
     value: str
+
+
+class SchemedSource(NamedTuple):
+    """A model's name, and in how many bits to hold it: `demo@nf4`. scheme: '' for as it is."""
+
+    source: str
+    scheme: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.source}@{self.scheme}" if self.scheme else self.source
+
+
+def parse_schemed(name: str) -> SchemedSource:
+    """Takes a name like `demo@nf4` apart. A path with an @ that exists as it is wins.
+
+    Raises:
+        ModelError: There is no such model or scheme; suggests the nearest.
+    """
+    source, at, scheme = name.rpartition("@")
+    if not at or Path(name).expanduser().exists():
+        source, scheme = name, ""
+    elif scheme not in SCHEMES:
+        raise ModelError(
+            f"{name!r}: there is no scheme {scheme!r}.{did_you_mean(scheme, SCHEMES)} Behind the @ stands one of "
+            f"{', '.join(SCHEMES)}."
+        )
+    parse_source(source)
+    return SchemedSource(source, scheme)
 
 
 def parse_source(name: str) -> Source:

@@ -3,8 +3,9 @@
 The only place, besides the command line, that reads a Config.
 """
 
-from gemma_tune.pipeline.compare import Comparison, compare_with_base, evaluate
+from gemma_tune.pipeline.fidelity import compare
 from gemma_tune.pipeline.post_training import Quantization, merge, quantize_model
+from gemma_tune.pipeline.scoring import Comparison, compare_with_base, evaluate
 from gemma_tune.pipeline.setup import Setup, prepare_data, read_splits, set_up
 from gemma_tune.pipeline.training_run import RunResult, SampleAnswer, run, train
 
@@ -14,6 +15,7 @@ __all__ = [
     "RunResult",
     "SampleAnswer",
     "Setup",
+    "compare",
     "compare_with_base",
     "evaluate",
     "merge",

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from gemma_tune.data import (
     DataReport,
     Example,
 )
-from gemma_tune.data.seen import hash_text
-from gemma_tune.evaluation import AnswerScore, score_answers
+from gemma_tune.evaluation import AnswerScore, choose_questions, score_answers
 from gemma_tune.evaluation.report import write_report
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.adapter import save_adapter
@@ -205,16 +203,10 @@ def _base_answers(setup: Setup, workdir: Path) -> list[SampleAnswer]:
 
 
 def _scored_examples(setup: Setup) -> list[Example]:
-    """Returns held-out conversations in a fixed random order, those with new answers first, as many as are to be
-    answered.
-    """
-    training, examples = setup.config.training, setup.data.heldout_examples
-    answers = {i: hash_text(example.answer) for i, example in enumerate(examples) if example.turns[-1].role == "model"}
-    chats = list(answers)
-    random.Random(setup.config.seed).shuffle(chats)
-    first_of_answer = {answers[i]: i for i in reversed(chats)}
-    ordered = sorted(chats, key=lambda i: first_of_answer[answers[i]] != i)
-    return [examples[i] for i in ordered[: max(training.num_sample_answers, training.num_scored_answers)]]
+    """Returns the held-out conversations that are to be answered."""
+    training = setup.config.training
+    count = max(training.num_sample_answers, training.num_scored_answers)
+    return choose_questions(setup.data.heldout_examples, count, setup.config.seed)
 
 
 def _answer(setup: Setup, examples: Sequence[Example]) -> list[str]:

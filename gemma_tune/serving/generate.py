@@ -43,7 +43,7 @@ def generate(
     single = isinstance(prompts, str)
     asked: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
     tokenizer = tokenizer_of(model)
-    encoded = [_encode(model, tokenizer, prompt) for prompt in asked]
+    encoded = [encode_prompt(model, tokenizer, prompt) for prompt in asked]
     # Prompts of similar length go together, so that little is padded.
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     answers = [""] * len(encoded)
@@ -53,7 +53,7 @@ def generate(
         steps = decoder_of(model).generate(
             [encoded[i] for i in chosen],
             max_new_tokens,
-            _stop_ids(model, tokenizer),
+            stop_ids(model, tokenizer),
             Sampling(temperature, top_k, top_p),
             seed,
             params,
@@ -83,9 +83,9 @@ def stream(
     """
     tokenizer = tokenizer_of(model)
     steps = decoder_of(model).generate(
-        [_encode(model, tokenizer, prompt)],
+        [encode_prompt(model, tokenizer, prompt)],
         max_new_tokens,
-        _stop_ids(model, tokenizer),
+        stop_ids(model, tokenizer),
         Sampling(temperature, top_k, top_p),
         seed,
     )
@@ -106,12 +106,14 @@ def stream(
         yield rest
 
 
-def _encode(model: keras.Model, tokenizer: TextTokenizer, prompt: Prompt) -> list[int]:
+def encode_prompt(model: keras.Model, tokenizer: TextTokenizer, prompt: Prompt) -> list[int]:
+    """Returns the token ids of a question or conversation, up to where the answer begins."""
     turns = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
     template = template_for(family_of(model))
     text = "".join(piece.text for piece in template.pieces(turns)) + template.generation_prompt
     return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
-def _stop_ids(model: keras.Model, tokenizer: TextTokenizer) -> tuple[int, ...]:
+def stop_ids(model: keras.Model, tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """Returns the tokens that end an answer."""
     return (tokenizer.id_of(template_for(family_of(model)).end_of_turn), tokenizer.eos_id)

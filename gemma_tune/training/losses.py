@@ -6,7 +6,8 @@ memory is O(T·D + block·T).
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +85,9 @@ def _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient) -> _
         weighted_rows=jnp.zeros((num_tokens, width), jnp.float32) if with_gradient else None,
     )
 
-    def visit(running: _Running, first, rows) -> _Running:
-        logits, slope = _block_logits(soft_cap, rows, hidden)
+    def visit(running: _Running, first, count) -> _Running:
+        rows = rows_of_head(head, first, count, hidden.dtype)
+        logits, slope = block_logits(soft_cap, rows, hidden)
         top = jnp.maximum(running.top, logits.max(axis=1))
         shrink = jnp.exp(running.top - top)
         unnormalized = jnp.exp(logits - top[:, None])
@@ -105,34 +107,33 @@ def _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient) -> _
             weighted_rows=weighted_rows,
         )
 
-    return _over_blocks(head, block, hidden.dtype, start, visit)
+    return over_blocks(num_rows(head), block, start, visit)
 
 
-def _over_blocks(head, block, dtype, carry, visit):
-    """Runs visit(carry, first row's index, rows) over all blocks of the head, in the given dtype; the last may be
-    shorter.
-    """
-    vocabulary = (head.codes if isinstance(head, Quantized) else head).shape[0]
+def over_blocks(vocabulary: int, block: int, carry: Any, visit: Callable[[Any, Any, int], Any]) -> Any:
+    """Runs carry = visit(carry, first row's index, number of rows) over all blocks; the last may be shorter."""
     num_whole = vocabulary // block
-
-    def step(index, carry):
-        return visit(carry, index * block, _rows(head, index * block, block, dtype))
-
     if num_whole:
-        carry = lax.fori_loop(0, num_whole, step, carry)
+        carry = lax.fori_loop(0, num_whole, lambda index, carry: visit(carry, index * block, block), carry)
     if vocabulary % block:
-        carry = visit(carry, num_whole * block, _rows(head, num_whole * block, vocabulary % block, dtype))
+        carry = visit(carry, num_whole * block, vocabulary % block)
     return carry
 
 
-def _rows(head, start, count, dtype):
+def num_rows(head: jax.Array | Quantized) -> int:
+    """Returns V."""
+    return (head.codes if isinstance(head, Quantized) else head).shape[0]
+
+
+def rows_of_head(head: jax.Array | Quantized, start: Any, count: int, dtype: Any) -> jax.Array:
+    """Returns [count, D] rows in the given dtype; start may be known at run time only."""
     if isinstance(head, Quantized):
         return dequantize(rows_of(head, start, count), dtype)[..., 0]
     return lax.dynamic_slice_in_dim(head, start, count).astype(dtype)
 
 
-def _block_logits(soft_cap, rows, hidden):
-    """Returns ([T, block] logits in float32, dz/dx or None).
+def block_logits(soft_cap: float | None, rows: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Returns ([T, block] logits in float32, dz/dx or None without a soft cap) for rows [block, D] and hidden [T, D].
 
     Tokens first: so both products with the rows, this one and the one that weighs them, run at full speed on CPU. The
     other way round the second has to transpose both of its operands, and takes up to twice as long.
@@ -199,9 +200,10 @@ def _trained_head_backward(soft_cap, block, saved, cotangents):
     hidden, head, target_ids, weights, log_total = saved
     scale = (weights * cotangents[0])[:, None]
 
-    def visit(carry, first, rows):
+    def visit(carry, first, count):
         hidden_gradient, head_gradient = carry
-        logits, slope = _block_logits(soft_cap, rows, hidden)
+        rows = rows_of_head(head, first, count, hidden.dtype)
+        logits, slope = block_logits(soft_cap, rows, hidden)
         is_target = target_ids[:, None] == first + jnp.arange(rows.shape[0])
         by_logit = (jnp.exp(logits - log_total[:, None]) - is_target) * scale
         by_logit = (by_logit if slope is None else by_logit * slope).astype(rows.dtype)
@@ -212,7 +214,7 @@ def _trained_head_backward(soft_cap, block, saved, cotangents):
         )
 
     start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head))
-    hidden_gradient, head_gradient = _over_blocks(head, block, hidden.dtype, start, visit)
+    hidden_gradient, head_gradient = over_blocks(num_rows(head), block, start, visit)
     return hidden_gradient.astype(hidden.dtype), head_gradient, None, None
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from gemma_tune.errors import TrainingError
 from gemma_tune.evaluation import evaluate_batches
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.family import family_of
+from gemma_tune.models.files import read_json
 from gemma_tune.models.functional import assign, parameters
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora import lora_layers
@@ -73,16 +73,11 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
         adapter: A LoRA adapter, or ''.
         data_is_given: False: for the workdir of a run, score what that run held out.
     """
-    source, workdir = config.model.source, Path(config.model.source).expanduser()
-    run_config = (
-        Config.from_dict(json.loads((workdir / "config.json").read_text()))
-        if parse_source(source).kind == "run"
-        else None
-    )
+    source = config.model.source
+    run = run_config(source)
     examples: Sequence[Example]
-    if run_config and not data_is_given:
-        examples = read_splits(run_config).heldout
-        data_source = f"{run_config.data.source} (held out)"
+    if run and not data_is_given:
+        examples, data_source = heldout_of_run(run)
     else:
         examples, data_source = (
             load_examples(config.data.source, config.data.split, config.data.on_error),
@@ -101,7 +96,18 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
         }
         assign(model, zeros)  # B = 0 is the base.
         return Comparison(data_source, len(examples), score(model), tuned)
-    if run_config:
-        base = load_model(run_config.model.source, precision=config.model.precision, seed=run_config.seed)
+    if run:
+        base = load_model(run.model.source, precision=config.model.precision, seed=run.seed)
         return Comparison(data_source, len(examples), score(base), score(model))
     return Comparison(data_source, len(examples), score(model), {})
+
+
+def run_config(source: str) -> Config | None:
+    """Returns the Config of a run by its workdir, or None if that is another kind of model."""
+    parsed = parse_source(source)
+    return Config.from_dict(read_json(Path(parsed.value) / "config.json")) if parsed.kind == "run" else None
+
+
+def heldout_of_run(config: Config) -> tuple[Sequence[Example], str]:
+    """Returns what a run held out, and how to call it."""
+    return read_splits(config).heldout, f"{config.data.source} (held out)"

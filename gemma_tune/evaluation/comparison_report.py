@@ -1,0 +1,111 @@
+"""A comparison's files: `comparison.json`, `comparison.png`, `comparison.md` to paste, and `comparison.html`."""
+
+import html
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from gemma_tune.evaluation.comparison import FidelityReport, figure_rows, notes, summaries
+from gemma_tune.evaluation.comparison_chart import draw_comparison
+from gemma_tune.evaluation.report import as_svg, html_document
+
+JSON_FILE, CHART_FILE, MARKDOWN_FILE = "comparison.json", "comparison.png", "comparison.md"
+HTML_FILE = "comparison.html"
+
+
+def write_comparison(folder: Path, report: FidelityReport) -> None:
+    """Writes all files, over those of an earlier comparison.
+
+    Raises:
+        OSError: The folder can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = draw_comparison(report)
+    texts = {
+        JSON_FILE: json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n",
+        MARKDOWN_FILE: as_markdown(report),
+        HTML_FILE: as_html(report, as_svg(figure)),
+    }
+    figure.savefig(folder / CHART_FILE)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def as_markdown(report: FidelityReport) -> str:
+    """Returns the table, the notes and the answers."""
+    names = [model.name for model in report.models]
+    lines = [f"## Compared with {names[0]}", "", f"{report.scope}.", "", f"![chart]({CHART_FILE})", ""]
+    lines += _markdown_table(["", f"{names[0]} (reference)", *names[1:]], figure_rows(report))
+    lines += ["", *(f"- {note}" for note in notes(report))]
+    for index, (question, wanted) in enumerate(zip(report.questions, report.wanted_answers, strict=True)):
+        rows = [("wanted", [wanted]), *((model.name, [model.answers[index]]) for model in report.models)]
+        lines += ["", f"**{_one_line(question)}**", "", *_markdown_table(["model", "answer"], rows)]
+    return "\n".join(lines) + "\n"
+
+
+def as_html(report: FidelityReport, chart: str) -> str:
+    """Returns the report as one file that loads nothing from elsewhere.
+
+    Args:
+        report: The figures.
+        chart: The picture as an SVG element.
+    """
+    name = html.escape(report.reference.name)
+    parts = [
+        f"<h1>Compared with {name}</h1><p>{html.escape(report.scope)}.</p>",
+        "<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in summaries(report)) + "</ul>",
+        f"<figure>{chart}</figure>",
+        _html_figures(report),
+        "".join(f"<small>{html.escape(note)}<br></small>" for note in notes(report)),
+        _html_answers(report),
+    ]
+    return html_document(f"gemma_tune: compared with {report.reference.name}", parts)
+
+
+def where_they_part(text: str, reference: str) -> int:
+    """Returns where in `text` the first word begins that is not the reference's; len(text) if there is none."""
+    place = 0
+    for match, word in zip(re.finditer(r"\S+\s*", text), reference.split(), strict=False):
+        if match[0].rstrip() != word:
+            return match.start()
+        place = match.end()
+    return place
+
+
+def _html_figures(report: FidelityReport) -> str:
+    header = "".join(
+        f"<th class=number>{html.escape(model.name)}{'' if model.divergence else '<br>(reference)'}</th>"
+        for model in report.models
+    )
+    rows = "".join(
+        f"<tr><th>{label}</th>" + "".join(f"<td class=number>{html.escape(text)}</td>" for text in texts) + "</tr>"
+        for label, texts in figure_rows(report)
+    )
+    return f"<table class=figures><tr><th></th>{header}</tr>{rows}</table>"
+
+
+def _html_answers(report: FidelityReport) -> str:
+    if not report.questions:
+        return ""
+    parts = ["<h2>Answers</h2><p>Marked: from the first word that is not the reference's.</p>"]
+    for index, (question, wanted) in enumerate(zip(report.questions, report.wanted_answers, strict=True)):
+        reference = report.reference.answers[index]
+        rows = [f"<tr><th>wanted</th><td>{html.escape(wanted)}</td></tr>"]
+        for model in report.models:
+            answer = model.answers[index]
+            place = where_they_part(answer, reference)
+            rest = f"<mark>{html.escape(answer[place:])}</mark>" if answer[place:] else ""
+            rows.append(f"<tr><th>{html.escape(model.name)}</th><td>{html.escape(answer[:place])}{rest}</td></tr>")
+        parts.append(f"<h3>{html.escape(question)}</h3><table>{''.join(rows)}</table>")
+    return "".join(parts)
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    lines = [header, ["---", *["---:" if len(header) > 2 else "---"] * (len(header) - 1)]]
+    lines += [[label, *texts] for label, texts in rows]
+    return [f"| {' | '.join(_one_line(cell) for cell in line)} |" for line in lines]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
