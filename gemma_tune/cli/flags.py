@@ -31,6 +31,11 @@ _FLAGS = {
         "model.quantize",
         f"Holds weights in few bits: {', '.join(SCHEMES)}. With --method=qlora nf4 if not given.",
     ),
+    "qat": (
+        "training.qat",
+        f"Trains for conversion to {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}: computes with rounded weights "
+        "(quantization-aware training).",
+    ),
     "block_size": ("model.block_size", "Weights of int4 and nf4 that share a scale: 32, 64, 128 or 256."),
     "lora_rank": ("lora.rank", "Width of the LoRA factors."),
     "lora_alpha": ("lora.alpha", "LoRA updates are scaled by alpha / rank; 0: alpha = rank."),

@@ -14,6 +14,7 @@ Two codes of four bits share a byte: the i-th of a group with the (i + block_siz
 makes two pieces that lie one behind the other.
 """
 
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -146,15 +147,40 @@ def shapes_of(shape: tuple[int, int, int], grid: Grid) -> Quantized:
     return jax.eval_shape(lambda values: quantize(values, grid), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def fake_quantize(values: jax.Array, grid: Grid) -> jax.Array:
-    """Returns what dequantizing gives; its gradient is that of the values (straight through, arXiv:1308.3432).
+    """Returns what dequantizing gives, bit for bit without `double`; its gradient is that of the values (straight
+    through, arXiv:1308.3432).
+
+    No codes are packed on the way: the few elementwise operations are fused to two passes over the values.
 
     Args:
         values: [P, C, Q].
         grid: That of the conversion afterwards.
     """
-    rounded = dequantize(quantize(values.astype(jnp.float32), grid), values.dtype)
-    return values + jax.lax.stop_gradient(rounded - values)
+    x = values.astype(jnp.float32)
+    if grid.scheme == "int8":
+        scale = _divided(jnp.max(jnp.abs(x), axis=1, keepdims=True), 127)
+        return (jnp.clip(jnp.round(x / _not_zero(jnp, scale)), -127, 127) * scale).astype(values.dtype)
+    grouped = x.reshape(x.shape[0], x.shape[1] // grid.block_size, grid.block_size, x.shape[2])
+    if grid.scheme == "nf4":
+        scale = _values_of(jnp, _scales(jnp, jnp.max(jnp.abs(grouped), axis=2, keepdims=True), grid))
+        relative, rounded = grouped / _not_zero(jnp, scale), jnp.full_like(grouped, NF4_LEVELS[0])
+        for border, level in zip(_NF4_BORDERS, NF4_LEVELS[1:], strict=True):
+            rounded = jnp.where(relative > border, level, rounded)
+    else:
+        low = jnp.minimum(jnp.min(grouped, axis=2, keepdims=True), 0)
+        high = jnp.maximum(jnp.max(grouped, axis=2, keepdims=True), 0)
+        scale = _values_of(jnp, _scales(jnp, _divided(high - low, 15), grid))
+        not_zero = _not_zero(jnp, scale)
+        zeros = jnp.clip(jnp.round(-low / not_zero), 0, 15)
+        rounded = jnp.clip(jnp.round(grouped / not_zero) + zeros, 0, 15) - zeros
+    return (rounded * scale).reshape(values.shape).astype(values.dtype)
+
+
+@fake_quantize.defjvp
+def _straight_through(grid: Grid, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return fake_quantize(*primals, grid), tangents[0]
 
 
 def num_bytes(quantized: Quantized) -> int:
@@ -173,6 +199,11 @@ def _as(xp: Any, table: np.ndarray) -> Any:
 def _not_zero(xp: Any, scale: Any) -> Any:
     """A group of zeros has the scale 0, and any other makes its codes."""
     return xp.where(scale == 0, 1, scale)
+
+
+def _divided(x: jax.Array, by: int) -> jax.Array:
+    """x / by, rounded as NumPy does it in the conversion: by a constant, XLA would multiply by its inverse instead."""
+    return x / (by + 0 * x)
 
 
 def _pack(xp: Any, codes: Any) -> Any:

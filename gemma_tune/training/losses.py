@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gemma_tune.quantization.fake import FakeQuantized
 from gemma_tune.quantization.grids import Quantized, dequantize, rows_of, take_rows
 
 VOCABULARY_BLOCK = 4096
@@ -31,7 +32,7 @@ class LossSums(NamedTuple):
 
 def fused_linear_cross_entropy(
     hidden: jax.Array,
-    head: jax.Array | Quantized,
+    head: jax.Array | Quantized | FakeQuantized,
     target_ids: jax.Array,
     weights: jax.Array,
     *,
@@ -48,7 +49,8 @@ def fused_linear_cross_entropy(
     Args:
         hidden: [T, D] final hidden states of the positions to be scored, in any float dtype.
         head: [V, D] tied embedding; V need not be a multiple of `block`. A quantized one, [V, D, 1], is made float a
-            block at a time, and can't be trained.
+            block at a time, and can't be trained. A fake quantized one is rounded a block at a time; its gradient is
+            that of the rounded rows.
         target_ids: [T] int32.
         weights: [T] float32; 0 drops a position.
         soft_cap: c, or None.
@@ -112,7 +114,7 @@ def _over_blocks(head, block, dtype, carry, visit):
     """Runs visit(carry, first row's index, rows) over all blocks of the head, in the given dtype; the last may be
     shorter.
     """
-    vocabulary = (head.codes if isinstance(head, Quantized) else head).shape[0]
+    vocabulary = jax.tree.leaves(head)[0].shape[0]
     num_whole = vocabulary // block
 
     def step(index, carry):
@@ -128,7 +130,15 @@ def _over_blocks(head, block, dtype, carry, visit):
 def _rows(head, start, count, dtype):
     if isinstance(head, Quantized):
         return dequantize(rows_of(head, start, count), dtype)[..., 0]
+    if isinstance(head, FakeQuantized):
+        return head.rows(start, count).astype(dtype)
     return lax.dynamic_slice_in_dim(head, start, count).astype(dtype)
+
+
+def _rows_at(head, indices):
+    if isinstance(head, Quantized):
+        return take_rows(head, indices)[..., 0]
+    return head.take(indices) if isinstance(head, FakeQuantized) else head[indices]
 
 
 def _block_logits(soft_cap, rows, hidden):
@@ -166,8 +176,7 @@ def _frozen_head_forward(soft_cap, block, hidden, head, target_ids, weights):
     running = _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient=True)
     assert running.weighted_rows is not None
     expected_row = running.weighted_rows / running.total[:, None]
-    rows = take_rows(head, target_ids)[..., 0] if isinstance(head, Quantized) else head[target_ids]
-    target_row = rows.astype(jnp.float32) * running.target_slope[:, None]
+    target_row = _rows_at(head, target_ids).astype(jnp.float32) * running.target_slope[:, None]
     gradient = ((expected_row - target_row) * weights[:, None]).astype(hidden.dtype)
     return _sums(running, weights), gradient
 
@@ -195,6 +204,7 @@ def _trained_head_forward(soft_cap, block, hidden, head, target_ids, weights):
 
 def _trained_head_backward(soft_cap, block, saved, cotangents):
     hidden, head, target_ids, weights, log_total = saved
+    (values,), tree = jax.tree.flatten(head)  # An array, or one that counts as rounded.
     scale = (weights * cotangents[0])[:, None]
 
     def visit(carry, first, rows):
@@ -209,9 +219,9 @@ def _trained_head_backward(soft_cap, block, saved, cotangents):
             lax.dynamic_update_slice_in_dim(head_gradient, rows_gradient, first, axis=0),
         )
 
-    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head))
+    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(values))
     hidden_gradient, head_gradient = _over_blocks(head, block, hidden.dtype, start, visit)
-    return hidden_gradient.astype(hidden.dtype), head_gradient, None, None
+    return hidden_gradient.astype(hidden.dtype), jax.tree.unflatten(tree, [head_gradient]), None, None
 
 
 _trained_head_loss.defvjp(_trained_head_forward, _trained_head_backward)
