@@ -161,11 +161,11 @@ def fake_quantize(values: jax.Array, grid: Grid) -> jax.Array:
     x = values.astype(jnp.float32)
     if grid.scheme == "int8":
         scale = _divided(jnp.max(jnp.abs(x), axis=1, keepdims=True), 127)
-        return (jnp.clip(jnp.round(x / _not_zero(jnp, scale)), -127, 127) * scale).astype(values.dtype)
+        return (jnp.clip(jnp.round(_divided(x, _not_zero(jnp, scale))), -127, 127) * scale).astype(values.dtype)
     grouped = x.reshape(x.shape[0], x.shape[1] // grid.block_size, grid.block_size, x.shape[2])
     if grid.scheme == "nf4":
         scale = _values_of(jnp, _scales(jnp, jnp.max(jnp.abs(grouped), axis=2, keepdims=True), grid))
-        relative, rounded = grouped / _not_zero(jnp, scale), jnp.full_like(grouped, NF4_LEVELS[0])
+        relative, rounded = _divided(grouped, _not_zero(jnp, scale)), jnp.full_like(grouped, NF4_LEVELS[0])
         for border, level in zip(_NF4_BORDERS, NF4_LEVELS[1:], strict=True):
             rounded = jnp.where(relative > border, level, rounded)
     else:
@@ -174,7 +174,7 @@ def fake_quantize(values: jax.Array, grid: Grid) -> jax.Array:
         scale = _values_of(jnp, _scales(jnp, _divided(high - low, 15), grid))
         not_zero = _not_zero(jnp, scale)
         zeros = jnp.clip(jnp.round(-low / not_zero), 0, 15)
-        rounded = jnp.clip(jnp.round(grouped / not_zero) + zeros, 0, 15) - zeros
+        rounded = jnp.clip(jnp.round(_divided(grouped, not_zero)) + zeros, 0, 15) - zeros
     return (rounded * scale).reshape(values.shape).astype(values.dtype)
 
 
@@ -201,8 +201,10 @@ def _not_zero(xp: Any, scale: Any) -> Any:
     return xp.where(scale == 0, 1, scale)
 
 
-def _divided(x: jax.Array, by: int) -> jax.Array:
-    """x / by, rounded as NumPy does it in the conversion: by a constant, XLA would multiply by its inverse instead."""
+def _divided(x: jax.Array, by: Any) -> jax.Array:
+    """x / by, rounded as NumPy does it in the conversion: by a constant, or by one scale for many values, XLA would
+    multiply by the inverse instead, and values halfway between two codes would go the other way.
+    """
     return x / (by + 0 * x)
 
 
