@@ -49,8 +49,9 @@ def trained(batch, qat, num_steps):
     prepare_for_training(model, None, qat=qat, packing=True, remat="none", row_length=40, program="whole")
     optimizer = optax.adam(3e-3)
     step, state = make_train_step(model, optimizer, num_targets(batch), 1), init_state(model, optimizer)
+    frozen = parameters(model).frozen
     for _ in range(num_steps):
-        state, _ = step(state, {}, batch)
+        state, _ = step(state, frozen, batch)
     return state.trainable
 
 
@@ -93,6 +94,7 @@ def test_a_run_s_figures_are_those_of_its_converted_model(tmp_path):
             "training.num_scored_answers": 2,
             "generation.max_new_tokens": 4,
             "optimizer.learning_rate": 3e-3,
+            "optimizer.warmup_steps": 0,
         }
     )
     result = pipeline.run(config)
