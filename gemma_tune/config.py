@@ -128,6 +128,8 @@ class TrainingConfig:
 
     Attributes:
         method: `lora`, `qlora` (LoRA on quantized weights) or `full`.
+        qat: Quantization-aware training: computes with weights rounded to `int8`, `int4` or `nf4` (with
+            `model.block_size`), so that converting the trained model to it changes nothing. Empty: not.
         num_epochs: Passes over the training data.
         num_train_steps: Stop after so many steps; 0: after `num_epochs`.
         batch_size: Rows of `data.max_length` tokens in one optimizer step.
@@ -149,6 +151,7 @@ class TrainingConfig:
     """
 
     method: str = "lora"
+    qat: str = ""
     num_epochs: int = 3
     num_train_steps: int = 0
     batch_size: int = 4
@@ -219,6 +222,12 @@ class Config:
         return Grid(scheme, model.block_size, model.double_quant, model.or_int8) if scheme else None
 
     @property
+    def qat_grid(self) -> Grid | None:
+        """How training rounds weights, and how the trained model is to be quantized; None without QAT."""
+        model = self.model
+        return Grid(self.training.qat, model.block_size, or_int8=model.or_int8) if self.training.qat else None
+
+    @property
     def row_length(self) -> int:
         """The length of a row, with its default filled in."""
         return self.data.row_length or self.data.max_length
@@ -266,6 +275,7 @@ def _check_values(config: Config) -> None:
     _one_of("optimizer.name", optimizer.name, OPTIMIZERS)
     _one_of("optimizer.schedule", optimizer.schedule, SCHEDULES)
     _one_of("training.method", training.method, METHODS)
+    _one_of("training.qat", training.qat, ("", *SCHEMES))
     _one_of("training.remat", training.remat, REMAT)
     _one_of("training.program", training.program, PROGRAMS)
     _one_of("training.attention", training.attention, ATTENTION)
@@ -299,6 +309,17 @@ def _check_values(config: Config) -> None:
         raise ConfigError(
             f"training.method=full can't train weights in {model.quantize}. Take training.method=qlora, or leave "
             "model.quantize away."
+        )
+    if training.qat and config.grid:
+        raise ConfigError(
+            f"training.qat={training.qat} trains float weights that are rounded later, but "
+            f"{'model.quantize' if model.quantize else 'training.method=qlora'} holds them in {config.grid.scheme} "
+            "from the start. Take training.method=lora or full, without model.quantize, or leave training.qat away."
+        )
+    if training.qat and model.double_quant:
+        raise ConfigError(
+            "training.qat can't go with model.double_quant, where rounding one row depends on many others. Leave one "
+            "of them away."
         )
     if training.batch_size % training.grad_accum_steps:
         raise ConfigError(

@@ -6,6 +6,7 @@ import pytest
 
 from gemma_tune.config import Config, DataConfig, LoraConfig
 from gemma_tune.errors import ConfigError
+from gemma_tune.quantization.scheme import Grid
 from gemma_tune.settings import flatten, setting_paths
 
 
@@ -28,6 +29,15 @@ def test_method_defaults():
     assert Config().replace({"optimizer.learning_rate": 0.25}).learning_rate == 0.25
     assert Config().lora_alpha == Config().lora.rank
     assert Config().replace({"lora.alpha": 3.0}).lora_alpha == 3.0
+
+
+def test_grids():
+    """Of the weights as they are loaded, and of the conversion that quantization-aware training prepares."""
+    config = Config().replace({"model.block_size": 32})
+    assert config.grid is None and config.qat_grid is None
+    aware = config.replace({"training.qat": "int4"})
+    assert aware.grid is None and aware.qat_grid == Grid("int4", 32)
+    assert config.replace({"training.method": "qlora"}).qat_grid is None
 
 
 def test_it_is_frozen():
@@ -73,6 +83,13 @@ def test_it_is_frozen():
             {"training.early_stopping_patience": 2, "training.eval_every_steps": 0},
             r"early_stopping_patience needs training.eval_every_steps",
         ),
+        ({"training.qat": "int3"}, r"training.qat must be one of , int8, int4, nf4; got 'int3'. Did you mean int8\?"),
+        (
+            {"training.qat": "int4", "training.method": "qlora"},
+            r"qat=int4 trains float weights .*, but training.method=qlora holds them in nf4 from the start",
+        ),
+        ({"training.qat": "int4", "model.quantize": "int8"}, r"but model.quantize holds them in int8 from the start"),
+        ({"training.qat": "int4", "model.double_quant": True}, r"training.qat can't go with model.double_quant"),
         ({"lora.rnk": 3}, r"There is no setting 'lora.rnk'. Did you mean lora.rank\?"),
         ({"rank": 3}, r"There is no setting 'rank'"),
         ({"lora.rank.x": 3}, r"There is no setting 'lora.rank.x'"),

@@ -35,6 +35,11 @@ _FLAGS = {
         "model.quantize",
         f"Holds weights in few bits: {', '.join(SCHEMES)}. With --method=qlora nf4 if not given.",
     ),
+    "qat": (
+        "training.qat",
+        f"Trains for conversion to {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}: computes with rounded weights "
+        "(quantization-aware training).",
+    ),
     "block_size": ("model.block_size", "Weights of int4 and nf4 that share a scale: 32, 64, 128 or 256."),
     "double_quant": ("model.double_quant", "Also holds the scales of int4 and nf4 in eight bits."),
     "or_int8": ("model.or_int8", "Takes int8 for layers whose inputs --block_size does not divide."),

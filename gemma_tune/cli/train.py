@@ -20,8 +20,8 @@ EXAMPLES = (
 )
 _FLAGS = (
     "model", "data", "eval_data", "workdir", "method", "lora_rank", "lora_alpha", "lora_targets", "learning_rate",
-    "num_epochs", "batch_size", "max_length", "precision", "quantize", "block_size", "double_quant", "or_int8",
-    "on_error", "seed",
+    "num_epochs", "batch_size", "max_length", "precision", "quantize", "qat", "block_size", "double_quant",
+    "or_int8", "on_error", "seed",
 )  # fmt: skip
 
 

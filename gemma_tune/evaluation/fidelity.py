@@ -16,6 +16,7 @@ import numpy as np
 
 from gemma_tune.evaluation.comparison import Divergence, Quality
 from gemma_tune.evaluation.heldout import perplexity_of
+from gemma_tune.quantization.fake import FakeQuantized
 from gemma_tune.quantization.grids import Quantized
 from gemma_tune.training.losses import VOCABULARY_BLOCK, block_logits, num_rows, over_blocks, rows_of_head
 
@@ -26,10 +27,10 @@ _POSITION_BUCKET = 64
 class Head(NamedTuple):
     """What makes logits of hidden states h: c·tanh(h·w / c) for each row w, or h·w.
 
-    weights: [V, D], or quantized [V, D, 1]. soft_cap: c, or None.
+    weights: [V, D], quantized [V, D, 1], or trained quantization-aware. soft_cap: c, or None.
     """
 
-    weights: jax.Array | Quantized
+    weights: jax.Array | Quantized | FakeQuantized
     soft_cap: float | None
 
 

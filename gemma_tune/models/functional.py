@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import jax, keras, keras_hub
-from gemma_tune.models.quantized import QuantizedEmbedding
+from gemma_tune.quantization.fake import FakeQuantized
 from gemma_tune.quantization.grids import Quantized
 
 Params = Mapping[str, jax.Array]
@@ -78,13 +78,12 @@ def check_text_only(model: keras.Model) -> None:
         )
 
 
-def head_weights(backbone: keras_hub.models.Backbone) -> jax.Array | Quantized:
+def head_weights(backbone: keras_hub.models.Backbone) -> jax.Array | Quantized | FakeQuantized:
     """Returns the [V, D] matrix that turns hidden states into logits: the tied embedding, LoRA on it included. A
-    quantized one is returned as it is, [V, D, 1].
+    quantized one is returned as it is, [V, D, 1], and one that is trained quantization-aware as its floats and grid.
     """
-    if isinstance(backbone.token_embedding, QuantizedEmbedding):
-        return backbone.token_embedding.quantized()
-    return keras.ops.convert_to_tensor(backbone.token_embedding.embeddings)
+    embedding = backbone.token_embedding
+    return embedding.head() if hasattr(embedding, "head") else keras.ops.convert_to_tensor(embedding.embeddings)
 
 
 def final_soft_cap(backbone: keras_hub.models.Backbone) -> float | None:

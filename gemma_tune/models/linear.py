@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub
+from gemma_tune.quantization.scheme import Grid, why_not
 
 _MOST_HEADS = 32  # Beyond that many products, one transposition costs less.
 
@@ -53,3 +55,25 @@ def use_plain_products(backbone: keras_hub.models.Backbone) -> None:
     for layer in backbone._flatten_layers(include_self=False):
         if type(layer) is keras.layers.EinsumDense and layer.quantization_mode is None and not layer.lora_enabled:
             layer.__class__ = PlainEinsumDense
+
+
+def fitting_grid(path: str, num_inputs: int, grid: Grid) -> Grid:
+    """Returns the grid that a layer is quantized to: the given one, or int8 where that doesn't fit and it allows it.
+
+    Args:
+        path: Of the layer.
+        num_inputs: What its products sum over.
+        grid: How the model is to be quantized.
+
+    Raises:
+        ModelError: The inputs can't be cut into groups of `block_size`.
+    """
+    problem = why_not(grid, num_inputs)
+    if not problem:
+        return grid
+    if grid.or_int8:
+        return Grid("int8")
+    raise ModelError(
+        f"{path} can't be quantized to {grid.scheme}: {problem}. Take another of --block_size=32, 64, 128 or 256; "
+        "int8, which has a scale for each channel; or --or_int8, which takes int8 for such layers alone."
+    )

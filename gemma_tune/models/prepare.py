@@ -11,8 +11,10 @@ from gemma_tune.models.functional import check_text_only
 from gemma_tune.models.linear import use_plain_products
 from gemma_tune.models.lora import enable_lora, merge_lora
 from gemma_tune.models.packing import enable_packing
+from gemma_tune.models.qat import disable_qat, enable_qat
 from gemma_tune.models.quantize import quantized_layers
 from gemma_tune.models.remat import enable_remat
+from gemma_tune.quantization.scheme import Grid
 
 
 class LoraSettings(NamedTuple):
@@ -39,17 +41,19 @@ def prepare_for_training(
     model: keras.Model,
     lora: LoraSettings | None,
     *,
+    qat: Grid | None = None,
     packing: bool,
     remat: str,
     row_length: int,
     attention: str = "auto",
     program: str = "auto",
 ) -> Prepared:
-    """Swaps parts of a model for those that train faster and leaner; what it computes stays the same.
+    """Swaps parts of a model for those that train faster and leaner; but for `qat`, what it computes stays the same.
 
     Args:
         model: From `load_model`. Factors of an earlier run are merged.
         lora: None trains all weights.
+        qat: Computes with weights rounded so, and trains those behind them.
         packing: Several examples in a row.
         remat: `none`, `blocks` or `full`.
         row_length: Positions L of a row.
@@ -60,9 +64,11 @@ def prepare_for_training(
         What to make the steps with, and the attention kernel that it came to.
 
     Raises:
-        ModelError: The model doesn't run on text alone, no layer has one of the names, or a part can't be swapped.
+        ModelError: The model doesn't run on text alone, no layer has one of the names, a layer doesn't fit the
+            grid, or a part can't be swapped.
     """
     merge_lora(model.backbone)
+    disable_qat(model.backbone)
     check_text_only(model)
     if not lora and (quantized := quantized_layers(model.backbone)):
         raise ModelError(
@@ -72,6 +78,8 @@ def prepare_for_training(
     if lora:
         enable_lora(model.backbone, *lora)
     use_plain_products(model.backbone)
+    if qat:
+        enable_qat(model.backbone, qat)
     choice = choose_attention(model.backbone, attention, row_length)
     if packing or choice.kernel == "splash":
         enable_packing(model.backbone)

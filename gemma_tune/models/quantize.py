@@ -8,8 +8,9 @@ import numpy as np
 
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub
+from gemma_tune.models.linear import fitting_grid
 from gemma_tune.models.quantized import QuantizedEinsumDense, QuantizedEmbedding
-from gemma_tune.quantization.scheme import Grid, LayerScheme, why_not
+from gemma_tune.quantization.scheme import Grid, LayerScheme
 
 
 def quantize_layers(backbone: keras_hub.models.Backbone, grid: Grid) -> dict[str, LayerScheme]:
@@ -49,14 +50,7 @@ def schemes_for(backbone: keras_hub.models.Backbone, grid: Grid) -> dict[str, La
             )
         if getattr(layer, "lora_enabled", False):
             raise ModelError(f"{layer.path} has LoRA factors already. Quantize first, then enable LoRA.")
-        problem = why_not(grid, matrix_shape(layer)[1])
-        if problem and not grid.or_int8:
-            raise ModelError(
-                f"{layer.path} can't be quantized to {grid.scheme}: {problem}. Take another of --block_size=32, 64, "
-                "128 or 256; or --quantize=int8, which has a scale for each channel; or --or_int8, which takes int8 "
-                "for such layers alone."
-            )
-        schemes[layer.path] = LayerScheme(Grid("int8") if problem else grid)
+        schemes[layer.path] = LayerScheme(fitting_grid(layer.path, matrix_shape(layer)[1], grid))
     return schemes
 
 

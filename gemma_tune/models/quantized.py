@@ -191,6 +191,10 @@ class QuantizedEmbedding(_QuantizedLayer, keras.layers.ReversibleEmbedding):
         """Stands for the floats. `quantized` has the arrays."""
         return self._float_kernel
 
+    def head(self) -> Quantized:
+        """Returns the rows as the loss takes them, [V, D, 1]."""
+        return self.quantized()
+
     def call(self, inputs: Any, reverse: bool = False) -> Any:
         quantized = self.quantized()
         if not reverse:

@@ -75,7 +75,7 @@ def prepare_data(config: Config, splits: Splits, model: keras.Model) -> Prepared
 
 
 def set_up(config: Config, splits: Splits) -> Setup:
-    """Loads and prepares the model in a fixed order: precision, quantize, LoRA, layers, remat; compiles nothing."""
+    """Loads and prepares the model in a fixed order: precision, quantize, LoRA, QAT, layers, remat. No compiling."""
     training, optimizer_config = config.training, config.optimizer
     precision_advice = check_precision(first_device(), config.model.precision)
     model = load_model(config.model.source, precision=config.model.precision, grid=config.grid, seed=config.seed)
@@ -84,6 +84,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
     program, attention = prepare_for_training(
         model,
         None if training.method == "full" else lora,
+        qat=config.qat_grid,
         packing=config.data.packing,
         remat=training.remat,
         program=training.program,

@@ -126,7 +126,9 @@ def _sweep(values: jax.Array, factor: jax.Array, layout: jax.Array, fixed: Quant
     if fixed is not None:
         return fixed._replace(codes=codes)
     # The first block was the first group: [G, P, 1, 1, Q] each.
-    scales, zeros = (jax.tree.map(lambda array: array[:, :, 0].swapaxes(0, 1), part) for part in found[1:])
+    scales, zeros = (
+        jax.tree.map(lambda array: array[:, :, 0].swapaxes(0, 1), part) for part in (found.scales, found.zeros)
+    )
     return Quantized(codes, scales, zeros)
 
 
@@ -149,7 +151,7 @@ def _round_in_order(weights, carried, corner, scale, zero, scheme: str) -> tuple
 
 def _nearest(target, scale, zero, scheme: str) -> tuple[jax.Array, jax.Array]:
     """Returns (code, value) by the formulas of `grids.quantize` and `grids.dequantize`."""
-    scaled = target / jnp.where(scale == 0, 1, scale)
+    scaled = target * (1 / jnp.where(scale == 0, 1, scale))
     if scheme == "int8":
         code = jnp.clip(jnp.round(scaled), -127, 127)
         return code, code * scale

@@ -14,6 +14,7 @@ Two codes of four bits share a byte: the i-th of a group with the (i + block_siz
 makes two pieces that lie one behind the other.
 """
 
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from gemma_tune.quantization.scheme import Grid
 
-# Multiplied by, since XLA makes a product of a division by a constant, and NumPy doesn't: both find the same codes.
+# To multiply with: as `_inverse`.
 _PART_OF_127, _PART_OF_15, _PART_OF_255 = (np.float32(1 / parts) for parts in (127, 15, 255))
 _SCALES_IN_BLOCK = 256  # Of double quantization, as in QLoRA.
 
@@ -88,20 +89,20 @@ def quantize(values: Any, grid: Grid) -> Quantized:
     xp: Any = _namespace(values)
     if grid.scheme == "int8":
         scale = xp.max(xp.abs(values), axis=1, keepdims=True) * _PART_OF_127
-        codes = xp.clip(xp.round(values / _not_zero(xp, scale)), -127, 127).astype(xp.int8)
+        codes = xp.clip(xp.round(values * _inverse(xp, scale)), -127, 127).astype(xp.int8)
         return Quantized(codes, Scales(scale[:, None]))
     first, inputs, last = values.shape
     grouped = values.reshape(first, inputs // grid.block_size, grid.block_size, last)
     if grid.scheme == "nf4":
         scales = _scales(xp, xp.max(xp.abs(grouped), axis=2, keepdims=True), grid)
-        scale = _not_zero(xp, scale_values(xp, scales))
-        return Quantized(pack(xp, _nearest_nf4(xp, grouped / scale)), scales)
+        relative = grouped * _inverse(xp, scale_values(xp, scales))
+        return Quantized(pack(xp, _nearest_nf4(xp, relative)), scales)
     low = xp.minimum(xp.min(grouped, axis=2, keepdims=True), 0)
     high = xp.maximum(xp.max(grouped, axis=2, keepdims=True), 0)
     scales = _scales(xp, (high - low) * _PART_OF_15, grid)
-    scale = _not_zero(xp, scale_values(xp, scales))
-    zeros = xp.clip(xp.round(-low / scale), 0, 15)
-    codes = xp.clip(xp.round(grouped / scale) + zeros, 0, 15)
+    inverse = _inverse(xp, scale_values(xp, scales))
+    zeros = xp.clip(xp.round(-low * inverse), 0, 15)
+    codes = xp.clip(xp.round(grouped * inverse) + zeros, 0, 15)
     return Quantized(pack(xp, codes), scales, zeros.astype(xp.uint8))
 
 
@@ -154,15 +155,40 @@ def shapes_of(shape: tuple[int, int, int], grid: Grid) -> Quantized:
     return jax.eval_shape(lambda values: quantize(values, grid), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def fake_quantize(values: jax.Array, grid: Grid) -> jax.Array:
-    """Returns what dequantizing gives; its gradient is that of the values (straight through, arXiv:1308.3432).
+    """Returns what dequantizing gives, bit for bit without `double`; its gradient is that of the values (straight
+    through, arXiv:1308.3432).
+
+    No codes are packed on the way: the few elementwise operations are fused to two passes over the values.
 
     Args:
         values: [P, C, Q].
         grid: That of the conversion afterwards.
     """
-    rounded = dequantize(quantize(values.astype(jnp.float32), grid), values.dtype)
-    return values + jax.lax.stop_gradient(rounded - values)
+    x = values.astype(jnp.float32)
+    if grid.scheme == "int8":
+        scale = jnp.max(jnp.abs(x), axis=1, keepdims=True) * _PART_OF_127
+        return (jnp.clip(jnp.round(x * _inverse(jnp, scale)), -127, 127) * scale).astype(values.dtype)
+    grouped = x.reshape(x.shape[0], x.shape[1] // grid.block_size, grid.block_size, x.shape[2])
+    if grid.scheme == "nf4":
+        scale = scale_values(jnp, _scales(jnp, jnp.max(jnp.abs(grouped), axis=2, keepdims=True), grid))
+        relative, rounded = grouped * _inverse(jnp, scale), jnp.full_like(grouped, NF4_LEVELS[0])
+        for border, level in zip(NF4_BORDERS, NF4_LEVELS[1:], strict=True):
+            rounded = jnp.where(relative > border, level, rounded)
+    else:
+        low = jnp.minimum(jnp.min(grouped, axis=2, keepdims=True), 0)
+        high = jnp.maximum(jnp.max(grouped, axis=2, keepdims=True), 0)
+        scale = scale_values(jnp, _scales(jnp, (high - low) * _PART_OF_15, grid))
+        inverse = _inverse(jnp, scale)
+        zeros = jnp.clip(jnp.round(-low * inverse), 0, 15)
+        rounded = jnp.clip(jnp.round(grouped * inverse) + zeros, 0, 15) - zeros
+    return (rounded * scale).reshape(values.shape).astype(values.dtype)
+
+
+@fake_quantize.defjvp
+def _straight_through(grid: Grid, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return fake_quantize(*primals, grid), tangents[0]
 
 
 def num_bytes(quantized: Quantized) -> int:
@@ -178,9 +204,11 @@ def _as(xp: Any, table: np.ndarray) -> Any:
     return xp.asarray(table)
 
 
-def _not_zero(xp: Any, scale: Any) -> Any:
-    """A group of zeros has the scale 0, and any other makes its codes."""
-    return xp.where(scale == 0, 1, scale)
+def _inverse(xp: Any, scale: Any) -> Any:
+    """What to multiply with: XLA makes that of a division by one scale for many values, and NumPy doesn't. A group of
+    zeros has the scale 0, and any other makes its codes.
+    """
+    return 1 / xp.where(scale == 0, 1, scale)
 
 
 def _nearest_nf4(xp: Any, values: Any) -> Any:
@@ -204,7 +232,7 @@ def _scales(xp: Any, values: Any, grid: Grid) -> Scales:
     flat = _blocks_of(xp, values)
     lowest, highest = (f(flat, axis=1, keepdims=True) for f in (xp.min, xp.max))
     step = (highest - lowest) * _PART_OF_255
-    codes = xp.round((flat - lowest) / _not_zero(xp, step)).astype(xp.uint8)
+    codes = xp.round((flat - lowest) * _inverse(xp, step)).astype(xp.uint8)
     return Scales(codes.reshape(-1)[: values.size].reshape(values.shape), step, lowest)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.functional import Params, bound, parameters
+from gemma_tune.models.qat import rounded_params, weights_are_rounded
 from gemma_tune.serving.sampling import GREEDY, Sampling, sample
 
 _PROMPT_BUCKET = 32
@@ -63,6 +64,7 @@ class Decoder:
         if params is None:
             groups = parameters(self._model)
             params = {**groups.trainable, **groups.frozen}
+        params = rounded_params(self._model, params)  # Once, and not for every token.
         key = jax.random.key(seed)
 
         tokens, cache = self._prefill(params, token_ids, positions, key, cache_length=cache_length, sampling=sampling)
@@ -82,7 +84,7 @@ class Decoder:
         self, params: Params, token_ids: Any, lengths: Any, key: Any, *, cache_length: int, sampling: Sampling
     ):
         """Reads the prompts. Padding stands behind each, where causality hides it until decoding overwrites it."""
-        with bound(self._model, params):
+        with bound(self._model, params), weights_are_rounded():
             cache = jax.tree.map(
                 lambda spec: jnp.zeros(spec.shape, spec.dtype), self._cache_spec(token_ids.shape[0], cache_length)
             )
@@ -99,7 +101,7 @@ class Decoder:
             logits, _, row_cache = self._model.call_with_cache(token[None, None], row_cache, position)
             return logits[0, 0], jax.tree.map(lambda leaf: leaf[0], row_cache)
 
-        with bound(self._model, params):
+        with bound(self._model, params), weights_are_rounded():
             logits, cache = jax.vmap(one_row)(tokens, positions, cache)
         return sample(logits, sampling, key), cache
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gemma_tune.quantization.fake import FakeQuantized
 from gemma_tune.quantization.grids import Quantized, dequantize, rows_of, take_rows
 
 VOCABULARY_BLOCK = 4096
@@ -32,7 +33,7 @@ class LossSums(NamedTuple):
 
 def fused_linear_cross_entropy(
     hidden: jax.Array,
-    head: jax.Array | Quantized,
+    head: jax.Array | Quantized | FakeQuantized,
     target_ids: jax.Array,
     weights: jax.Array,
     *,
@@ -49,7 +50,8 @@ def fused_linear_cross_entropy(
     Args:
         hidden: [T, D] final hidden states of the positions to be scored, in any float dtype.
         head: [V, D] tied embedding; V need not be a multiple of `block`. A quantized one, [V, D, 1], is made float a
-            block at a time, and can't be trained.
+            block at a time, and can't be trained. A fake quantized one is rounded a block at a time; its gradient is
+            that of the rounded rows.
         target_ids: [T] int32.
         weights: [T] float32; 0 drops a position.
         soft_cap: c, or None.
@@ -120,16 +122,24 @@ def over_blocks(vocabulary: int, block: int, carry: Any, visit: Callable[[Any, A
     return carry
 
 
-def num_rows(head: jax.Array | Quantized) -> int:
+def num_rows(head: jax.Array | Quantized | FakeQuantized) -> int:
     """Returns V."""
-    return (head.codes if isinstance(head, Quantized) else head).shape[0]
+    return jax.tree.leaves(head)[0].shape[0]
 
 
-def rows_of_head(head: jax.Array | Quantized, start: Any, count: int, dtype: Any) -> jax.Array:
+def rows_of_head(head: jax.Array | Quantized | FakeQuantized, start: Any, count: int, dtype: Any) -> jax.Array:
     """Returns [count, D] rows in the given dtype; start may be known at run time only."""
     if isinstance(head, Quantized):
         return dequantize(rows_of(head, start, count), dtype)[..., 0]
+    if isinstance(head, FakeQuantized):
+        return head.rows(start, count).astype(dtype)
     return lax.dynamic_slice_in_dim(head, start, count).astype(dtype)
+
+
+def _rows_at(head, indices):
+    if isinstance(head, Quantized):
+        return take_rows(head, indices)[..., 0]
+    return head.take(indices) if isinstance(head, FakeQuantized) else head[indices]
 
 
 def block_logits(soft_cap: float | None, rows: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -167,8 +177,7 @@ def _frozen_head_forward(soft_cap, block, hidden, head, target_ids, weights):
     running = _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient=True)
     assert running.weighted_rows is not None
     expected_row = running.weighted_rows / running.total[:, None]
-    rows = take_rows(head, target_ids)[..., 0] if isinstance(head, Quantized) else head[target_ids]
-    target_row = rows.astype(jnp.float32) * running.target_slope[:, None]
+    target_row = _rows_at(head, target_ids).astype(jnp.float32) * running.target_slope[:, None]
     gradient = (expected_row - target_row) * weights[:, None]
     return _sums(running, weights), (gradient, jnp.empty(0, hidden.dtype))
 
@@ -198,6 +207,7 @@ def _trained_head_forward(soft_cap, block, hidden, head, target_ids, weights):
 
 def _trained_head_backward(soft_cap, block, saved, cotangents):
     hidden, head, target_ids, weights, log_total = saved
+    (values,), tree = jax.tree.flatten(head)  # An array, or one that counts as rounded.
     scale = (weights * cotangents[0])[:, None]
 
     def visit(carry, first, count):
@@ -213,9 +223,9 @@ def _trained_head_backward(soft_cap, block, saved, cotangents):
             lax.dynamic_update_slice_in_dim(head_gradient, rows_gradient, first, axis=0),
         )
 
-    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head))
+    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(values))
     hidden_gradient, head_gradient = over_blocks(num_rows(head), block, start, visit)
-    return hidden_gradient.astype(hidden.dtype), head_gradient, None, None
+    return hidden_gradient.astype(hidden.dtype), jax.tree.unflatten(tree, [head_gradient]), None, None
 
 
 _trained_head_loss.defvjp(_trained_head_forward, _trained_head_backward)

@@ -92,6 +92,12 @@ def test_gpu_tiny():
     assert row["loss"] == pytest.approx(np.log(1024), rel=0.05)  # Random weights know nothing.
 
 
+def test_qat():
+    result, said = run("qat", "--model=tiny", "--steps=2", "--block_size=32", "--max_length=128")
+    assert min(result[key] for key in ("float_loss", "rounded_loss", "qat_loss", "qat_step_seconds")) > 0
+    assert result["must"] == 0.6 and "int4, trained so" in said
+
+
 def test_a_fit_finds_the_growth():
     from benchmarks.fit import growth
 

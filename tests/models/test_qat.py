@@ -1,0 +1,234 @@
+"""Layers of quantization-aware training compute what the converted model will, and pass gradients straight through."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_blockwise import SPLIT_FAMILIES, assert_same, both_steps
+from test_step import num_targets, random_batch
+
+from gemma_tune.errors import ModelError
+from gemma_tune.models.adapter import save_adapter
+from gemma_tune.models.functional import assign, bound, hidden_states, parameters
+from gemma_tune.models.load import load_model
+from gemma_tune.models.lora import merge_lora
+from gemma_tune.models.prepare import LoraSettings, prepare_for_training
+from gemma_tune.models.qat import FakeQuantEinsumDense, enable_qat, rounded_kernel, rounded_params, weights_are_rounded
+from gemma_tune.models.quantized import matrix_shape, quantize_layers
+from gemma_tune.quantization.grids import dequantize, quantize
+from gemma_tune.quantization.scheme import Grid
+from gemma_tune.serving.generate import generate
+from gemma_tune.training.blockwise import Blockwise
+from gemma_tune.training.step import make_loss_fn
+
+INT4 = Grid("int4", 32)
+GRIDS = [Grid("int8"), INT4, Grid("nf4", 32)]
+LORA = LoraSettings(4, 8.0, ("all-linear", "token_embedding"), 0)
+SCALE = LORA.alpha / LORA.rank
+
+
+def prepare(model, lora=None, qat=None):
+    prepare_for_training(model, lora, qat=qat, packing=True, remat="none", row_length=64, program="whole")
+    return model
+
+
+def qat_model(family, grid, lora=None, rng=None):
+    """With LoRA: factors that change the model, no longer B = 0."""
+    model = prepare(load_model(f"tiny:{family}"), lora, grid)
+    if lora:
+        trainable = parameters(model).trainable
+        assign(model, {path: 0.1 * rng.normal(size=value.shape) for path, value in trainable.items()})
+    return model
+
+
+def fake_layers(model):
+    return [layer for layer in model.backbone._flatten_layers() if hasattr(layer, "_rounding")]
+
+
+def merged_floats(layer):
+    """The float kernel, LoRA's update in it."""
+    kernel, *factors = (np.asarray(variable.value) for variable in layer._variables_to_round())
+    return kernel + np.float32(SCALE) * (factors[0] @ factors[1]) if factors else kernel
+
+
+def converted(model, family, grid):
+    """A float model with what NumPy makes of each kernel: quantized, and back."""
+    twin = load_model(f"tiny:{family}")
+    kernels = {}
+    for layer in fake_layers(model):
+        floats = merged_floats(layer)
+        matrix = floats.reshape(matrix_shape(layer))
+        kernels[layer._variables_to_round()[0].path] = dequantize(quantize(matrix, grid)).reshape(floats.shape)
+    assign(twin, kernels)
+    return twin
+
+
+def loss_and_gradients(model, batch):
+    """Summed loss, and its gradient by path, in what is trained."""
+    groups, loss_fn = parameters(model), make_loss_fn(model, num_targets(batch))
+    return jax.jit(jax.value_and_grad(lambda t: loss_fn(t, groups.frozen, batch).loss_sum))(groups.trainable)
+
+
+def assert_gradients(ours, wanted):
+    assert ours.keys() == wanted.keys()
+    for path, gradient in wanted.items():
+        # The same sums in another order; Gemma 4 magnifies roundings the most.
+        np.testing.assert_allclose(ours[path], gradient, atol=1e-3 * np.abs(gradient).max(), err_msg=path)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_loss_and_gradients_are_those_at_the_rounded_weights(family, grid, rng):
+    """Of all weights, the embedding with its two ends included: straight through is the gradient at the rounded ones."""
+    model, batch = qat_model(family, grid), random_batch(rng)
+    float_loss, _ = loss_and_gradients(load_model(f"tiny:{family}"), batch)
+    wanted, gradients = loss_and_gradients(prepare(converted(model, family, grid)), batch)
+    loss, ours = loss_and_gradients(model, batch)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(loss) != pytest.approx(float(float_loss), rel=1e-5)  # Rounding does change it.
+    assert_gradients(ours, gradients)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_lora_gradients_are_those_of_the_rounded_sum(family, grid, rng):
+    """With G the gradient at round(W + s·A·B): A gets s·G·Bᵀ and B gets s·Aᵀ·G (summed over heads); W gets none."""
+    model, batch = qat_model(family, grid, LORA, rng), random_batch(rng)
+    wanted_loss, gradients = loss_and_gradients(prepare(converted(model, family, grid)), batch)
+    loss, ours = loss_and_gradients(model, batch)
+    # Merging by NumPy and by XLA differs by roundings, which push a few values to the next code.
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-4)
+    wanted = {}
+    for layer in fake_layers(model):
+        kernel, a, b = layer._variables_to_round()
+        gradient = gradients[kernel.path]
+        wanted[a.path] = SCALE * gradient @ b.value.T
+        wanted[b.path] = SCALE * a.value.reshape(-1, LORA.rank).T @ gradient.reshape(-1, gradient.shape[-1])
+    assert ours.keys() == wanted.keys()
+    for path, gradient in wanted.items():
+        np.testing.assert_allclose(ours[path], gradient, atol=5e-3 * np.abs(gradient).max(), err_msg=path)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_converting_gives_the_weights_that_were_trained_with(grid):
+    """Bit for bit: `quantize_layers` on the floats, and what the layers computed with."""
+    model, quantized = qat_model("gemma3", grid), load_model("tiny:gemma3")
+    quantize_layers(quantized.backbone, grid)
+    rounded = jax.jit(rounded_kernel, static_argnums=0)
+    trained_with = {layer.path: rounded(layer._rounding, *layer._arrays()) for layer in fake_layers(model)}
+    layers = [layer for layer in quantized.backbone._flatten_layers() if hasattr(layer, "quantized_scheme")]
+    assert {layer.path for layer in layers} == trained_with.keys()
+    for layer in layers:
+        codes = dequantize(layer._quantized())
+        np.testing.assert_array_equal(trained_with[layer.path], codes.reshape(trained_with[layer.path].shape))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_merging_and_converting_gives_the_weights_that_were_trained_with(grid, rng, tmp_path):
+    """By way of the saved adapter, on the float base. Rounding W alone gives others."""
+    model = qat_model("gemma3", grid, LORA, rng)
+    save_adapter(model, tmp_path)
+    base = load_model("tiny:gemma3", adapter=str(tmp_path))
+    merge_lora(base.backbone)
+    layers = {layer.path: layer for layer in base.backbone._flatten_layers()}
+    for layer in fake_layers(model):
+        variable = layers[layer.path]._embeddings if layer.name == "token_embedding" else layers[layer.path]._kernel
+        again = dequantize(quantize(np.asarray(variable.value).reshape(matrix_shape(layer)), grid))
+        trained_with = np.asarray(layer.rounded()).reshape(again.shape)
+        # The compiled sum may round otherwise, so that one value in a hundred thousand goes to the next code.
+        assert np.mean(np.abs(trained_with - again) > 1e-5 * np.abs(again).max()) < 1e-4, layer.path
+        alone = dequantize(quantize(np.asarray(layer._variables_to_round()[0].value).reshape(again.shape), grid))
+        assert np.mean(trained_with != alone) > 0.1
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("family", SPLIT_FAMILIES)
+def test_blockwise_is_the_whole_program(family, lora, rng):
+    assert_same(*both_steps(qat_model(family, INT4, lora, rng), random_batch(rng), "blocks"))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("grid", [Grid("int8"), Grid("nf4", 32)], ids=str)
+def test_blockwise_with_other_grids_and_a_frozen_head(grid, remat, rng):
+    model = qat_model("gemma3", grid, LORA._replace(target_layers=("query", "value")), rng)
+    assert_same(*both_steps(model, random_batch(rng), remat))
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_no_rounded_kernel_is_kept_for_the_backward_pass(lora, rng):
+    """Even where all activations are."""
+    model = qat_model("gemma3", INT4, lora, rng)
+    groups, batch = parameters(model), jax.tree.map(jnp.asarray, random_batch(rng, (40,), 1, 64))
+    kernels = {layer._kernel.shape for layer in fake_layers(model) if isinstance(layer, FakeQuantEinsumDense)}
+    forward = Blockwise(model, "none")._compile_forward(*groups, batch)
+    kept = {leaf.shape for arrays in forward.kept.values() for leaf in arrays}
+    assert len(kernels) > 3 and kept and not kept & kernels
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_answers_are_those_of_the_converted_model(family, lora, rng):
+    """KerasHub's generate, which rounds for every token, and ours, which rounds once."""
+    model = qat_model(family, INT4, lora, rng)
+    twin = converted(model, family, INT4)
+    assert model.generate("How do I", max_length=16) == twin.generate("How do I", max_length=16)
+    assert generate(model, "How do I", max_new_tokens=8) == generate(twin, "How do I", max_new_tokens=8)
+
+
+def test_weights_are_rounded_once_for_many_tokens(rng):
+    """Within the scope nothing is rounded any more, and the hidden states are the same."""
+    model, batch = qat_model("gemma3", INT4, LORA, rng), random_batch(rng)
+    groups = parameters(model)
+    params = {**groups.trainable, **groups.frozen}
+    once = rounded_params(model, params)
+    assert params.keys() - once.keys() == groups.trainable.keys()  # The factors are merged.
+
+    def hidden(params):
+        with bound(model, params):
+            return hidden_states(model.backbone, batch.token_ids, batch.segment_ids, batch.positions)
+
+    def hidden_of_rounded(params):
+        with weights_are_rounded():
+            return hidden(params)
+
+    np.testing.assert_allclose(jax.jit(hidden_of_rounded)(once), jax.jit(hidden)(params), rtol=1e-3, atol=1e-4)
+    assert " round[" in str(jax.make_jaxpr(hidden)(params))
+    assert " round[" not in str(jax.make_jaxpr(hidden_of_rounded)(once))
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "bfloat16"])
+def test_rounding_is_in_float32_whatever_the_precision(precision, rng):
+    """Of the float32 masters where there are any; then the kernel is cast, as a converted layer casts its own."""
+    model = load_model("tiny:gemma3", precision=precision)
+    enable_qat(model.backbone, INT4)
+    layer = model.backbone.transformer_layers[0].gating_ffw
+    inputs = jnp.asarray(rng.normal(size=(1, 3, 64)), jnp.bfloat16)
+    floats = np.asarray(layer._kernel.value, np.float32)
+    wanted = inputs @ dequantize(quantize(floats[None], INT4), jnp.bfloat16)[0]
+    outputs = layer.activation(wanted) if layer.activation else wanted
+    np.testing.assert_array_equal(np.asarray(layer(inputs), np.float32), np.asarray(outputs, np.float32))
+
+
+def test_the_floats_are_saved(tmp_path):
+    model = qat_model("gemma3", INT4)
+    model.save_to_preset(str(tmp_path / "model"))
+    saved = parameters(load_model(str(tmp_path / "model"))).trainable
+    for path, value in parameters(model).trainable.items():
+        np.testing.assert_array_equal(saved[path], value, err_msg=path)
+
+
+def test_preparing_anew_takes_it_off(rng):
+    model, batch = qat_model("gemma3", INT4, LORA, rng), random_batch(rng)
+    rounded, _ = loss_and_gradients(model, batch)
+    merge_lora(model.backbone)
+    twin = prepare(load_model("tiny:gemma3"))
+    assign(twin, parameters(model).trainable)
+    wanted, _ = loss_and_gradients(twin, batch)
+    loss, _ = loss_and_gradients(prepare(model), batch)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
+    assert float(loss) != pytest.approx(float(rounded), rel=1e-4)
+
+
+def test_what_cannot_be_rounded():
+    with pytest.raises(ModelError, match=r"int4: block_size=256 does not divide its 64 inputs.*--qat=int8"):
+        qat_model("gemma3", Grid("int4", 256))
+    with pytest.raises(ModelError, match="is held in int8: its floats are gone"):
+        enable_qat(load_model("tiny:gemma3", grid=Grid("int8")).backbone, INT4)
