@@ -1,6 +1,7 @@
 """What models in few bits learn, and what rounding does to a model: the parts of `benchmarks.quantization` by model."""
 
 import functools
+import sys
 import tempfile
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def rounded_losses(source: str, block_size: int, num_tokens: int, num_heldout: i
         else:
             quantize_layers(model.backbone, grid)
         losses[name] = score(model)["loss"]
-        print(f"{name}: {losses[name]:.4f}")
+        print(f"{name}: {losses[name]:.4f}", file=sys.stderr)
     return losses
 
 
