@@ -23,7 +23,7 @@ from benchmarks.machine import describe
 from gemma_tune import Config, pipeline
 from gemma_tune.models.functional import assign
 from gemma_tune.models.load import load_model
-from gemma_tune.models.quantized import quantize_layers
+from gemma_tune.models.quantize import quantize_layers
 from gemma_tune.pipeline.setup import read_splits, set_up
 from gemma_tune.quantization.scheme import BLOCK_SIZES, SCHEMES
 

@@ -14,7 +14,7 @@ from gemma_tune.models.load import load_model
 from gemma_tune.models.lora import merge_lora
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
 from gemma_tune.models.qat import FakeQuantEinsumDense, enable_qat, rounded_kernel, rounded_params, weights_are_rounded
-from gemma_tune.models.quantized import matrix_shape, quantize_layers
+from gemma_tune.models.quantize import matrix_shape, quantize_layers
 from gemma_tune.quantization.grids import dequantize, quantize
 from gemma_tune.quantization.scheme import Grid
 from gemma_tune.serving.generate import generate

@@ -14,7 +14,7 @@ from gemma_tune import Config, pipeline
 from gemma_tune.models.functional import assign, parameters
 from gemma_tune.models.load import load_model
 from gemma_tune.models.prepare import prepare_for_training
-from gemma_tune.models.quantized import quantize_layers
+from gemma_tune.models.quantize import quantize_layers
 from gemma_tune.pipeline.setup import read_splits
 from gemma_tune.quantization.fake import FakeQuantized
 from gemma_tune.quantization.scheme import Grid
