@@ -117,7 +117,7 @@ def test_converting_gives_the_weights_that_were_trained_with(grid):
     layers = [layer for layer in quantized.backbone._flatten_layers() if hasattr(layer, "quantized_scheme")]
     assert {layer.path for layer in layers} == trained_with.keys()
     for layer in layers:
-        codes = dequantize(layer._quantized())
+        codes = dequantize(layer.quantized())
         np.testing.assert_array_equal(trained_with[layer.path], codes.reshape(trained_with[layer.path].shape))
 
 
