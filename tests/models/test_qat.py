@@ -66,7 +66,8 @@ def converted(model, family, grid):
 def loss_and_gradients(model, batch):
     """Summed loss, and its gradient by path, in what is trained."""
     groups, loss_fn = parameters(model), make_loss_fn(model, num_targets(batch))
-    return jax.jit(jax.value_and_grad(lambda t: loss_fn(t, groups.frozen, batch).loss_sum))(groups.trainable)
+    loss_and_gradients = jax.jit(jax.value_and_grad(lambda t, batch: loss_fn(t, groups.frozen, batch).loss_sum))
+    return loss_and_gradients(groups.trainable, batch)
 
 
 def assert_gradients(ours, wanted):
