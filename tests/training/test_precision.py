@@ -12,6 +12,7 @@ from test_loop import fresh_state, make_loop
 from test_step import num_targets, random_batch, sgd
 
 from gemma_tune.cli.main import run as run_command
+from gemma_tune.data import TokenizedExample, make_batch
 from gemma_tune.errors import TrainingError
 from gemma_tune.models.functional import parameters, variables_by_path
 from gemma_tune.models.lora import enable_lora
@@ -19,12 +20,12 @@ from gemma_tune.models.prepare import LoraSettings, prepare_for_training
 from gemma_tune.training import loss_scale as loss_scale_module
 from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.checkpoints import Checkpoints, Progress, _to_tree
-from gemma_tune.training.loss_scale import LARGEST_SCALE, LossScale, init_loss_scale, next_loss_scale, power_of_two
+from gemma_tune.training.loss_scale import FIRST_SCALE, LossScale, init_loss_scale, next_loss_scale, power_of_two
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.step import StepMetrics, init_state, make_eval_step, make_loss_fn, make_train_step, make_update
 
 FLOAT16 = ("float16", "mixed_float16")
-NUM_STEPS, WINDOW = 120, 20
+NUM_STEPS, WINDOW = 100, 20
 # float16 rounds at 2^-11, bfloat16 at 2^-8; both are unbiased, and steps average over them. A 1 % difference of a mean
 # over a window would be visible in a curve. Half the learning rate is the negative control.
 MOST = 0.01
@@ -60,18 +61,22 @@ def assert_same_bits(ours, wanted):
 
 @functools.cache
 def curve(method, precision, learning_rate=3e-3):
-    """The mean losses of windows, over the same batches for all."""
+    """The mean losses of windows, over the same batches for all: new tokens in each step, few of them frequent, so that
+    there is something to learn and nothing to learn by heart.
+    """
     from gemma_tune.models.load import load_model
 
     model = load_model("tiny:gemma3", precision=precision)
     lora = LoraSettings(4, 4.0, ("all-linear",), seed=0) if method == "lora" else None
     prepare_for_training(model, lora, packing=True, remat="blocks", row_length=40)
     rng = np.random.default_rng(5)
-    batches = [random_batch(rng, lengths=(30, 25, 38), num_rows=3) for _ in range(6)]
+    frequency = 1 / np.arange(1, 1001) ** 1.5
     step = make_train_step(model, adamw(learning_rate), 60, 1, Blockwise(model, "blocks"))
     state, frozen, losses = init_state(model, adamw(learning_rate), take_over=True), parameters(model).frozen, []
-    for index in range(NUM_STEPS):
-        state, metrics = step(state, frozen, batches[index % len(batches)])
+    for _ in range(NUM_STEPS):
+        tokens = rng.choice(np.arange(10, 1010), size=(2, 40), p=frequency / frequency.sum()).astype(np.int32)
+        batch = make_batch([[TokenizedExample(row, np.arange(40) >= 10)] for row in tokens], 2, 40)
+        state, metrics = step(state, frozen, batch)
         losses.append(float(metrics.loss))
     assert not state.loss_scale or int(state.loss_scale.num_skipped) <= 3
     return np.mean(np.reshape(losses, (-1, WINDOW)), axis=1)
@@ -90,7 +95,7 @@ def test_the_loss_curve_is_float32s(method, precision):
 
 def test_another_learning_rate_is_no_such_curve():
     wanted = curve("lora", "float32", 1e-2)
-    assert np.max(np.abs(curve("lora", "float32", 5e-3) / wanted - 1)) > 3 * MOST
+    assert np.max(np.abs(curve("lora", "float32", 5e-3) / wanted - 1)) > 2 * MOST
 
 
 def tiny_gradients(tiny, precision, scale):
@@ -108,7 +113,7 @@ def tiny_gradients(tiny, precision, scale):
 @pytest.mark.parametrize("precision", FLOAT16)
 def test_tiny_gradients_live_by_the_scale(tiny, precision):
     wanted = tiny_gradients(tiny, "float32", None)
-    scaled, unscaled = (tiny_gradients(tiny, precision, scale) for scale in (LARGEST_SCALE, 1.0))
+    scaled, unscaled = (tiny_gradients(tiny, precision, scale) for scale in (FIRST_SCALE, 1.0))
     assert np.abs(wanted).max() < 2.0**-16
 
     def error(found):
