@@ -12,7 +12,7 @@ from test_loop import fresh_state, make_loop
 from test_step import num_targets, random_batch, sgd
 
 from gemma_tune.cli.main import run as run_command
-from gemma_tune.data import TokenizedExample, make_batch
+from gemma_tune.data import Batch, TokenizedExample, make_batch
 from gemma_tune.errors import TrainingError
 from gemma_tune.models.functional import parameters, variables_by_path
 from gemma_tune.models.lora import enable_lora
@@ -100,7 +100,7 @@ def test_another_learning_rate_is_no_such_curve():
 
 def tiny_gradients(tiny, precision, scale):
     """The gradients of A, which alpha / rank makes 2^-20 times what they would be, by one step of the whole program."""
-    model, batch = lora_model(tiny, precision, alpha=4 * 2.0**-20), random_batch(np.random.default_rng(1))
+    model, batch = lora_model(tiny, precision, "gemma", alpha=4 * 2.0**-20), random_batch(np.random.default_rng(1))
     state = init_state(model, sgd())
     if scale:
         state = with_scale(state, scale)
@@ -154,14 +154,13 @@ def test_too_large_a_scale_comes_down_by_itself(tiny):
     assert np.isfinite(metrics.grad_norm) and found.num_good == 24 - found.num_skipped
 
 
-@pytest.mark.parametrize("num_micro", [1, 2])
-@pytest.mark.parametrize("precision", FLOAT16)
+@pytest.mark.parametrize(("precision", "num_micro"), [("float16", 1), ("mixed_float16", 2)])
 def test_blocks_accumulation_and_scale_change_no_gradient(tiny, precision, num_micro):
     """Whatever the program, the portions and the scale, it is float32's gradient. SGD at rate 1: its trace."""
     batch = random_batch(np.random.default_rng(1), lengths=(38, 6, 3, 30))
 
     def gradient(precision, program, scale=None):
-        model = lora_model(tiny, precision)
+        model = lora_model(tiny, precision, "gemma")
         blockwise = Blockwise(model, "blocks") if program == "blocks" else None
         step = make_train_step(model, sgd(), num_targets(batch), num_micro, blockwise)
         state = init_state(model, sgd())
@@ -197,11 +196,10 @@ def test_powers_of_two():
     assert [power_of_two(number) for number in (1, 2, 3, 4, 5, 1000, 1024, 1025)] == [1, 2, 4, 4, 8, 1024, 1024, 2048]
 
 
-@pytest.mark.parametrize("precision", FLOAT16)
-def test_a_resumed_run_goes_on_with_its_scale(tiny, tmp_path, monkeypatch, precision):
+def test_a_resumed_run_goes_on_with_its_scale(tiny, tmp_path, monkeypatch):
     """Skipped steps before, a doubled scale after: the end has the same bits."""
     monkeypatch.setattr(loss_scale_module, "GROWTH_STEPS", 4)
-    model, batch = lora_model(tiny, precision), random_batch(np.random.default_rng(1))
+    model, batch = lora_model(tiny, "mixed_float16", "gemma"), random_batch(np.random.default_rng(1))
     step, frozen = make_train_step(model, adamw(), num_targets(batch), 1), parameters(model).frozen
     state = with_scale(init_state(model, adamw()), 2.0**40)
 
@@ -221,10 +219,10 @@ def test_a_resumed_run_goes_on_with_its_scale(tiny, tmp_path, monkeypatch, preci
     assert wanted.loss_scale == LossScale(2.0**16, 1, 2) and wanted.step == 7
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "mixed_bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 def test_other_precisions_have_no_scale(tiny, precision):
     """Their checkpoints hold what they held, and the step computes nothing with a scale."""
-    model, batch = lora_model(tiny, precision), random_batch(np.random.default_rng(1))
+    model, batch = lora_model(tiny, precision, "gemma"), random_batch(np.random.default_rng(1))
     state = init_state(model, sgd())
     assert state.loss_scale is None and not [name for name in _to_tree(state) if "scale" in name and "loss" in name]
     state, _ = make_train_step(model, sgd(), num_targets(batch), 1)(state, parameters(model).frozen, batch)
@@ -254,7 +252,7 @@ def test_what_stays_float32(tiny, family, precision):
     model = tiny(family, precision=precision)
     lora = LoraSettings(4, 4.0, ("all-linear",), seed=0)
     prepare_for_training(model, lora, packing=True, remat="none", row_length=40, program="whole")
-    groups, batch = parameters(model), random_batch(np.random.default_rng(1))
+    groups, batch = parameters(model), Batch(*map(jnp.asarray, random_batch(np.random.default_rng(1))))
     loss_fn = make_loss_fn(model, num_targets(batch))
     jaxpr = jax.make_jaxpr(jax.value_and_grad(lambda t: loss_fn(t, groups.frozen, batch).loss_sum))(groups.trainable)
     low = jnp.dtype(precision.removeprefix("mixed_"))
@@ -297,7 +295,7 @@ def test_products_add_up_in_float32():
     """A running sum in float16 would stop at 2048, where 1 is less than half a step."""
     ones = jnp.ones((1, 4096), jnp.float16)
     assert float((ones @ ones.T)[0, 0]) == 4096
-    assert np.add.reduce(np.ones(4096, np.float16), dtype=np.float16, initial=np.float16(2048)) < 2048 + 4096
+    assert functools.reduce(lambda total, one: np.float16(total + one), np.ones(4096, np.float16)) == 2048
 
 
 # When float16 is too small.
