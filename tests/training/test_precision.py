@@ -89,7 +89,7 @@ def curve(method, precision, learning_rate=3e-3):
 def test_the_loss_curve_is_float32s(method, precision):
     rate = 1e-3 if method == "full" else 1e-2
     wanted = curve(method, "float32", rate)
-    assert wanted[-1] < 0.8 * wanted[0]  # It learns, so that there is a curve to follow.
+    assert wanted[-1] < 0.75 * math.log(1024)  # Where random weights begin. It learns: there is a curve to follow.
     np.testing.assert_allclose(curve(method, precision, rate), wanted, rtol=MOST)
 
 
