@@ -12,6 +12,7 @@ from test_loop import fresh_state, make_loop
 from test_step import num_targets, random_batch, sgd
 
 from gemma_tune.cli.main import run as run_command
+from gemma_tune.data import Batch, TokenizedExample, make_batch
 from gemma_tune.errors import TrainingError
 from gemma_tune.models.functional import parameters, variables_by_path
 from gemma_tune.models.lora import enable_lora
@@ -19,12 +20,12 @@ from gemma_tune.models.prepare import LoraSettings, prepare_for_training
 from gemma_tune.training import loss_scale as loss_scale_module
 from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.checkpoints import Checkpoints, Progress, _to_tree
-from gemma_tune.training.loss_scale import LARGEST_SCALE, LossScale, init_loss_scale, next_loss_scale, power_of_two
+from gemma_tune.training.loss_scale import FIRST_SCALE, LossScale, init_loss_scale, next_loss_scale, power_of_two
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.step import StepMetrics, init_state, make_eval_step, make_loss_fn, make_train_step, make_update
 
 FLOAT16 = ("float16", "mixed_float16")
-NUM_STEPS, WINDOW = 120, 20
+NUM_STEPS, WINDOW = 100, 20
 # float16 rounds at 2^-11, bfloat16 at 2^-8; both are unbiased, and steps average over them. A 1 % difference of a mean
 # over a window would be visible in a curve. Half the learning rate is the negative control.
 MOST = 0.01
@@ -60,18 +61,22 @@ def assert_same_bits(ours, wanted):
 
 @functools.cache
 def curve(method, precision, learning_rate=3e-3):
-    """The mean losses of windows, over the same batches for all."""
+    """The mean losses of windows, over the same batches for all: new tokens in each step, few of them frequent, so that
+    there is something to learn and nothing to learn by heart.
+    """
     from gemma_tune.models.load import load_model
 
     model = load_model("tiny:gemma3", precision=precision)
     lora = LoraSettings(4, 4.0, ("all-linear",), seed=0) if method == "lora" else None
     prepare_for_training(model, lora, packing=True, remat="blocks", row_length=40)
     rng = np.random.default_rng(5)
-    batches = [random_batch(rng, lengths=(30, 25, 38), num_rows=3) for _ in range(6)]
+    frequency = 1 / np.arange(1, 1001) ** 1.5
     step = make_train_step(model, adamw(learning_rate), 60, 1, Blockwise(model, "blocks"))
     state, frozen, losses = init_state(model, adamw(learning_rate), take_over=True), parameters(model).frozen, []
-    for index in range(NUM_STEPS):
-        state, metrics = step(state, frozen, batches[index % len(batches)])
+    for _ in range(NUM_STEPS):
+        tokens = rng.choice(np.arange(10, 1010), size=(2, 40), p=frequency / frequency.sum()).astype(np.int32)
+        batch = make_batch([[TokenizedExample(row, np.arange(40) >= 10)] for row in tokens], 2, 40)
+        state, metrics = step(state, frozen, batch)
         losses.append(float(metrics.loss))
     assert not state.loss_scale or int(state.loss_scale.num_skipped) <= 3
     return np.mean(np.reshape(losses, (-1, WINDOW)), axis=1)
@@ -84,18 +89,18 @@ def curve(method, precision, learning_rate=3e-3):
 def test_the_loss_curve_is_float32s(method, precision):
     rate = 1e-3 if method == "full" else 1e-2
     wanted = curve(method, "float32", rate)
-    assert wanted[-1] < 0.8 * wanted[0]  # It learns, so that there is a curve to follow.
+    assert wanted[-1] < 0.75 * math.log(1024)  # Where random weights begin. It learns: there is a curve to follow.
     np.testing.assert_allclose(curve(method, precision, rate), wanted, rtol=MOST)
 
 
 def test_another_learning_rate_is_no_such_curve():
     wanted = curve("lora", "float32", 1e-2)
-    assert np.max(np.abs(curve("lora", "float32", 5e-3) / wanted - 1)) > 3 * MOST
+    assert np.max(np.abs(curve("lora", "float32", 5e-3) / wanted - 1)) > 2 * MOST
 
 
 def tiny_gradients(tiny, precision, scale):
     """The gradients of A, which alpha / rank makes 2^-20 times what they would be, by one step of the whole program."""
-    model, batch = lora_model(tiny, precision, alpha=4 * 2.0**-20), random_batch(np.random.default_rng(1))
+    model, batch = lora_model(tiny, precision, "gemma", alpha=4 * 2.0**-20), random_batch(np.random.default_rng(1))
     state = init_state(model, sgd())
     if scale:
         state = with_scale(state, scale)
@@ -108,7 +113,7 @@ def tiny_gradients(tiny, precision, scale):
 @pytest.mark.parametrize("precision", FLOAT16)
 def test_tiny_gradients_live_by_the_scale(tiny, precision):
     wanted = tiny_gradients(tiny, "float32", None)
-    scaled, unscaled = (tiny_gradients(tiny, precision, scale) for scale in (LARGEST_SCALE, 1.0))
+    scaled, unscaled = (tiny_gradients(tiny, precision, scale) for scale in (FIRST_SCALE, 1.0))
     assert np.abs(wanted).max() < 2.0**-16
 
     def error(found):
@@ -149,14 +154,13 @@ def test_too_large_a_scale_comes_down_by_itself(tiny):
     assert np.isfinite(metrics.grad_norm) and found.num_good == 24 - found.num_skipped
 
 
-@pytest.mark.parametrize("num_micro", [1, 2])
-@pytest.mark.parametrize("precision", FLOAT16)
+@pytest.mark.parametrize(("precision", "num_micro"), [("float16", 1), ("mixed_float16", 2)])
 def test_blocks_accumulation_and_scale_change_no_gradient(tiny, precision, num_micro):
     """Whatever the program, the portions and the scale, it is float32's gradient. SGD at rate 1: its trace."""
     batch = random_batch(np.random.default_rng(1), lengths=(38, 6, 3, 30))
 
     def gradient(precision, program, scale=None):
-        model = lora_model(tiny, precision)
+        model = lora_model(tiny, precision, "gemma")
         blockwise = Blockwise(model, "blocks") if program == "blocks" else None
         step = make_train_step(model, sgd(), num_targets(batch), num_micro, blockwise)
         state = init_state(model, sgd())
@@ -192,11 +196,10 @@ def test_powers_of_two():
     assert [power_of_two(number) for number in (1, 2, 3, 4, 5, 1000, 1024, 1025)] == [1, 2, 4, 4, 8, 1024, 1024, 2048]
 
 
-@pytest.mark.parametrize("precision", FLOAT16)
-def test_a_resumed_run_goes_on_with_its_scale(tiny, tmp_path, monkeypatch, precision):
+def test_a_resumed_run_goes_on_with_its_scale(tiny, tmp_path, monkeypatch):
     """Skipped steps before, a doubled scale after: the end has the same bits."""
     monkeypatch.setattr(loss_scale_module, "GROWTH_STEPS", 4)
-    model, batch = lora_model(tiny, precision), random_batch(np.random.default_rng(1))
+    model, batch = lora_model(tiny, "mixed_float16", "gemma"), random_batch(np.random.default_rng(1))
     step, frozen = make_train_step(model, adamw(), num_targets(batch), 1), parameters(model).frozen
     state = with_scale(init_state(model, adamw()), 2.0**40)
 
@@ -216,10 +219,10 @@ def test_a_resumed_run_goes_on_with_its_scale(tiny, tmp_path, monkeypatch, preci
     assert wanted.loss_scale == LossScale(2.0**16, 1, 2) and wanted.step == 7
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "mixed_bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 def test_other_precisions_have_no_scale(tiny, precision):
     """Their checkpoints hold what they held, and the step computes nothing with a scale."""
-    model, batch = lora_model(tiny, precision), random_batch(np.random.default_rng(1))
+    model, batch = lora_model(tiny, precision, "gemma"), random_batch(np.random.default_rng(1))
     state = init_state(model, sgd())
     assert state.loss_scale is None and not [name for name in _to_tree(state) if "scale" in name and "loss" in name]
     state, _ = make_train_step(model, sgd(), num_targets(batch), 1)(state, parameters(model).frozen, batch)
@@ -249,7 +252,7 @@ def test_what_stays_float32(tiny, family, precision):
     model = tiny(family, precision=precision)
     lora = LoraSettings(4, 4.0, ("all-linear",), seed=0)
     prepare_for_training(model, lora, packing=True, remat="none", row_length=40, program="whole")
-    groups, batch = parameters(model), random_batch(np.random.default_rng(1))
+    groups, batch = parameters(model), Batch(*map(jnp.asarray, random_batch(np.random.default_rng(1))))
     loss_fn = make_loss_fn(model, num_targets(batch))
     jaxpr = jax.make_jaxpr(jax.value_and_grad(lambda t: loss_fn(t, groups.frozen, batch).loss_sum))(groups.trainable)
     low = jnp.dtype(precision.removeprefix("mixed_"))
@@ -292,7 +295,7 @@ def test_products_add_up_in_float32():
     """A running sum in float16 would stop at 2048, where 1 is less than half a step."""
     ones = jnp.ones((1, 4096), jnp.float16)
     assert float((ones @ ones.T)[0, 0]) == 4096
-    assert np.add.reduce(np.ones(4096, np.float16), dtype=np.float16, initial=np.float16(2048)) < 2048 + 4096
+    assert functools.reduce(lambda total, one: np.float16(total + one), np.ones(4096, np.float16)) == 2048
 
 
 # When float16 is too small.
