@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-MAX_TOKENS = 10_000  # Scored at most, if not said otherwise: a minute for each model of 270M on two CPU cores.
+MAX_TOKENS = 10_000  # Scored at most, if not said otherwise: the 99th percentile then stands on 100 of them.
 NUM_ANSWERS = 3
 
 

@@ -95,8 +95,20 @@ def scored_states(model: keras.Model, batches: Sequence[Batch], advance: Callabl
     return ScoredStates(np.concatenate(parts), num_read / seconds)
 
 
-def written_answers(model: keras.Model, prompts: Sequence[Prompt], max_new_tokens: int) -> Answers:
-    """Answers greedily, one prompt after the other, as a single user would see it."""
+def written_answers(
+    model: keras.Model,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    advance: Callable[[int], None] | None = None,
+) -> Answers:
+    """Answers greedily, one prompt after the other, as a single user would see it.
+
+    Args:
+        model: A CausalLM.
+        prompts: Questions or conversations.
+        max_new_tokens: Longest answer.
+        advance: Called with how many more answers are done.
+    """
     tokenizer, decoder = tokenizer_of(model), decoder_of(model)
     texts, num_timed, seconds = [], 0, 0.0
     for prompt in prompts:
@@ -112,4 +124,6 @@ def written_answers(model: keras.Model, prompts: Sequence[Prompt], max_new_token
         if len(timed) > 1:
             num_timed += len(timed) - 1
             seconds += timed[-1] - timed[0]
+        if advance:
+            advance(1)
     return Answers(texts, num_timed / seconds if num_timed else None)

@@ -237,8 +237,8 @@ def _measure(name: SchemedSource, scored: _Scored, config: Config) -> _Measured:
     with _naming(str(name)), progress.counting(f"{name}: read tokens", len(scored.positions.target_ids)) as advance:
         states = scored_states(model, scored.batches, advance)
     prompts = [example.turns[:-1] for example in scored.questions]
-    with progress.console.status(f"{name}: answering {len(prompts)} questions…"):
-        answers = written_answers(model, prompts, config.generation.max_new_tokens)
+    with progress.counting(f"{name}: answered questions", len(prompts)) as advance:
+        answers = written_answers(model, prompts, config.generation.max_new_tokens, advance)
     groups = parameters(model)
     memory_bytes = sum(array.nbytes for group in groups for array in group.values())
     head = Head(head_weights(model.backbone), final_soft_cap(model.backbone))
