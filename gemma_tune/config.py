@@ -8,19 +8,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from gemma_tune.config_checks import check_values
 from gemma_tune.errors import ConfigError, did_you_mean
-from gemma_tune.quantization.scheme import BLOCK_SIZES, SCHEMES, Grid
+from gemma_tune.quantization.scheme import Grid
 from gemma_tune.settings import check_types, from_plain, setting_paths, to_plain
-
-METHODS = ("full", "lora", "qlora")
-PRECISIONS = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
-OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
-SCHEDULES = ("constant", "linear", "cosine")
-OVERLONG = ("truncate", "drop", "error")
-ON_ERROR = ("raise", "skip")
-REMAT = ("none", "blocks", "full")
-PROGRAMS = ("auto", "whole", "blocks")
-ATTENTION = ("auto", "blocks", "cudnn", "splash", "keras")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +196,7 @@ class Config:
 
     def __post_init__(self):
         check_types(self, "")
-        _check_values(self)
+        check_values(self)
 
     @property
     def learning_rate(self) -> float:
@@ -258,83 +249,3 @@ class Config:
     def from_dict(tree: Mapping[str, Any]) -> "Config":
         """Builds a Config from nested dicts. Missing settings take their default; an unknown one is an error."""
         return from_plain(Config, tree)
-
-
-def _check_values(config: Config) -> None:
-    model, data, lora, optimizer = config.model, config.data, config.lora, config.optimizer
-    training, generation = config.training, config.generation
-
-    _one_of("model.precision", model.precision, PRECISIONS)
-    _one_of("model.quantize", model.quantize, ("", *SCHEMES))
-    if model.block_size not in BLOCK_SIZES:
-        raise ConfigError(
-            f"model.block_size must be one of {', '.join(map(str, BLOCK_SIZES))}; got {model.block_size}."
-        )
-    _one_of("data.overlong", data.overlong, OVERLONG)
-    _one_of("data.on_error", data.on_error, ON_ERROR)
-    _one_of("optimizer.name", optimizer.name, OPTIMIZERS)
-    _one_of("optimizer.schedule", optimizer.schedule, SCHEDULES)
-    _one_of("training.method", training.method, METHODS)
-    _one_of("training.qat", training.qat, ("", *SCHEMES))
-    _one_of("training.remat", training.remat, REMAT)
-    _one_of("training.program", training.program, PROGRAMS)
-    _one_of("training.attention", training.attention, ATTENTION)
-
-    _at_least("data.max_length", data.max_length, 8)
-    _at_least("lora.rank", lora.rank, 1)
-    _at_least("lora.alpha", lora.alpha, 0)
-    for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
-        _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
-    for name in ("num_epochs", "batch_size", "grad_accum_steps", "log_every_steps", "keep_last"):
-        _at_least(f"training.{name}", getattr(training, name), 1)
-    for name in ("num_train_steps", "eval_every_steps", "checkpoint_every_steps", "early_stopping_patience",
-                 "num_sample_answers", "num_scored_answers"):  # fmt: skip
-        _at_least(f"training.{name}", getattr(training, name), 0)
-    _at_least("generation.max_new_tokens", generation.max_new_tokens, 1)
-    _at_least("generation.temperature", generation.temperature, 0)
-    _at_least("generation.top_k", generation.top_k, 0)
-
-    if not 0 < data.eval_fraction < 1:
-        raise ConfigError(f"data.eval_fraction must lie between 0 and 1, got {data.eval_fraction}.")
-    if not 0 < generation.top_p <= 1:
-        raise ConfigError(f"generation.top_p must be above 0 and at most 1, got {generation.top_p}.")
-    if data.row_length and (data.row_length < data.max_length or not data.packing):
-        raise ConfigError(
-            f"data.row_length must be 0 or at least data.max_length={data.max_length}, with data.packing; got "
-            f"{data.row_length}."
-        )
-    if not lora.target_layers:
-        raise ConfigError("lora.target_layers must name at least one layer, got none.")
-    if training.method == "full" and model.quantize:
-        raise ConfigError(
-            f"training.method=full can't train weights in {model.quantize}. Take training.method=qlora, or leave "
-            "model.quantize away."
-        )
-    if training.qat and config.grid:
-        raise ConfigError(
-            f"training.qat={training.qat} trains float weights that are rounded later, but "
-            f"{'model.quantize' if model.quantize else 'training.method=qlora'} holds them in {config.grid.scheme} "
-            "from the start. Take training.method=lora or full, without model.quantize, or leave training.qat away."
-        )
-    if training.qat and model.double_quant:
-        raise ConfigError(
-            "training.qat can't go with model.double_quant, where rounding one row depends on many others. Leave one "
-            "of them away."
-        )
-    if training.batch_size % training.grad_accum_steps:
-        raise ConfigError(
-            f"training.grad_accum_steps must divide training.batch_size, got {training.grad_accum_steps} and "
-            f"{training.batch_size}."
-        )
-    if training.early_stopping_patience and not training.eval_every_steps:
-        raise ConfigError("training.early_stopping_patience needs training.eval_every_steps above 0, got 0.")
-
-
-def _one_of(path: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{path} must be one of {', '.join(choices)}; got {value!r}.{did_you_mean(value, choices)}")
-
-
-def _at_least(path: str, value: float, minimum: float) -> None:
-    if not value >= minimum:  # Also catches NaN.
-        raise ConfigError(f"{path} must be at least {minimum}, got {value}.")

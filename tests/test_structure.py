@@ -19,7 +19,7 @@ MODULES = sorted(
 # A module may import from its own layer and from those below it.
 LAYERS = (
     ("errors", "version", "settings", "process_memory", "imports", "quantization"),
-    ("config", "keras_runtime", "progress"),
+    ("config", "config_checks", "keras_runtime", "progress"),
     ("data", "models"),
     ("training", "serving"),
     ("evaluation",),

@@ -7,7 +7,8 @@ from typing import Any
 
 from absl import flags
 
-from gemma_tune.config import METHODS, PRECISIONS, Config
+from gemma_tune.config import Config
+from gemma_tune.config_checks import METHODS, PRECISIONS
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.quantization.scheme import SCHEMES
 from gemma_tune.settings import flatten, setting_paths

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gemma_tune.config import PRECISIONS, Config, ModelConfig
+from gemma_tune.config import Config, ModelConfig
+from gemma_tune.config_checks import PRECISIONS
 from gemma_tune.errors import ModelError, did_you_mean
 from gemma_tune.keras_runtime import cache_dir, keras
 from gemma_tune.models import hf_checkpoint

@@ -24,7 +24,7 @@ and then the loss is no number.
 
 import jax.numpy as jnp
 
-from gemma_tune.config import PRECISIONS
+from gemma_tune.config_checks import PRECISIONS
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub
 from gemma_tune.models.attention_choice import Device

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_tune.config import PRECISIONS
+from gemma_tune.config_checks import PRECISIONS
 from gemma_tune.errors import ModelError
 from gemma_tune.models.adapter import load_adapter, save_adapter
 from gemma_tune.models.attention_choice import Device
