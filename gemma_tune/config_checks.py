@@ -104,7 +104,11 @@ def _check_combinations(config: Any) -> None:
 
 def _one_of(path: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{path} must be one of {', '.join(choices)}; got {value!r}.{did_you_mean(value, choices)}")
+        may_be = "empty or " if "" in choices else ""
+        named = [choice for choice in choices if choice]
+        raise ConfigError(
+            f"{path} must be {may_be}one of {', '.join(named)}; got {value!r}.{did_you_mean(value, named)}"
+        )
 
 
 def _at_least(path: str, value: float, minimum: float) -> None:

@@ -33,6 +33,14 @@ def family(request):
     return request.param
 
 
+@pytest.fixture(
+    params=["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "gemma2", "gemma4"))]
+)
+def some_family(request):
+    """Gemma 3 always, the others among the tests that take minutes."""
+    return request.param
+
+
 @pytest.fixture
 def tiny():
     """Loads a tiny model: `tiny("gemma2")`. A new one each time, since tests change them."""

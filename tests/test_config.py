@@ -54,7 +54,10 @@ def test_it_is_frozen():
         ({"lora.target_layers": []}, r"lora.target_layers must name at least one layer"),
         ({"lora.target_layers": 3}, r"lora.target_layers must be a list of names, got 3"),
         ({"seed": "x"}, r"seed must be a whole number, got 'x'"),
-        ({"training.method": "lorra"}, r"training.method must be one of full, lora; got 'lorra'. Did you mean lora\?"),
+        (
+            {"training.method": "lorra"},
+            r"training.method must be one of full, lora, qlora; got 'lorra'. Did you mean lora or qlora\?",
+        ),
         (
             {"model.precision": "float64"},
             r"model.precision must be one of float32, bfloat16, float16, mixed_bfloat16, mixed_float16; got 'float64'. Did you mean",
@@ -83,7 +86,10 @@ def test_it_is_frozen():
             {"training.early_stopping_patience": 2, "training.eval_every_steps": 0},
             r"early_stopping_patience needs training.eval_every_steps",
         ),
-        ({"training.qat": "int3"}, r"training.qat must be one of , int8, int4, nf4; got 'int3'. Did you mean int8\?"),
+        (
+            {"training.qat": "int3"},
+            r"training.qat must be empty or one of int8, int4, nf4; got 'int3'. Did you mean int8 or int4\?",
+        ),
         (
             {"training.qat": "int4", "training.method": "qlora"},
             r"qat=int4 trains float weights .*, but training.method=qlora holds them in nf4 from the start",

@@ -70,7 +70,19 @@ def test_every_command_runs(folder, monkeypatch, capfd):
             code = run(with_tiny_model(words))
             assert code == 0, (words, capfd.readouterr().err[-2000:])
             seen.append(words[1])
-    assert {"quickstart", "data", "train", "eval", "quantize", "merge", "compare", "generate", "chat", "models", "doctor"} <= set(seen)
+    assert {
+        "quickstart",
+        "data",
+        "train",
+        "eval",
+        "quantize",
+        "merge",
+        "compare",
+        "generate",
+        "chat",
+        "models",
+        "doctor",
+    } <= set(seen)
     assert (folder / "runs/mine/adapter").is_dir()
 
 

@@ -11,19 +11,6 @@ FEW = ["--max_length=96", "--max_new_tokens=4", "--max_tokens=300"]
 
 
 @pytest.fixture
-def call(capfd):
-    """Runs a command; returns (exit code, stdout, stderr)."""
-
-    def call_with(*arguments):
-        capfd.readouterr()
-        code = run([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return call_with
-
-
-@pytest.fixture
 def questions(write):
     rows = [
         {"prompt": f"Where is feature {i} | please?", "completion": f"In <b>{i}</b>, my friend."} for i in range(20)

@@ -78,11 +78,11 @@ def assert_gradients(ours, wanted):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_loss_and_gradients_are_those_at_the_rounded_weights(family, grid, rng):
+def test_loss_and_gradients_are_those_at_the_rounded_weights(some_family, grid, rng):
     """Of all weights, the embedding with its two ends included: straight through is the gradient at the rounded ones."""
-    model, batch = qat_model(family, grid), random_batch(rng)
-    float_loss, _ = loss_and_gradients(load_model(f"tiny:{family}"), batch)
-    wanted, gradients = loss_and_gradients(prepare(converted(model, family, grid)), batch)
+    model, batch = qat_model(some_family, grid), random_batch(rng)
+    float_loss, _ = loss_and_gradients(load_model(f"tiny:{some_family}"), batch)
+    wanted, gradients = loss_and_gradients(prepare(converted(model, some_family, grid)), batch)
     loss, ours = loss_and_gradients(model, batch)
     assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
     assert float(loss) != pytest.approx(float(float_loss), rel=1e-5)  # Rounding does change it.
@@ -90,10 +90,10 @@ def test_loss_and_gradients_are_those_at_the_rounded_weights(family, grid, rng):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_lora_gradients_are_those_of_the_rounded_sum(family, grid, rng):
+def test_lora_gradients_are_those_of_the_rounded_sum(some_family, grid, rng):
     """With G the gradient at round(W + s·A·B): A gets s·G·Bᵀ and B gets s·Aᵀ·G (summed over heads); W gets none."""
-    model, batch = qat_model(family, grid, LORA, rng), random_batch(rng)
-    wanted_loss, gradients = loss_and_gradients(prepare(converted(model, family, grid)), batch)
+    model, batch = qat_model(some_family, grid, LORA, rng), random_batch(rng)
+    wanted_loss, gradients = loss_and_gradients(prepare(converted(model, some_family, grid)), batch)
     loss, ours = loss_and_gradients(model, batch)
     # Merging by NumPy and by XLA differs by roundings, which push a few values to the next code.
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-4)
@@ -141,6 +141,7 @@ def test_merging_and_converting_gives_the_weights_that_were_trained_with(grid, r
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SPLIT_FAMILIES)
 def test_blockwise_is_the_whole_program(family, lora, rng):
     assert_same(*both_steps(qat_model(family, INT4, lora, rng), random_batch(rng), "blocks"))
@@ -195,7 +196,7 @@ def test_weights_are_rounded_once_for_many_tokens(rng):
     assert " round[" not in str(jax.make_jaxpr(hidden_of_rounded)(once))
 
 
-@pytest.mark.parametrize("precision", ["mixed_bfloat16", "bfloat16"])
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_rounding_is_in_float32_whatever_the_precision(precision, rng):
     """Of the float32 masters where there are any; then the kernel is cast, as a converted layer casts its own."""
     model = load_model("tiny:gemma3", precision=precision)
@@ -229,7 +230,7 @@ def test_preparing_anew_takes_it_off(rng):
 
 
 def test_what_cannot_be_rounded():
-    with pytest.raises(ModelError, match=r"int4: block_size=256 does not divide its 64 inputs.*--qat=int8"):
+    with pytest.raises(ModelError, match=r"int4: block_size=256 does not divide its 64 inputs.*--or_int8"):
         qat_model("gemma3", Grid("int4", 256))
     with pytest.raises(ModelError, match="is held in int8: its floats are gone"):
         enable_qat(load_model("tiny:gemma3", grid=Grid("int8")).backbone, INT4)

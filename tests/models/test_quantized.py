@@ -68,9 +68,9 @@ def test_product(rng, grid, equation, x_shape, shape):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_loss_and_gradients_are_those_of_the_dequantized_model(family, grid, rng):
-    model = load_model(f"tiny:{family}", grid=grid)
-    twin = dequantized(model, family)
+def test_loss_and_gradients_are_those_of_the_dequantized_model(some_family, grid, rng):
+    model = load_model(f"tiny:{some_family}", grid=grid)
+    twin = dequantized(model, some_family)
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (40, 20, 30), 3, 64))
     results = []
     for one in (twin, model):
@@ -113,10 +113,10 @@ def test_no_floats_are_kept_for_the_backward_pass(rng):
 
 
 @pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[3]], ids=str)
-def test_generating_is_that_of_the_dequantized_model(family, grid):
+def test_generating_is_that_of_the_dequantized_model(some_family, grid):
     """KerasHub's generate, with a cache and all logits at once."""
-    model = load_model(f"tiny:{family}", grid=grid)
-    wanted = dequantized(model, family).generate("How do I", max_length=16)
+    model = load_model(f"tiny:{some_family}", grid=grid)
+    wanted = dequantized(model, some_family).generate("How do I", max_length=16)
     assert model.generate("How do I", max_length=16) == wanted
 
 

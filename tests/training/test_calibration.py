@@ -7,13 +7,14 @@ import pytest
 from test_step import num_targets, random_batch
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.functional import parameters
+from gemma_tune.models.functional import bound, hidden_states, parameters
 from gemma_tune.models.load import load_model
 from gemma_tune.models.prepare import prepare_for_training
 from gemma_tune.models.preset import save_preset
-from gemma_tune.models.quantize import matrix_shape, quantize_layers
+from gemma_tune.models.quantize import matrix_shape, quantize_layer, quantize_layers
 from gemma_tune.quantization.grids import dequantize
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.scheme import Grid, LayerScheme
+from gemma_tune.training import calibration
 from gemma_tune.training.calibration import _linear_layers, quantize_calibrated
 from gemma_tune.training.step import make_loss_fn
 
@@ -40,7 +41,7 @@ def loss(model, batch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma", "gemma2"))])
 def test_layers_outputs_change_less_than_by_rounding(name, method):
     """On the data that calibrated them; for SmoothQuant, whose measure counts the weights' part only, not by much more.
 
@@ -68,8 +69,6 @@ def test_inputs_are_those_of_each_layer():
     """
     model = prepared("gemma3")
     found = {}
-    import gemma_tune.training.calibration as calibration
-
     whole = calibration._quantize_one
 
     def remember(layer, statistics, method, grid):
@@ -83,9 +82,6 @@ def test_inputs_are_those_of_each_layer():
         quantize_calibrated(model, [batch], "gptq", Grid("int8"))
     finally:
         calibration._quantize_one = whole
-    from gemma_tune.models.quantize import quantize_layer
-    from gemma_tune.quantization.scheme import LayerScheme
-
     quantize_layer(twin.backbone.token_embedding, LayerScheme(Grid("int8")))
     first = twin.backbone.transformer_layers[0]
     x = twin.backbone.token_embedding(batch.token_ids) * twin.backbone.hidden_dim**0.5
@@ -98,6 +94,7 @@ def test_inputs_are_those_of_each_layer():
         assert found[layer.path].hessian.shape == (matrix_shape(layer)[1],) * 2
 
 
+@pytest.mark.slow
 def test_gptq_loses_less_on_held_out_text_than_rounding():
     """Text of the same kind. Gemma 2's soft cap, windows and all."""
     losses = {}
@@ -109,8 +106,6 @@ def test_gptq_loses_less_on_held_out_text_than_rounding():
             quantize_calibrated(model, batches(0, 8), "gptq", Grid("int4", 32))
         groups = parameters(model)
         held_out = batches(7, 1)[0]
-        from gemma_tune.models.functional import bound, hidden_states
-
         with bound(model, groups.trainable, groups.frozen):
             losses[way] = np.asarray(
                 hidden_states(model.backbone, held_out.token_ids, held_out.segment_ids, held_out.positions)

@@ -66,6 +66,7 @@ def loss_of(trainable, batch, grid=None):
     return float(sums.loss_sum / sums.weight_sum)
 
 
+@pytest.mark.slow
 def test_it_recovers_what_rounding_loses(rng):
     """The same steps on the same batch. Rounded after training in float, the loss goes up; trained rounded, it hardly
     does.
