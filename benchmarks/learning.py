@@ -84,6 +84,7 @@ def rounded_losses(source: str, block_size: int, num_tokens: int, num_heldout: i
     others = [example for example in examples if id(example) not in kept]
     score = functools.partial(evaluate, examples=heldout, batch_size=1)
     losses = {"float32": score(load_model(source))["loss"]}
+    print(f"float32: {losses['float32']:.4f}", file=sys.stderr)
     for name, way in POST_TRAINING.items():
         model = load_model(source)
         grid = Grid(way.scheme, block_size)
