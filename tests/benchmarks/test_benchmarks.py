@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gemma_tune.quantization.scheme import POST_TRAINING
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -18,7 +20,7 @@ def _benchmarks_can_be_imported(monkeypatch):
 
 
 def run(module, *arguments, code=0):
-    """Runs a benchmark as its docstring says, and returns the JSON object that it prints last."""
+    """Runs a benchmark as its docstring says, and returns the JSON object that it prints last. code: None: any."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--json"],
         cwd=ROOT,
@@ -26,7 +28,7 @@ def run(module, *arguments, code=0):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == code, done.stderr[-2000:]
+    assert code is None or done.returncode == code, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
@@ -57,6 +59,7 @@ def test_scaling(tmp_path):
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_precision_tiny():
     arguments = ("--model=tiny", "--steps=5", "--window=2", "--job=chats", "--num_examples=8", "--row_length=64")
     result, _ = run("precision", *arguments)
@@ -92,6 +95,7 @@ def test_gpu_tiny():
     assert row["loss"] == pytest.approx(np.log(1024), rel=0.05)  # Random weights know nothing.
 
 
+@pytest.mark.slow
 def test_qat():
     result, said = run("qat", "--model=tiny", "--steps=2", "--block_size=32", "--max_length=128")
     assert min(result[key] for key in ("float_loss", "rounded_loss", "qat_loss", "qat_step_seconds")) > 0
@@ -146,3 +150,12 @@ def test_a_job_has_examples_of_all_lengths(tiny_tokenizer):
     assert job("chats", 20, tiny_tokenizer).num_targets == few.num_targets
     with pytest.raises(ValueError, match=r"1000 examples were asked for; there are \d+\."):
         job("chats", 1000, tiny_tokenizer)
+
+
+@pytest.mark.slow
+def test_quantization_on_the_tiny_model():
+    arguments = ("--model=tiny", "--steps=3", "--repeats=1", "--num_documents=3", "--tokens=600", "--heldout=4")
+    done, _ = run("quantization", *arguments, "--schemes=int8,nf4", "--parts=learning,rounding", code=None)
+    assert done["learning"]["int8"]["least_cosine"] > done["learning"]["nf4"]["least_cosine"] > 0.5
+    assert set(done["rounding"]) == {"float32", *POST_TRAINING}
+    assert all(is_reached for what, *_, is_reached in done["verdicts"] if what.startswith("int8"))
