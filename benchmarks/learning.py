@@ -13,7 +13,7 @@ from gemma_tune.config import Config
 from gemma_tune.models.functional import assign
 from gemma_tune.models.load import load_model
 from gemma_tune.models.prepare import prepare_for_training
-from gemma_tune.models.quantize import apply_schemes, quantize_layers, schemes_for
+from gemma_tune.models.quantize import quantize_layers
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.pipeline import evaluate, read_splits, set_up
 from gemma_tune.quantization.scheme import POST_TRAINING, Grid
@@ -92,13 +92,8 @@ def rounded_losses(source: str, block_size: int, num_tokens: int, num_heldout: i
             batches = _calibration_batches(model, others, num_tokens)
             prepare_for_training(model, None, packing=True, remat="none", row_length=512)
             quantize_calibrated(model, batches, way.method, grid)
-        elif way.rounds_inputs:
-            schemes = schemes_for(model.backbone, grid)
-            embedding = model.backbone.token_embedding.path
-            rounded = {path: one._replace(rounds_inputs=path != embedding) for path, one in schemes.items()}
-            apply_schemes(model.backbone, rounded)
         else:
-            quantize_layers(model.backbone, grid)
+            quantize_layers(model.backbone, grid, way.rounds_inputs)
         losses[name] = score(model)["loss"]
         print(f"{name}: {losses[name]:.4f}", file=sys.stderr)
     return losses

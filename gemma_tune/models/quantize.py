@@ -13,7 +13,9 @@ from gemma_tune.models.quantized import QuantizedEinsumDense, QuantizedEmbedding
 from gemma_tune.quantization.scheme import Grid, LayerScheme
 
 
-def quantize_layers(backbone: keras_hub.models.Backbone, grid: Grid) -> dict[str, LayerScheme]:
+def quantize_layers(
+    backbone: keras_hub.models.Backbone, grid: Grid, rounds_inputs: bool = False
+) -> dict[str, LayerScheme]:
     """Gives all linear layers of the decoder blocks, and the tied embedding, kernels in few bits.
 
     In a skeleton their values come later, from the checkpoint, and are quantized as they are read. Otherwise those that
@@ -22,6 +24,7 @@ def quantize_layers(backbone: keras_hub.models.Backbone, grid: Grid) -> dict[str
     Args:
         backbone: Before LoRA is enabled.
         grid: How.
+        rounds_inputs: Linear layers round their inputs too, to int8, token by token.
 
     Returns:
         How each layer is held, by its path.
@@ -30,6 +33,9 @@ def quantize_layers(backbone: keras_hub.models.Backbone, grid: Grid) -> dict[str
         ModelError: As `schemes_for`.
     """
     schemes = schemes_for(backbone, grid)
+    if rounds_inputs:
+        embedding = backbone.token_embedding.path
+        schemes = {path: one._replace(rounds_inputs=path != embedding) for path, one in schemes.items()}
     apply_schemes(backbone, schemes)
     return schemes
 

@@ -23,6 +23,7 @@ from gemma_tune.models.linear import einsum_product
 from gemma_tune.models.lora import low_rank_product
 from gemma_tune.quantization.grids import Quantized, Scales, dequantize, quantize, rows_of, shapes_of, take_rows
 from gemma_tune.quantization.scheme import LayerScheme
+from gemma_tune.quantization.smoothquant import dynamic_product, quantize_activations
 
 _ROWS_AT_ONCE = 4096  # Of an embedding, while it is read and in the head.
 NUM_FIRST = 256  # Values of a float kernel that are remembered, so that an adapter knows its base.
@@ -225,7 +226,7 @@ def quantized_product(
         kernel: Quantized.
     """
     if rounds_inputs:
-        x, kernel = _rounded(equation, x, kernel.input_scale), kernel._replace(input_scale=None)
+        return _rounded_product(equation, shape, x, kernel)
     return einsum_product(equation, x, dequantize(kernel, x.dtype).reshape(shape))
 
 
@@ -245,18 +246,22 @@ def _product_backward(equation, shape, rounds_inputs, kernel, gradient):
 quantized_product.defvjp(_product_forward, _product_backward)
 
 
-def _rounded(equation: str, x: jax.Array, input_scale: jax.Array | None) -> jax.Array:
-    """Returns x times the inputs' scale, in 255 steps for each token. Integers and one scale for a token: so these are
-    the products that hardware with int8 makes, whoever multiplies.
+def _rounded_product(equation: str, shape: tuple[int, ...], x: jax.Array, kernel: Quantized) -> jax.Array:
+    """Multiplies integers where hardware does that fast. XLA on CPU doesn't: there the same integers are multiplied as
+    floats.
     """
-    inputs, axes, _ = equation.replace("->", ",").split(",")
+    inputs, axes, outputs = equation.replace("->", ",").split(",")
     outer = x.shape[: sum(letter not in axes for letter in inputs)]
     flat = x.reshape(*outer, -1).astype(jnp.float32)
-    if input_scale is not None:
-        flat *= input_scale[0, :, 0]
-    step = jnp.max(jnp.abs(flat), axis=-1, keepdims=True) / 127
-    flat = jnp.round(flat / jnp.where(step == 0, 1, step)) * step
-    return flat.reshape(x.shape).astype(x.dtype)
+    if kernel.input_scale is not None:
+        flat *= kernel.input_scale[0, :, 0]
+        kernel = kernel._replace(input_scale=None)
+    if jax.default_backend() != "cpu":
+        sizes = [size for letter, size in zip(axes, shape, strict=True) if letter in outputs]
+        return dynamic_product(flat, kernel).reshape(*outer, *sizes).astype(x.dtype)
+    codes, step = quantize_activations(flat)
+    rounded = (codes * step).reshape(x.shape).astype(x.dtype)
+    return einsum_product(equation, rounded, dequantize(kernel, x.dtype).reshape(shape))
 
 
 def _names_of(names: Quantized, shapes: Quantized) -> list[str]:

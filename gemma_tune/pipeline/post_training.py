@@ -15,7 +15,7 @@ from gemma_tune.models.load import load_model
 from gemma_tune.models.lora import lora_layers, merge_lora
 from gemma_tune.models.prepare import prepare_for_training
 from gemma_tune.models.preset import check_output, save_preset
-from gemma_tune.models.quantize import apply_schemes, quantize_layers, quantized_layers, schemes_for
+from gemma_tune.models.quantize import quantize_layers, quantized_layers
 from gemma_tune.models.quantized_merge import MergeError, merge_into_codes
 from gemma_tune.models.source import parse_source
 from gemma_tune.pipeline.setup import prepare_data, read_splits
@@ -100,15 +100,8 @@ def quantize_model(
         with progress.counting("quantized blocks", len(model.backbone.transformer_layers)) as advance:
             prepare_for_training(model, None, packing=True, remat="none", row_length=config.row_length)
             errors = quantize_calibrated(model, batches, way.method, grid, advance)
-    elif way.rounds_inputs:
-        schemes = schemes_for(model.backbone, grid)
-        embedding = model.backbone.token_embedding.path
-        apply_schemes(
-            model.backbone,
-            {path: one._replace(rounds_inputs=path != embedding) for path, one in schemes.items()},
-        )
     elif not as_read:
-        quantize_layers(model.backbone, grid)
+        quantize_layers(model.backbone, grid, way.rounds_inputs)
     save_preset(model, path)
     num_int8 = sum(layer.scheme.grid.scheme != way.scheme for layer in quantized_layers(model.backbone))
     return Quantization(

@@ -126,6 +126,21 @@ def test_saved_and_loaded_it_is_the_same(method, tmp_path):
     assert again.generate("How do I", max_length=12) == prepare
 
 
+def test_integers_and_their_floats_are_the_same_product(rng, monkeypatch):
+    """What accelerators multiply as integers, for each form of kernel; with a scale for the inputs."""
+    model = prepared("gemma3")
+    quantize_calibrated(model, batches(0, 2), "smoothquant", Grid("int8"))
+    block = model.backbone.transformer_layers[0]
+    for layer in (block.attention.query_dense, block.attention.output_dense, block.ffw_linear):
+        inputs = layer._float_kernel.shape[:2] if layer.equation.startswith("btnh") else (matrix_shape(layer)[1],)
+        x = jnp.asarray(rng.normal(size=(2, 5, *inputs)), jnp.float32)
+        on_cpu = layer.call(x)
+        with monkeypatch.context() as patched:
+            patched.setattr(jax, "default_backend", lambda: "tpu")
+            integers = layer.call(x)
+        np.testing.assert_allclose(integers, on_cpu, atol=1e-5 * np.abs(on_cpu).max(), err_msg=layer.path)
+
+
 def test_rounded_inputs_are_an_int8_product(rng):
     """smoothquant-int8 and int8-dynamic: integers times integers, and two scales."""
     model = prepared("gemma3")
