@@ -149,16 +149,16 @@ def test_sums_of_positions(rng):
         assert quality.token_accuracy == wanted[f"{name}is_correct"].mean()
 
 
-def test_all_families_against_their_own_logits(family, tiny):
+def test_all_families_against_their_own_logits(some_family, tiny):
     """From the model to the figures: hidden states, head and soft cap are those of KerasHub's full call."""
     from gemma_tune.data import template_for
     from gemma_tune.data.tokenize import tokenize_examples
     from gemma_tune.models.tokenizer import tokenizer_of
     from gemma_tune.training.batches import HeldoutBatches
 
-    models = tiny(family), tiny(family, seed=1)
+    models = tiny(some_family), tiny(some_family, seed=1)
     examples = load_examples("sample:smartphone_support/heldout")[:5]
-    tokens = tokenize_examples(examples, template_for(family), tokenizer_of(models[0]), 96, "truncate").examples
+    tokens = tokenize_examples(examples, template_for(some_family), tokenizer_of(models[0]), 96, "truncate").examples
     batches = HeldoutBatches(tokens, 2, 96, packing=True)
     positions = scored_positions(batches)
     sides = []

@@ -147,6 +147,7 @@ def test_blockwise_is_the_whole_program(family, lora, rng):
     assert_same(*both_steps(qat_model(family, INT4, lora, rng), random_batch(rng), "blocks"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("grid", [Grid("int8"), Grid("nf4", 32)], ids=str)
 def test_blockwise_with_other_grids_and_a_frozen_head(grid, remat, rng):
@@ -166,7 +167,7 @@ def test_no_rounded_kernel_is_kept_for_the_backward_pass(lora, rng):
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("family", ["gemma3", pytest.param("gemma4", marks=pytest.mark.slow)])
 def test_answers_are_those_of_the_converted_model(family, lora, rng):
     """KerasHub's generate, which rounds for every token, and ours, which rounds once."""
     model = qat_model(family, INT4, lora, rng)

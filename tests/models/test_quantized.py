@@ -67,7 +67,11 @@ def test_product(rng, grid, equation, x_shape, shape):
     np.testing.assert_allclose(pullback(slope)[0], their_pullback(slope)[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [GRIDS[1], GRIDS[3], *(pytest.param(grid, marks=pytest.mark.slow) for grid in (GRIDS[0], GRIDS[2]))],
+    ids=str,
+)
 def test_loss_and_gradients_are_those_of_the_dequantized_model(some_family, grid, rng):
     model = load_model(f"tiny:{some_family}", grid=grid)
     twin = dequantized(model, some_family)

@@ -79,6 +79,7 @@ def test_it_recovers_what_rounding_loses(rng):
     assert aware_loss - float_loss < 0.4 * (rounded_loss - float_loss)
 
 
+@pytest.mark.slow
 def test_a_run_s_figures_are_those_of_its_converted_model(tmp_path):
     """Held-out loss and answers after training, and the saved floats, converted as they are loaded."""
     config = Config().replace(
