@@ -156,6 +156,8 @@ def test_a_job_has_examples_of_all_lengths(tiny_tokenizer):
 def test_quantization_on_the_tiny_model():
     arguments = ("--model=tiny", "--steps=3", "--repeats=1", "--num_documents=3", "--tokens=600", "--heldout=4")
     done, _ = run("quantization", *arguments, "--schemes=int8,nf4", "--parts=learning,rounding", code=None)
-    assert done["learning"]["int8"]["least_cosine"] > done["learning"]["nf4"]["least_cosine"] > 0.5
+    # Random weights magnify roundings: what must be reached is for real ones.
+    assert done["learning"]["int8"]["least_cosine"] > 0.99 > done["learning"]["nf4"]["least_cosine"] > 0.5
     assert set(done["rounding"]) == {"float32", *POST_TRAINING}
-    assert all(is_reached for what, *_, is_reached in done["verdicts"] if what.startswith("int8"))
+    losses = {what: is_reached for what, *_, is_reached in done["verdicts"] if "of LoRA's" in what}
+    assert len(losses) == 2 and all(losses.values())
