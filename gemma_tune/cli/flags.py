@@ -62,6 +62,7 @@ _FLAGS = {
     "top_p": ("generation.top_p", "Sample from the fewest tokens that hold this probability."),
     "seed": ("seed", "Of everything random."),
 }
+_WITHOUT_DEFAULT = ("calibration",)  # Given, where it is needed.
 _DEFINITIONS: dict[type, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -86,7 +87,7 @@ def define_some(values: flags.FlagValues, *names: str) -> None:
         path, text = _FLAGS[name]
         default = defaults[path]
         shown = ",".join(default) if isinstance(default, list) else default
-        text = f"{text} (default: {shown})" if shown != "" else text
+        text = f"{text} (default: {shown})" if shown != "" and name not in _WITHOUT_DEFAULT else text
         _DEFINITIONS[type(default)](name, None, text, flag_values=values)
 
 

@@ -15,12 +15,10 @@ from gemma_tune.quantization.scheme import POST_TRAINING
 
 USAGE = "--model=WORKDIR --scheme=SCHEME --output=FOLDER [--calibration=FILE]"
 DESCRIPTION = """Holds a trained model's weights in few bits and saves it as a preset, which every verb takes as
---model. LoRA is merged first, in floats.
-
-int8, int4, nf4     weights, rounded to the nearest code; no data needed
-int8-dynamic        int8, and the inputs of each product too, with a scale for each token
-gptq-int4, awq-int4 int4, chosen by what the calibration data does to each layer's outputs
-smoothquant-int8    int8-dynamic, with the range of inputs moved into the weights by calibration data"""
+--model. LoRA is merged first, in floats. int8, int4 and nf4 round weights to the nearest code, and need no data;
+int8-dynamic rounds the inputs of each product too, token by token. gptq-int4 and awq-int4 choose codes by what they do
+to each layer's outputs on the calibration data. smoothquant-int8 is int8-dynamic after a part of the inputs' range was
+moved into the weights, by calibration data too."""
 EXAMPLES = (
     "gemma-tune quantize --model=runs/mine --scheme=int8 --output=runs/mine-int8",
     "gemma-tune quantize --model=runs/mine --scheme=gptq-int4 --calibration=questions.jsonl --output=runs/mine-int4",
@@ -31,11 +29,15 @@ EXAMPLES = (
 def define_flags(values: absl_flags.FlagValues) -> None:
     """Defines the verb's flags."""
     flags.define_some(values, "model")
-    absl_flags.DEFINE_string("scheme", "int8", f"{', '.join(POST_TRAINING)}.", flag_values=values)
+    absl_flags.DEFINE_string("scheme", "int8", f"{', '.join(POST_TRAINING)}. (default: int8)", flag_values=values)
     absl_flags.DEFINE_string("output", "", "Folder for the preset; must not exist.", flag_values=values)
     flags.define_some(values, "calibration")
     absl_flags.DEFINE_integer(
-        "calibration_tokens", 32_768, "So many tokens of it flow through the model.", 1, flag_values=values
+        "calibration_tokens",
+        32_768,
+        "Of it, so many flow through the model. (default: 32768)",
+        1,
+        flag_values=values,
     )
     absl_flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
     flags.define(values, "block_size", "double_quant", "or_int8", "max_length", "precision", "on_error", "seed")
@@ -87,7 +89,7 @@ def _errors(done: Any) -> Table:
     """Kind of layer by kind of layer: the mean over the blocks."""
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"Error of layers' outputs on {done.num_tokens:,} tokens: share of their mean square",
+        title=f"Error of outputs on {done.num_tokens:,} tokens",
         title_justify="left",
     )
     for title in ("layer", "nearest code", done.scheme):
