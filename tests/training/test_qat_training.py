@@ -68,14 +68,14 @@ def loss_of(trainable, batch, grid=None):
 
 @pytest.mark.slow
 def test_it_recovers_what_rounding_loses(rng):
-    """The same steps on the same batch. Rounded after training in float, the loss goes up; trained rounded, it hardly
-    does.
+    """The same steps on the same batch. Rounded after training in float, the loss goes up by more than a tenth of what
+    is left; of that, training rounded takes back three fifths, as the real model must.
     """
     batch = jax.tree.map(jnp.asarray, random_batch(rng))
     in_float, aware = (trained(batch, qat, 60) for qat in (None, INT4))
     float_loss, rounded_loss, aware_loss = loss_of(in_float, batch), loss_of(in_float, batch, INT4), loss_of(aware, batch, INT4)  # fmt: skip
     print(float_loss, rounded_loss, aware_loss)
-    assert rounded_loss - float_loss > 0.05
+    assert rounded_loss > 1.1 * float_loss
     assert aware_loss - float_loss < 0.4 * (rounded_loss - float_loss)
 
 
