@@ -1,7 +1,7 @@
 """Folders on disk with what took long to make: found again by a key, and whole or not there.
 
 An entry is built in a folder beside its place and renamed into it. Its last file, written when all others are on the
-disk, names them with their sizes; an entry where that doesn't fit is thrown away and built again.
+disk, holds their checksums; an entry where these don't fit is thrown away and built again.
 """
 
 import contextlib
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma_tune.errors import DataError
+from gemma_tune.files import damage, seal, to_disk, write_text
 
 CONTENTS = "contents.json"
-_FORMAT = 1  # Raise it when the files of an entry, or what they mean, change.
+_FORMAT = 2  # Raise it when the files of an entry, or what they mean, change.
 _DAYS_KEPT_UNUSED = 30
 _DAYS_KEPT_PARTIAL = 1
 _PARTIAL = ".partial-"
@@ -74,11 +75,10 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
     partial = Path(tempfile.mkdtemp(prefix=folder.name + _PARTIAL, dir=folder.parent))
     try:
         values = build(partial)
-        sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
-        for name in sizes:
-            _to_disk(partial / name)
-        (partial / CONTENTS).write_text(json.dumps({"sizes": sizes, "values": values}), encoding="utf-8")
-        _to_disk(partial / CONTENTS)
+        write_text(partial / CONTENTS, json.dumps(values))
+        for path in partial.iterdir():
+            to_disk(path)
+        seal(partial)
         shutil.rmtree(folder, ignore_errors=True)  # A damaged one.
         try:
             os.replace(partial, folder)
@@ -93,17 +93,9 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
 def _read(folder: Path) -> dict[str, Any] | None:
     """Returns the values of a whole entry, else None."""
     try:
-        contents = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
-        is_whole = all((folder / name).stat().st_size == size for name, size in contents["sizes"].items())
-        return contents["values"] if is_whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return None if damage(folder) else json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file is on the disk: after a power cut it could have its size, but zeros in it."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _is_writable(root: Path) -> bool:

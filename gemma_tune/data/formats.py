@@ -140,6 +140,12 @@ def _joined(content: Any) -> Any:
 def _text(value: Any, name: str, origin: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{origin}: {name!r} must be a text, found {type(value).__name__}: {value!r:.60}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can say half of a sign; no tokenizer can read it.
+            half = value[error.start]
+            raise DataError(f"{origin}: {name!r} holds {half!r}, half of a surrogate pair.") from error
     return value
 
 

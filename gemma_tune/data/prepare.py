@@ -20,15 +20,16 @@ from gemma_tune.data.token_store import TokenStore, TokenWriter
 from gemma_tune.data.tokenize import tokenize_chunks
 from gemma_tune.errors import DataError
 
-_KEPT, _LENGTHS = "heldout.kept", "lengths"
+_KEPT_TRAIN, _KEPT_HELDOUT, _LENGTHS = "train.kept", "heldout.kept", "lengths"
 
 
 @dataclasses.dataclass
 class PreparedData:
-    """Tokenized examples on disk, the held-out conversations (same order as the tokens), and the report."""
+    """Tokenized examples on disk, their conversations (same order as the tokens), and the report."""
 
     train: TokenStore
     heldout: TokenStore
+    train_examples: ExampleStore
     heldout_examples: ExampleStore
     report: DataReport
 
@@ -72,10 +73,10 @@ def tokenize_splits(
                         advance(len(chunk.lengths))
                 return np.concatenate(kept)
 
-            report.num_train = len(write("train", splits.train))
-            kept = write("heldout", splits.heldout)
-        report.num_heldout = len(kept)
-        write_array(folder / _KEPT, kept)
+            train, heldout = write("train", splits.train), write("heldout", splits.heldout)
+        report.num_train, report.num_heldout = len(train), len(heldout)
+        write_array(folder / _KEPT_TRAIN, train)
+        write_array(folder / _KEPT_HELDOUT, heldout)
         if not report.num_train:
             _refuse_to_learn_nothing(read_array(folder / _LENGTHS, np.int32)[: len(splits.train)], max_length)
         return report.counts()
@@ -84,7 +85,8 @@ def tokenize_splits(
     return PreparedData(
         train=TokenStore.open(entry.folder, "train", entry.owner),
         heldout=TokenStore.open(entry.folder, "heldout", entry.owner),
-        heldout_examples=splits.heldout.select(read_array(entry.folder / _KEPT, np.int64)),
+        train_examples=splits.train.select(read_array(entry.folder / _KEPT_TRAIN, np.int64)),
+        heldout_examples=splits.heldout.select(read_array(entry.folder / _KEPT_HELDOUT, np.int64)),
         report=DataReport(**entry.values, lengths=read_array(entry.folder / _LENGTHS, np.int32)),
     )
 

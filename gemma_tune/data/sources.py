@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -128,7 +129,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         while True:
             try:
                 line = file.readline()
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise DataError(f"{path} is damaged behind line {number}: {error}.") from error
             if not line:
                 return
@@ -168,12 +169,17 @@ def _read_jsonl(path: Path, report: Report) -> Iterator[Row]:
 def _parse_object(text: str, origin: str) -> dict:
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = (
-            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        )
+    except (ValueError, RecursionError) as error:
+        reason = _why_no_json(error, f"column {getattr(error, 'colno', '')}")
         raise DataError(f"{origin}: not valid JSON: {reason}. Found: {_shorten(text)}") from error
     return _require_object(value, origin)
+
+
+def _why_no_json(error: Exception, place: str) -> str:
+    """Says what `json.loads` found, in the place where it knows one."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at {place}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
 
 
 def _require_object(value: object, origin: str) -> dict:
@@ -191,13 +197,9 @@ def _read_json(path: Path, report: Report) -> Iterator[Row]:
     text = _decode(b"".join(line for _, line in _lines(path)), str(path))
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = (
-            f"line {error.lineno}, column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
-        )
-        raise DataError(
-            f"{path} is not valid JSON: {where or 'nested too deeply'}. For an object on each line name it .jsonl."
-        ) from error
+    except (ValueError, RecursionError) as error:
+        reason = _why_no_json(error, f"line {getattr(error, 'lineno', '')}, column {getattr(error, 'colno', '')}")
+        raise DataError(f"{path} is not valid JSON: {reason}. For an object on each line name it .jsonl.") from error
     if isinstance(value, dict):
         lists = [name for name, entry in value.items() if isinstance(entry, list)]
         if len(lists) != 1:
@@ -253,7 +255,7 @@ def _read_parquet(path: Path, report: Report) -> Iterator[Row]:
             for fields in batch.to_pylist():
                 number += 1
                 yield Row(fields, f"{path}[{number}]")
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
+    except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not readable as Parquet: {error}.") from error
 
 

@@ -5,6 +5,7 @@ import threading
 from types import FrameType
 
 from gemma_tune.errors import TrainingError
+from gemma_tune.processes import largest
 
 
 class Interrupted(TrainingError):
@@ -19,6 +20,10 @@ class Interrupted(TrainingError):
         self.exit_code = 128 + signal_number
 
 
+class Stop(Exception):
+    """Leaves what is under way, so that the loop can save."""
+
+
 class Interrupts:
     """While open, the first SIGINT or SIGTERM is remembered in `received`; a second SIGINT raises KeyboardInterrupt at
     once.
@@ -27,6 +32,12 @@ class Interrupts:
     def __init__(self) -> None:
         self.received: int = 0
         self._previous: dict[int, object] = {}
+
+    def check(self) -> None:
+        """Raises Stop if a signal has come, to any process: for what takes long and can be begun anew."""
+        self.received = largest(self.received)
+        if self.received:
+            raise Stop
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():  # Elsewhere Python lets nobody set handlers.

@@ -1,16 +1,21 @@
 """The folder of a run: what is in it, and whether a command may go on with it."""
 
+import contextlib
 import importlib.metadata
-import json
-import os
 import platform
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma_tune.config import Config
 from gemma_tune.errors import TrainingError
+from gemma_tune.files import write_json
+from gemma_tune.processes import in_all_processes, is_first
 from gemma_tune.settings import flatten
+from gemma_tune.training.checkpoints import read_about
+from gemma_tune.training.lock import LOCK_FILE, check_free, only_process
 
 CONFIG_FILE, VERSIONS_FILE = "config.json", "versions.json"
 CHECKPOINTS, ADAPTER, MODEL = "checkpoints", "adapter", "model"
@@ -19,10 +24,13 @@ _MAY_CHANGE = {
     "workdir",
     "training.keep_last",
     "training.log_every_steps",
+    "training.on_bad_step",
+    "training.loss_spike_factor",
+    "training.mesh",
     "training.num_sample_answers",
     "training.num_scored_answers",
 }
-_LEFT_BEHIND = ("metrics.jsonl", "samples.json")
+_LEFT_BEHIND = ("metrics.jsonl", "samples.json", "bad_steps.jsonl")
 _PACKAGES = ("gemma-tune", "keras", "keras-hub", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -30,41 +38,110 @@ def check_workdir(config: Config) -> Path:
     """Returns the workdir's path after checking, without writing anything, that this run may use it.
 
     Raises:
-        TrainingError: It holds something else, or checkpoints of a run with other settings: says which.
+        TrainingError: It holds something else, or checkpoints of a run with other settings, which it names; or another
+            process is training there.
     """
     workdir = Path(config.workdir).expanduser()
-    if has_checkpoints(workdir):
-        _check_same(config, workdir)
-    elif workdir.exists() and not (workdir / CONFIG_FILE).exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    check_free(workdir)
+    if about := read_about(workdir / CHECKPOINTS):
+        _check_same(config, about, workdir)
+    elif workdir.exists() and not workdir.is_dir():
+        raise TrainingError(f"{workdir} is a file. Choose another --workdir.")
+    elif workdir.exists() and not (workdir / CONFIG_FILE).exists() and not _is_empty(workdir):
         raise TrainingError(f"{workdir} is not empty and holds no run. Choose another --workdir.")
     return workdir
 
 
-def open_workdir(config: Config) -> Path:
-    """Makes the workdir and writes config.json and versions.json. What a run left there that saved nothing is cleared
-    away.
+def _is_empty(workdir: Path) -> bool:
+    """But for what a run leaves that was killed at its very beginning."""
+    return {path.name for path in workdir.iterdir()} <= {LOCK_FILE, f"{CONFIG_FILE}.partial", ".DS_Store"}
+
+
+class OpenWorkdir(NamedTuple):
+    """A workdir that this process holds.
+
+    about: The run's settings and versions, for its checkpoints. changed: What is another than when the newest
+        checkpoint was written, in words. checkpoints: Where they are.
+    """
+
+    path: Path
+    about: dict[str, Any]
+    changed: list[str]
+    checkpoints: Path
+
+
+@contextlib.contextmanager
+def open_together(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
+    """As `open_workdir`, for one process of several: the first opens it, and the others write to a folder that is
+    removed, but for the checkpoints.
 
     Raises:
-        TrainingError: As `check_workdir`; or the folder can't be written.
+        TrainingError: As `open_workdir`, in all processes.
+    """
+    with contextlib.ExitStack() as stack:
+        with in_all_processes():
+            if is_first():
+                workdir = stack.enter_context(open_workdir(config, data_key))
+            else:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gemma_tune-")))
+                checkpoints = Path(config.workdir).expanduser() / CHECKPOINTS
+                workdir = OpenWorkdir(folder, _about(config, data_key), [], checkpoints)
+        yield workdir
+
+
+@contextlib.contextmanager
+def open_workdir(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
+    """Makes the workdir, holds it, and writes config.json and versions.json.
+
+    What a run left there that saved nothing is cleared away.
+
+    Args:
+        config: Of the run.
+        data_key: Another one for other data.
+
+    Raises:
+        TrainingError: As `check_workdir`; or something can't be written there, now or while it is open.
     """
     workdir = check_workdir(config)
-    try:
-        if not has_checkpoints(workdir):
-            for name in _LEFT_BEHIND:
-                (workdir / name).unlink(missing_ok=True)
-            shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
+    about = _about(config, data_key)
+    with _disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / CONFIG_FILE, config.to_dict())
-        write_json(workdir / VERSIONS_FILE, versions())
+        with only_process(workdir):
+            before = read_about(workdir / CHECKPOINTS)
+            if before is None:
+                for name in _LEFT_BEHIND:
+                    (workdir / name).unlink(missing_ok=True)
+                shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
+            else:
+                _check_same(config, before, workdir)  # Another process may have begun a run since.
+            write_json(workdir / CONFIG_FILE, about["config"])
+            write_json(workdir / VERSIONS_FILE, about["versions"])
+            yield OpenWorkdir(workdir, about, _changed(before, about["versions"]), workdir / CHECKPOINTS)
+
+
+def _about(config: Config, data_key: str) -> dict[str, Any]:
+    return {"config": config.to_dict(), "versions": {**versions(), "data": data_key}}
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise TrainingError(f"The workdir {workdir} can't be written: {error}. Choose another --workdir.") from error
-    return workdir
+        reason = f"{error.strerror or error}: {error.filename}" if error.filename else error
+        raise TrainingError(
+            f"The workdir {workdir} can't be written: {reason}. Make room, and run the same command again: it goes on "
+            "from the last checkpoint. Or choose another --workdir."
+        ) from error
 
 
-def has_checkpoints(workdir: Path) -> bool:
-    """Whether anything was saved there to go on from."""
-    folder = workdir / CHECKPOINTS
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+def _changed(before: dict[str, Any] | None, now: dict[str, str]) -> list[str]:
+    versions = (before or {}).get("versions", now)
+    return [
+        "the data, or what cleans and splits it" if name == "data" else f"{name} {versions.get(name)} → {value}"
+        for name, value in now.items()
+        if versions.get(name) != value
+    ]
 
 
 def versions() -> dict[str, str]:
@@ -78,19 +155,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _check_same(config: Config, workdir: Path) -> None:
-    try:
-        before = flatten(json.loads((workdir / CONFIG_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{workdir / CONFIG_FILE} can't be read: {error}. Choose another --workdir.") from error
-    now = flatten(config.to_dict())
+def _check_same(config: Config, about: dict[str, Any], workdir: Path) -> None:
+    before, now = flatten(about.get("config", {})), flatten(config.to_dict())
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -81,7 +81,7 @@ def test_the_sample_and_its_heldout_part():
         ("a.jsonl", '["x"]\n', r"a.jsonl:1: expected a JSON object, found list"),
         ("deep.jsonl", "[" * 100_000, r"deep.jsonl:1: not valid JSON: nested too deeply"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl:2: byte 11 of the line is not UTF-8 \(0xff\)"),
-        ("a.json", '[{"text": 1}', r"a.json is not valid JSON: line 1, column 13"),
+        ("a.json", '[{"text": 1}', r"a.json is not valid JSON: .* at line 1, column 13"),
         ("a.json", '{"a": [], "b": []}', r"a.json: expected a list of objects, .* found keys \['a', 'b'\]"),
         ("a.json", "7", r"a.json: expected a list of objects, found int"),
         ("a.json", '[{"text": "a"}, 3]', r"a.json\[2\]: expected a JSON object, found int"),
