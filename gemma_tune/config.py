@@ -132,11 +132,16 @@ class TrainingConfig:
             compiles in a second and takes less memory; `auto`: blocks on CPU, else whole.
         attention: Kernel for training: `blocks` (plain products in causal blocks, anywhere), `cudnn` (NVIDIA GPUs),
             `splash` (TPUs), `keras` (KerasHub's own), or `auto`: the fastest that can be used.
+        mesh: Spreads the run over devices: `data:2,fsdp:2,model:2`, any of these axes (gemma_tune/mesh.py), or `auto`,
+            which takes all there are. Empty: one device. Another mesh may go on with the run.
         eval_every_steps: Held-out loss every so many steps, and always at the start and the end; 0: only then.
         checkpoint_every_steps: 0: only at the end, on Ctrl-C and on SIGTERM.
         keep_last: Checkpoints to keep besides the best one.
         early_stopping_patience: Stop after so many evaluations without a better held-out loss; 0: never.
         log_every_steps: Metrics go to `metrics.jsonl` and TensorBoard every so many steps.
+        on_bad_step: When a step's loss or gradient is no number, or its loss a spike: `stop`, or `skip`, which leaves
+            its update out. Which examples it held goes to `bad_steps.jsonl`.
+        loss_spike_factor: A loss so many times the usual one is a spike; 0: none is.
         num_sample_answers: Held-out questions answered before and after training, and shown side by side.
         num_scored_answers: Held-out questions whose answers are compared with the wanted ones at the end.
     """
@@ -150,11 +155,14 @@ class TrainingConfig:
     remat: str = "blocks"
     program: str = "auto"
     attention: str = "auto"
+    mesh: str = ""
     eval_every_steps: int = 50
     checkpoint_every_steps: int = 50
     keep_last: int = 2
     early_stopping_patience: int = 0
     log_every_steps: int = 1
+    on_bad_step: str = "stop"
+    loss_spike_factor: float = 0.0
     num_sample_answers: int = 5
     num_scored_answers: int = 20
 

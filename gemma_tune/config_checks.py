@@ -3,6 +3,7 @@
 from typing import Any
 
 from gemma_tune.errors import ConfigError, did_you_mean
+from gemma_tune.mesh import AUTO, parse_mesh
 from gemma_tune.quantization.scheme import BLOCK_SIZES, SCHEMES
 
 METHODS = ("full", "lora", "qlora")
@@ -11,6 +12,7 @@ OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 OVERLONG = ("truncate", "drop", "error")
 ON_ERROR = ("raise", "skip")
+ON_BAD_STEP = ("stop", "skip")
 REMAT = ("none", "blocks", "full")
 PROGRAMS = ("auto", "whole", "blocks")
 ATTENTION = ("auto", "blocks", "cudnn", "splash", "keras")
@@ -41,6 +43,7 @@ def _check_choices(config: Any) -> None:
     _one_of("optimizer.schedule", optimizer.schedule, SCHEDULES)
     _one_of("training.method", training.method, METHODS)
     _one_of("training.qat", training.qat, ("", *SCHEMES))
+    _one_of("training.on_bad_step", training.on_bad_step, ON_BAD_STEP)
     _one_of("training.remat", training.remat, REMAT)
     _one_of("training.program", training.program, PROGRAMS)
     _one_of("training.attention", training.attention, ATTENTION)
@@ -59,6 +62,8 @@ def _check_ranges(config: Any) -> None:
     for name in ("num_train_steps", "eval_every_steps", "checkpoint_every_steps", "early_stopping_patience",
                  "num_sample_answers", "num_scored_answers"):  # fmt: skip
         _at_least(f"training.{name}", getattr(training, name), 0)
+    if training.loss_spike_factor and not training.loss_spike_factor > 1:
+        raise ConfigError(f"training.loss_spike_factor must be 0 or above 1, got {training.loss_spike_factor}.")
     _at_least("generation.max_new_tokens", generation.max_new_tokens, 1)
     _at_least("generation.temperature", generation.temperature, 0)
     _at_least("generation.top_k", generation.top_k, 0)
@@ -100,6 +105,23 @@ def _check_combinations(config: Any) -> None:
         )
     if training.early_stopping_patience and not training.eval_every_steps:
         raise ConfigError("training.early_stopping_patience needs training.eval_every_steps above 0, got 0.")
+    _check_mesh(training)
+
+
+def _check_mesh(training: Any) -> None:
+    if not training.mesh:
+        return
+    if training.program == "blocks":
+        raise ConfigError(f"training.mesh={training.mesh} needs training.program=whole, or auto; got blocks.")
+    if training.mesh == AUTO:
+        return
+    shape, rows = parse_mesh(training.mesh), training.batch_size // training.grad_accum_steps
+    if rows % shape.num_row_shards:
+        portion = " / training.grad_accum_steps" if training.grad_accum_steps > 1 else ""
+        raise ConfigError(
+            f"training.mesh={training.mesh} cuts a batch's rows into {shape.num_row_shards} parts, so "
+            f"training.batch_size{portion} must be a multiple of that; got {rows}."
+        )
 
 
 def _one_of(path: str, value: str, choices: tuple[str, ...]) -> None:

@@ -11,6 +11,10 @@ from collections.abc import Iterable
 class GemmaTuneError(Exception):
     """Base of all errors that gemma_tune raises on purpose."""
 
+    def __str__(self) -> str:
+        """Returns the message, with half surrogate pairs escaped: damaged files hold them, no terminal prints them."""
+        return super().__str__().encode("utf-8", "backslashreplace").decode("utf-8")
+
 
 class ConfigError(GemmaTuneError, ValueError):
     """A setting, flag or config file is wrong."""

@@ -36,6 +36,13 @@ if keras.config.backend() != "jax":
     )
 
 
+def on_one_cpu() -> bool:
+    """Whether programs are for a CPU that counts as one device. What is written out for XLA's compiler there, no mesh
+    of devices could cut.
+    """
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
 def cache_dir() -> Path:
     """Folder for what can be made again: compiled programs and tokenizers. `GEMMA_TUNE_CACHE` moves it."""
     base = os.environ.get("GEMMA_TUNE_CACHE") or os.path.join(
@@ -65,4 +72,4 @@ def _keep_compiled_programs() -> None:
 
 _keep_compiled_programs()
 
-__all__ = ["cache_dir", "jax", "keras", "keras_hub"]
+__all__ = ["cache_dir", "jax", "keras", "keras_hub", "on_one_cpu"]

@@ -36,7 +36,7 @@ class ProgressReporter:
     def on_step(self, step: int, num_steps: int, values: dict[str, float]) -> None:
         """Moves the bar, or prints a line."""
         skipped = values.get("num_skipped_steps", 0)
-        text = f"loss {values['loss']:.3f}  {values['tokens_per_second']:.0f} tokens/s{self._heldout}"
+        text = f"loss {values.get('loss', float('nan')):.3f}  {values['tokens_per_second']:.0f} tokens/s{self._heldout}"
         text += f"  {skipped:.0f} skipped" if skipped else ""
         if not console.is_terminal:
             self._print_now_and_then(step, num_steps, text)
@@ -59,6 +59,10 @@ class ProgressReporter:
             f"held-out {when}: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}, token accuracy "
             f"{values['token_accuracy']:.1%}"
         )
+
+    def on_problem(self, message: str) -> None:
+        """Prints what went wrong without ending the run."""
+        console.print(message, style="yellow", markup=False)
 
     def _print_now_and_then(self, step: int, num_steps: int, text: str) -> None:
         now = time.monotonic()

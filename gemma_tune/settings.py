@@ -4,6 +4,7 @@ A setting is named by its path in the tree, such as `lora.rank`.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -45,6 +46,8 @@ def to_plain(value: Any) -> Any:
 
 def from_plain(cls: Any, tree: Mapping[str, Any]) -> Any:
     """Builds the dataclasses again. Missing settings take their default; an unknown one is a ConfigError."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"Expected groups of settings, as Config.to_dict() gives them, got {tree!r:.60}.")
     return _build(cls, tree, "", setting_paths(cls))
 
 
@@ -81,8 +84,10 @@ def _coerce(value: Any, expected: Any, path: str) -> Any:
         ):
             raise ConfigError(f"{path} must be a list of names, got {value!r}.")
         return tuple(item.strip() for item in items if item.strip())
-    if expected is float and type(value) is int:
+    if expected is float and type(value) is int and abs(value) < 2**1000:
         return float(value)
     if type(value) is not expected:
-        raise ConfigError(f"{path} must be {_TYPE_NAMES[expected]}, got {value!r}.")
+        raise ConfigError(f"{path} must be {_TYPE_NAMES[expected]}, got {value!r:.60}.")
+    if expected is float and not math.isfinite(value):
+        raise ConfigError(f"{path} must be a finite number, got {value}.")
     return value

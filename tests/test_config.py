@@ -63,7 +63,7 @@ def test_it_is_frozen():
             r"model.precision must be one of float32, bfloat16, float16, mixed_bfloat16, mixed_float16; got 'float64'. Did you mean",
         ),
         ({"optimizer.name": "adam"}, r"optimizer.name must be one of .*; got 'adam'. Did you mean adamw\?"),
-        ({"optimizer.learning_rate": float("nan")}, r"optimizer.learning_rate must be at least 0, got nan"),
+        ({"optimizer.learning_rate": float("nan")}, r"optimizer.learning_rate must be a finite number, got nan"),
         ({"optimizer.learning_rate": -1.0}, r"optimizer.learning_rate must be at least 0"),
         ({"data.eval_fraction": 1.0}, r"data.eval_fraction must lie between 0 and 1"),
         (

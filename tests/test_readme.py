@@ -62,6 +62,7 @@ def with_tiny_model(words):
     return arguments
 
 
+@pytest.mark.slow
 def test_every_command_runs(folder, monkeypatch, capfd):
     seen = []
     for words in commands():

@@ -21,19 +21,7 @@ EXAMPLES = (
 
 def define_flags(values: absl_flags.FlagValues) -> None:
     """Defines the verb's flags."""
-    flags.define(
-        values,
-        "model",
-        "max_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "precision",
-        "quantize",
-        "block_size",
-        "seed",
-    )
-    absl_flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
+    flags.define_for_answers(values)
     absl_flags.DEFINE_string("system", "", "A system turn at the beginning.", flag_values=values)
 
 
@@ -44,18 +32,12 @@ def run(
     del positional
     config = flags.to_config(values, overrides)
     from gemma_tune.data import Turn
-    from gemma_tune.models.load import load_model
+    from gemma_tune.models.load import load_configured
     from gemma_tune.serving import stream
 
     console = output.console
     with console.status(f"Loading {config.model.source}…"):
-        model = load_model(
-            config.model.source,
-            precision=config.model.precision,
-            grid=config.grid,
-            adapter=values.adapter,
-            seed=config.seed,
-        )
+        model = load_configured(config, values.adapter)
     console.print("Ask away. /reset begins anew, /exit leaves.", style="dim")
     beginning = [Turn("system", values.system)] if values.system else []
     turns = list(beginning)

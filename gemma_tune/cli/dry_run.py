@@ -44,6 +44,7 @@ def dry_run(config: Config, output: Output, memory_limit: float = 0.0) -> dict[s
     num_tokens = int(train.counts.num_tokens.sum())
     num_positions = batches.steps_per_epoch * batches.batch_size * batches.row_length
     shape = f"{batches.batch_size} × {batches.row_length} tokens"
+    step_memory_label = "memory of a step" + (" on each device" if setup.layout else "")
     rows = {
         "training examples": f"{len(train):,} ({num_tokens:,} tokens)",
         "held-out examples": f"{len(setup.data.heldout):,}",
@@ -51,7 +52,8 @@ def dry_run(config: Config, output: Output, memory_limit: float = 0.0) -> dict[s
         "steps": f"{len(batches):,} of {shape} ({batches.steps_per_epoch} an epoch)",
         "filled positions": f"{num_tokens / num_positions:.0%}",
         "attention": str(setup.attention),
-        "memory of a step": f"{memory.total_bytes / 1e9:.2f} GB: weights and state "
+        **({"mesh": str(setup.layout)} if setup.layout else {}),
+        step_memory_label: f"{memory.total_bytes / 1e9:.2f} GB: weights and state "
         f"{memory.argument_bytes / 1e9:.2f}, while computing {memory.temporary_bytes / 1e9:.2f}",
     }
     table = Table(box=box.SIMPLE, show_header=False)

@@ -21,11 +21,14 @@ EXAMPLES = (
 )
 
 
+_FLAGS = (
+    "model", "data", "max_length", "batch_size", "mesh", "precision", "quantize", "block_size", "on_error", "seed",
+)  # fmt: skip
+
+
 def define_flags(values: absl_flags.FlagValues) -> None:
     """Defines the verb's flags."""
-    flags.define(
-        values, "model", "data", "max_length", "batch_size", "precision", "quantize", "block_size", "on_error", "seed"
-    )
+    flags.define(values, *_FLAGS)
     absl_flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
 
 

@@ -55,6 +55,10 @@ _FLAGS = {
         "model.precision",
         f"{', '.join(PRECISIONS)}. mixed: float32 weights, 16-bit arithmetic. float16: for GPUs without bfloat16.",
     ),
+    "mesh": (
+        "training.mesh",
+        "Devices to spread the run over: auto, or data:2,fsdp:2,model:2 (copies, parts of weights, parts of products).",
+    ),
     "on_error": ("data.on_error", "raise: stop at the first unreadable row. skip: count and report such rows."),
     "max_new_tokens": ("generation.max_new_tokens", "Longest answer in tokens."),
     "temperature": ("generation.temperature", "0: the likeliest token each time. Higher: bolder."),
@@ -62,6 +66,9 @@ _FLAGS = {
     "top_p": ("generation.top_p", "Sample from the fewest tokens that hold this probability."),
     "seed": ("seed", "Of everything random."),
 }
+_FOR_ANSWERS = (
+    "model", "max_new_tokens", "temperature", "top_k", "top_p", "precision", "quantize", "block_size", "mesh", "seed",
+)  # fmt: skip
 _WITHOUT_DEFAULT = ("calibration",)  # Given, where it is needed.
 _DEFINITIONS: dict[type, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
@@ -78,6 +85,12 @@ def define(values: flags.FlagValues, *names: str) -> None:
     flags.DEFINE_string(
         "config", None, "A config file, or the workdir of an earlier run, to start from.", flag_values=values
     )
+
+
+def define_for_answers(values: flags.FlagValues) -> None:
+    """Defines the flags of a verb in which a model answers, `--adapter` among them."""
+    define(values, *_FOR_ANSWERS)
+    flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
 
 
 def define_some(values: flags.FlagValues, *names: str) -> None:
@@ -134,7 +147,7 @@ def load_config_file(name: str) -> Config:
 
         try:
             return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: {error}") from error
     try:
         get_config = runpy.run_path(str(path)).get("get_config")

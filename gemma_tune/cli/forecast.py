@@ -23,8 +23,10 @@ class Proposal(NamedTuple):
 
 def step_memory(setup: Setup) -> StepMemory:
     """Compiles the training step and returns its memory. Nothing is run."""
+    batch = setup.on_devices(setup.batches)[0]
     shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (setup.state, setup.frozen, setup.batches[0])
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if setup.layout else None),
+        (setup.state, setup.frozen, batch),
     )
     return setup.train_step.memory(*shapes)
 

@@ -24,19 +24,7 @@ EXAMPLES = (
 
 def define_flags(values: absl_flags.FlagValues) -> None:
     """Defines the verb's flags."""
-    flags.define(
-        values,
-        "model",
-        "max_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "precision",
-        "quantize",
-        "block_size",
-        "seed",
-    )
-    absl_flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
+    flags.define_for_answers(values)
 
 
 def run(
@@ -49,16 +37,10 @@ def run(
         prompts = [line.strip() for line in sys.stdin if line.strip()]
     if not prompts:
         raise ConfigError("No question. Give one as an argument, in quotes, or one a line on stdin.")
-    from gemma_tune.models.load import load_model
+    from gemma_tune.models.load import load_configured
     from gemma_tune.serving import generate, stream
 
-    model = load_model(
-        config.model.source,
-        precision=config.model.precision,
-        grid=config.grid,
-        adapter=values.adapter,
-        seed=config.seed,
-    )
+    model = load_configured(config, values.adapter)
     sampling = {**dataclasses.asdict(config.generation), "seed": config.seed}
     if len(prompts) == 1:
         pieces = []

@@ -3,8 +3,10 @@
 import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
@@ -27,12 +29,17 @@ VERBS = {
     "generate": "Answer questions.",
     "chat": "Talk to a model.",
 }
-_USAGE, _FAILED, _INTERRUPTED = 2, 1, 130
+_USAGE, _FAILED, _INTERRUPTED, _TERMINATED = 2, 1, 130, 143
+_WHEN_STOPPED = dict.fromkeys(("train", "quickstart"), " What was saved stays: run the same command again to go on.")
+
+
+class _Terminated(BaseException):
+    """SIGTERM, wherever the program is: what a run was saving is saved, and a verb leaves nothing half done."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Runs a command line, without the program's name, and returns the exit code: 0 done, 1 failed, 2 wrong usage, 130
-    Ctrl-C.
+    Ctrl-C, 143 SIGTERM.
     """
     arguments = list(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -78,8 +85,30 @@ def _run_verb(verb: str, arguments: list[str]) -> int:
     if values.help:
         print(help_text.for_verb(verb, module, values))
         return 0
-    with Output(values.json) as output:
-        return _guarded(verb, lambda: module.run(values, overrides, positional, output), output)
+    with Output(values.json) as output, _terminable():
+        code = _guarded(verb, lambda: module.run(values, overrides, positional, output), output)
+    if "distributed" in values and values["distributed"].value:
+        from gemma_tune.processes import leave
+
+        leave(code)
+    return code
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM raises _Terminated, but where the training loop catches the signal itself."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # Elsewhere Python lets nobody set handlers.
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _guarded(verb: str, call, output: Output) -> int:
@@ -91,9 +120,10 @@ def _guarded(verb: str, call, output: Output) -> int:
         code = getattr(error, "exit_code", _USAGE if isinstance(error, ConfigError) else _FAILED)
         output.error(f"gemma-tune {verb}: {error}", code)
         return code
-    except KeyboardInterrupt:
-        output.error(f"gemma-tune {verb}: stopped.", _INTERRUPTED)
-        return _INTERRUPTED
+    except (KeyboardInterrupt, _Terminated) as error:
+        code = _TERMINATED if isinstance(error, _Terminated) else _INTERRUPTED
+        output.error(f"gemma-tune {verb}: stopped.{_WHEN_STOPPED.get(verb, '')}", code)
+        return code
     except BrokenPipeError:  # The reader of stdout went away, as `head` does.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,6 +21,7 @@ class Output:
         self.is_json = is_json
         self.console = Console(stderr=is_json, highlight=False, soft_wrap=False)
         self._json_fd: int | None = None
+        self._is_first = True
 
     def __enter__(self) -> "Output":
         if self.is_json:
@@ -37,9 +38,17 @@ class Output:
             os.close(self._json_fd)
             self._json_fd = None
 
+    def only_if(self, is_first: bool) -> None:
+        """Keeps all but the first of several processes silent, but for errors."""
+        from gemma_tune import progress
+
+        self.console.quiet = progress.console.quiet = not is_first
+        self._is_first = is_first
+
     def result(self, value: dict[str, Any]) -> None:
         """Prints the verb's JSON object, if asked for."""
-        self._write_json(value)
+        if self._is_first:
+            self._write_json(value)
 
     def error(self, message: str, code: int) -> None:
         """Prints an error on stderr, and as JSON, if asked for."""

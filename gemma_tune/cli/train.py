@@ -7,6 +7,7 @@ from absl import flags as absl_flags
 
 from gemma_tune.cli import flags
 from gemma_tune.cli.output import Output
+from gemma_tune.errors import ConfigError
 
 USAGE = "--data=FILE [--model=…] [--workdir=…]"
 DESCRIPTION = """Fine-tunes a model on your data and saves an adapter (or, with --method=full, a model) in the
@@ -20,7 +21,7 @@ EXAMPLES = (
 )
 _FLAGS = (
     "model", "data", "eval_data", "workdir", "method", "lora_rank", "lora_alpha", "lora_targets", "learning_rate",
-    "num_epochs", "batch_size", "max_length", "precision", "quantize", "qat", "block_size", "double_quant",
+    "num_epochs", "batch_size", "mesh", "max_length", "precision", "quantize", "qat", "block_size", "double_quant",
     "or_int8", "on_error", "seed",
 )  # fmt: skip
 
@@ -30,6 +31,12 @@ def define_flags(values: absl_flags.FlagValues) -> None:
     flags.define(values, *_FLAGS)
     absl_flags.DEFINE_bool(
         "dry_run", False, "Show examples, parameters, steps and memory, and train nothing.", flag_values=values
+    )
+    absl_flags.DEFINE_string(
+        "distributed",
+        "",
+        "One of several processes: auto asks the cluster (TPU pods, SLURM); else HOST:PORT,NUM_PROCESSES,INDEX.",
+        flag_values=values,
     )
     absl_flags.DEFINE_string(
         "memory", "", "With --dry_run: what the run may take, like 16GB; else what the device has.", flag_values=values
@@ -42,6 +49,13 @@ def run(
     """Trains, or shows what training would do."""
     del positional
     config = flags.to_config(values, overrides)
+    if values.distributed:
+        if not config.training.mesh:
+            raise ConfigError("--distributed needs --mesh=auto, or a mesh of all devices of all processes.")
+        from gemma_tune import processes
+
+        processes.join(values.distributed)
+        output.only_if(processes.is_first())
     if values.dry_run:
         from gemma_tune.cli.dry_run import dry_run
 

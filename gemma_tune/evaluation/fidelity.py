@@ -16,9 +16,10 @@ import numpy as np
 
 from gemma_tune.evaluation.comparison import Divergence, Quality
 from gemma_tune.evaluation.heldout import perplexity_of
+from gemma_tune.models.head import num_rows, over_blocks, rows_of_head
 from gemma_tune.quantization.fake import FakeQuantized
 from gemma_tune.quantization.grids import Quantized
-from gemma_tune.training.losses import VOCABULARY_BLOCK, block_logits, num_rows, over_blocks, rows_of_head
+from gemma_tune.training.losses import VOCABULARY_BLOCK, block_logits
 
 _MOST_POSITIONS = 1024  # At a time: each pass over the heads makes their rows float anew.
 _POSITION_BUCKET = 64

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.files import write_text
+
 REPORT_FILE = "report.html"
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -45,7 +47,7 @@ def write_report(
         f"<details><summary>Settings</summary><pre>{html.escape(_settings(config))}</pre></details>",
     ]
     path = workdir / REPORT_FILE
-    path.write_text(html_document("gemma_tune report", parts), encoding="utf-8")
+    write_text(path, html_document("gemma_tune report", parts))
     return path
 
 

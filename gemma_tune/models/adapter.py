@@ -1,17 +1,21 @@
 """Saves and loads LoRA adapters: as safetensors with what they belong to, and as KerasHub's `.lora.h5`."""
 
+import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 
 from gemma_tune.errors import ModelError
+from gemma_tune.files import write_whole
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.family import family_of
 from gemma_tune.models.fingerprint import fingerprint, some_values
 from gemma_tune.models.functional import variables_by_path
 from gemma_tune.models.lora import enable_lora, enable_on_layers, lora_layers
+from gemma_tune.processes import to_host
 
 ADAPTER_FILE = "adapter.safetensors"
 _FORMAT = "gemma_tune.adapter"
@@ -42,9 +46,9 @@ def save_adapter(model: keras.Model, path: str | os.PathLike, base_model: str = 
         return path
     file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    factors = {name: np.asarray(variable.value) for name, variable in _factors(model).items()}
+    factors = {name: to_host(variable.value) for name, variable in _factors(model).items()}
     metadata = {
         "format": _FORMAT,
         "family": family_of(model),
@@ -55,10 +59,19 @@ def save_adapter(model: keras.Model, path: str | os.PathLike, base_model: str = 
         "alpha": repr(float(layers[0].lora_alpha)),
         "target_layers": json.dumps(sorted({layer.name for layer in layers})),
     }
-    partial = file.with_name(file.name + ".partial")
-    save_file(factors, partial, metadata)
-    os.replace(partial, file)  # A half-written adapter never has the adapter's name.
+    write_whole(file, lambda partial: partial.write_bytes(save(factors, sealed_metadata(metadata, factors))))
     return file
+
+
+def sealed_metadata(metadata: dict[str, str], factors: dict[str, np.ndarray]) -> dict[str, str]:
+    """Returns an adapter's metadata with a SHA-256 over all that its file holds, but for the sum itself."""
+    described = {name: value for name, value in metadata.items() if name != "sha256"}
+    found = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name in sorted(factors):
+        factor = np.ascontiguousarray(factors[name])
+        found.update(f"{name} {factor.dtype} {factor.shape}".encode())
+        found.update(factor.tobytes())
+    return {**described, "sha256": found.hexdigest()}
 
 
 def load_adapter(model: keras.Model, path: str | os.PathLike) -> None:
@@ -88,6 +101,9 @@ def load_adapter(model: keras.Model, path: str | os.PathLike) -> None:
             f"{file} and the model don't have the same factors: {sorted(set(variables) ^ set(factors))[:4]}."
         )
     for name, variable in variables.items():
+        if tuple(variable.shape) != factors[name].shape:
+            raise ModelError(f"{file}: {name} is {factors[name].shape}, and the model's is {tuple(variable.shape)}.")
+    for name, variable in variables.items():
         variable.assign(factors[name])
 
 
@@ -112,7 +128,31 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         raise ModelError(f"{file} can't be read as an adapter: {error}.") from error
     if metadata.get("format") != _FORMAT:
         raise ModelError(f"{file} is no adapter of gemma_tune: its metadata has format {metadata.get('format')!r}.")
+    if problem := _what_is_wrong(metadata, factors):
+        raise ModelError(f"{file} is damaged: {problem}. Take it from its source again.")
     return metadata, factors
+
+
+def _what_is_wrong(metadata: dict[str, str], factors: dict[str, np.ndarray]) -> str:
+    for name in ("family", "base_model", "base_fingerprint", "base_values", "rank", "alpha", "target_layers"):
+        if name not in metadata:
+            return f"its metadata has no {name}"
+    try:
+        rank, alpha, targets = int(metadata["rank"]), float(metadata["alpha"]), json.loads(metadata["target_layers"])
+        json.loads(metadata["base_values"])
+    except (ValueError, RecursionError) as error:
+        return f"its metadata can't be read: {error}"
+    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if rank < 1 or not 0 < alpha < math.inf or not is_list:
+        return f"its metadata says rank={rank}, alpha={alpha}, target_layers={targets!r:.80}"
+    if metadata.get("sha256") not in (None, sealed_metadata(metadata, factors)["sha256"]):
+        return "its bytes are not those that were written"
+    for name, factor in factors.items():
+        if rank not in factor.shape or not np.issubdtype(factor.dtype, np.floating):
+            return f"its factor {name} is {factor.dtype} {factor.shape}, which is none of rank {rank}"
+        if not np.isfinite(factor).all():
+            return f"its factor {name} holds values that are no numbers"
+    return ""
 
 
 def _check_base(model: keras.Model, metadata: dict[str, str], file: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gemma_tune.keras_runtime import keras_hub
+from gemma_tune.keras_runtime import keras_hub, on_one_cpu
 from gemma_tune.models.attention_kernels import FUSED_BLOCK, causal_attention, cudnn_attention, splash_attention
 from gemma_tune.models.segment_attention import QUERY_BLOCK, segment_attention
+from gemma_tune.models.sharded_attention import over_mesh
 
 
 class AttentionShape(NamedTuple):
@@ -94,7 +95,7 @@ def attend(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Arra
     if kernel == "cudnn":
         return cudnn_attention(q, k, v, mask, scale=shape.scale)
     is_long = q.shape[1] > 2 * QUERY_BLOCK  # Shorter rows have too little to skip.
-    by_blocks = segment_attention if is_long and jax.default_backend() == "cpu" else causal_attention
+    by_blocks = segment_attention if is_long and on_one_cpu() else causal_attention
     return by_blocks(q, k, v, mask, scale=shape.scale, soft_cap=shape.soft_cap, window=shape.window)
 
 
@@ -109,12 +110,21 @@ def _compute_attention(
         )
     shape = shape_of(attention)
     if attention_mask.shape[2] == 1 < length:
-        return attend("splash", q, k, v, attention_mask, shape)
+        return _attend(attention, "splash", q, k, v, attention_mask, shape)
     if attention.use_sliding_window_attention and _is_windowed_here(attention):
         attention_mask = attention._mask_sliding_window(attention_mask, cache_update_index=0)
     mask = jnp.broadcast_to(attention_mask.astype(bool), (q.shape[0], length, length))
     # A length that the model wasn't prepared for, such as a prompt's, gets the kernel that takes any.
-    return attend("cudnn" if kernel == "cudnn" and length % FUSED_BLOCK == 0 else "blocks", q, k, v, mask, shape)
+    kernel = "cudnn" if kernel == "cudnn" and length % FUSED_BLOCK == 0 else "blocks"
+    return _attend(attention, kernel, q, k, v, mask, shape)
+
+
+def _attend(attention: Any, kernel: str, q: Any, k: Any, v: Any, mask: Any, shape: AttentionShape) -> Any:
+    """On a mesh, kernels that aren't XLA's own run on each device's part."""
+    layout = getattr(attention, "_mesh_layout", None)
+    if layout is None or kernel == "blocks":
+        return attend(kernel, q, k, v, mask, shape)
+    return over_mesh(layout, lambda q, k, v, mask: attend(kernel, q, k, v, mask, shape), q, k, v, mask)
 
 
 def _is_windowed_here(attention: Any) -> bool:

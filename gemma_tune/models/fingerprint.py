@@ -1,6 +1,7 @@
 """A short name for a model's weights, by which an adapter knows its base."""
 
 import hashlib
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from gemma_tune.keras_runtime import keras
 from gemma_tune.models.functional import variables_by_path
 from gemma_tune.models.quantize import first_floats
 from gemma_tune.models.quantized import NUM_FIRST
+from gemma_tune.processes import to_host
 
 _FEW = 4
 
@@ -48,5 +50,8 @@ def _samples(model: keras.Model) -> list[tuple[str, tuple[int, ...], np.ndarray]
     samples = [(path, *sample) for path, sample in quantized.items()]
     for path, variable in variables_by_path(model).items():
         if "lora_" not in path.rsplit("/", 1)[-1] and path not in codes:
-            samples.append((path, tuple(variable.shape), np.asarray(variable.value.reshape(-1)[:NUM_FIRST])))
+            shape = tuple(variable.shape)
+            num_rows = -(-NUM_FIRST // max(1, math.prod(shape[1:])))
+            first_rows = variable.value[:num_rows] if shape else variable.value  # Of a mesh, only these are gathered.
+            samples.append((path, shape, to_host(first_rows).reshape(-1)[:NUM_FIRST]))
     return sorted(samples, key=lambda sample: sample[0])

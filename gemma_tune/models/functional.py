@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import jax, keras, keras_hub
+from gemma_tune.processes import to_host
 from gemma_tune.quantization.fake import FakeQuantized
 from gemma_tune.quantization.grids import Quantized
 
@@ -45,6 +46,13 @@ def assign(model: keras.Model, params: Params) -> None:
     variables = variables_by_path(model)
     for path, value in params.items():
         variables[path].assign(value)
+
+
+def gather(model: keras.Model) -> None:
+    """Brings arrays of which other processes hold parts into this one's memory, so that the model can be saved."""
+    for variable in variables_by_path(model).values():
+        if not variable.value.is_fully_addressable:
+            variable._layout, variable._value = None, to_host(variable.value)
 
 
 def bound(model: keras.Model, *groups: Params) -> keras.StatelessScope:

@@ -169,7 +169,9 @@ def sentencepiece_proto(file: GgufFile) -> bytes:
         )
     piece_types = schema.ModelProto.SentencePiece
     names = {"pad": 0, "eos": 1, "bos": 2, "unknown": 3, "padding": 0}
-    ids = {name: int(file.metadata.get(f"tokenizer.ggml.{name}_token_id", number)) for name, number in names.items()}
+    ids = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id", number) for name, number in names.items()}
+    if not all(isinstance(number, int) and 0 <= number < len(tokens) for number in ids.values()):
+        raise ModelError(f"{file.path} is damaged: of {len(tokens)} tokens, these are to be the special ones: {ids}.")
     stays_control = {ids["padding"], ids["eos"], ids["bos"]}
 
     known_types = set(piece_types.Type.values())

@@ -61,7 +61,7 @@ class GgufFile:
     def text(self, key: str, default: str = "") -> str:
         """Returns a text of the metadata."""
         value = self.metadata.get(key, default)
-        return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+        return value.decode("utf-8", errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Returns rows start to stop of a tensor as float32, dequantized."""
@@ -107,7 +107,9 @@ class GgufFile:
             key = self._bytes().decode("utf-8")
             self.metadata[key] = self._value(self._number("I"))
         infos = [self._tensor_info() for _ in range(num_tensors)]
-        alignment = int(self.metadata.get("general.alignment", 32)) or 32
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ModelError(f"{self.path} is damaged: general.alignment is {alignment!r:.60}.")
         base = -(-self._at // alignment) * alignment
         self.tensors = {info.name: info._replace(offset=base + info.offset) for info in infos}
         for info in self.tensors.values():
@@ -133,7 +135,7 @@ class GgufFile:
             )
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         num_values = math.prod(shape)
-        if not num_values or shape[-1] % block:
+        if not num_values or shape[-1] % block or (num_dimensions == 1 and block > 1):  # One value is one row.
             raise ModelError(f"{self.path} is damaged: tensor {name!r} has shape {shape}, in blocks of {block}.")
         return TensorInfo(name, shape, kind, offset, num_values // block * block_bytes)
 

@@ -14,6 +14,7 @@ from gemma_tune.keras_runtime import keras, keras_hub
 from gemma_tune.models.family import Family
 from gemma_tune.models.files import read_json
 from gemma_tune.models.quantize import quantize_layers
+from gemma_tune.models.sharding import Layout
 from gemma_tune.models.skeleton import fill, fill_whole, skeleton
 from gemma_tune.quantization.scheme import Grid
 
@@ -103,7 +104,11 @@ class _StreamingLoader:
 
 
 def load_backbone(
-    checkpoint: HfStyleCheckpoint, precision: str, where: str, grid: Grid | None = None
+    checkpoint: HfStyleCheckpoint,
+    precision: str,
+    where: str,
+    grid: Grid | None = None,
+    layout: Layout | None = None,
 ) -> keras_hub.models.Backbone:
     """Builds the KerasHub backbone that a checkpoint's config describes, and fills it.
 
@@ -121,6 +126,8 @@ def load_backbone(
             backbone = converter.backbone_cls(**config, dtype=precision)
             if grid:
                 quantize_layers(backbone, grid)
+            if layout:
+                layout.place(backbone)
     except KeyError as error:
         raise ModelError(f"{where}: config.json lacks {error}.") from error
     converter.convert_weights(backbone, _StreamingLoader(checkpoint), checkpoint.config)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import keras, keras_hub
+from gemma_tune.keras_runtime import keras, keras_hub, on_one_cpu
 from gemma_tune.quantization.scheme import Grid, why_not
 
 _MOST_HEADS = 32  # Beyond that many products, one transposition costs less.
@@ -25,7 +25,7 @@ def einsum_product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
         x: Inputs, [B, L, …].
         kernel: [D, F], [F, D], [N, H, D], or [N, D, H].
     """
-    if jax.default_backend() != "cpu":
+    if not on_one_cpu():
         return jnp.einsum(equation, x, kernel)
     inputs, axes, _ = equation.replace("->", ",").split(",")
     if len(axes) == 2 and inputs[-1] == axes[0]:

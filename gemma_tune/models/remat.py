@@ -64,7 +64,7 @@ def _recomputing_call(block: Any, call: Callable, policy: Callable) -> Callable:
             return call(*args, **named)
         variables = block.variables
         # Everything that the block computes with: what is learnt or computed before, and what gets no gradient.
-        leaves, tree = jax.tree.flatten(([_bound_value(variable) for variable in variables], args, named))
+        leaves, tree = jax.tree.flatten(([bound_value(variable) for variable in variables], args, named))
         is_trained = [variable.trainable for variable in variables]
         is_trained += [isinstance(leaf, jax.Array) and _is_float(leaf) for leaf in leaves[len(variables) :]]
 
@@ -83,7 +83,7 @@ def _recomputing_call(block: Any, call: Callable, policy: Callable) -> Callable:
     return recomputing_call
 
 
-def _bound_value(variable: keras.Variable) -> jax.Array:
+def bound_value(variable: keras.Variable) -> jax.Array:
     """Returns what the scope around has for a variable, not yet cast to the compute dtype."""
     value = keras.src.backend.common.stateless_scope.get_stateless_scope().get_current_value(variable)
     return variable._value if value is None else value

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import jax, keras
+from gemma_tune.keras_runtime import keras
 from gemma_tune.models.quantized import QuantizedKernel
+from gemma_tune.models.sharding import put, rows_needed
 
 _ALIGNMENT = 64  # What XLA on CPU asks of memory that it takes over as it is.
 _CHUNK_BYTES = 4 << 20  # Stays in the cache while it is made and copied.
@@ -60,13 +61,13 @@ def fill(variable: keras.Variable, read_rows: Callable[[int, int], np.ndarray]) 
         variable.fill(read_rows)
         return
     dtype = np.dtype(variable.dtype)  # Also knows bfloat16, which ml_dtypes registers.
-    shape = tuple(variable.shape)
+    shape, sharding = tuple(variable.shape), variable._layout
     values = aligned_empty(shape, dtype)
-    num_rows = shape[0] if shape else 0
+    first_row, num_rows = rows_needed(shape, sharding)
     row_bytes = max(1, int(np.prod(shape[1:], dtype=np.int64)) * 4)
     step = max(1, _CHUNK_BYTES // row_bytes)
     step -= step % 64 if step > 64 else 0  # Readers like even numbers of rows.
-    for start in range(0, num_rows, step):
+    for start in range(first_row, num_rows, step):
         stop = min(start + step, num_rows)
         rows = read_rows(start, stop)
         if rows.shape != (stop - start, *shape[1:]):
@@ -74,7 +75,7 @@ def fill(variable: keras.Variable, read_rows: Callable[[int, int], np.ndarray]) 
         values[start:stop] = rows
     if not shape:
         values[...] = read_rows(0, 1).reshape(())
-    variable.assign(jax.device_put(values))
+    variable.assign(put(values, sharding))
 
 
 def fill_whole(variable: keras.Variable, values: np.ndarray) -> None:

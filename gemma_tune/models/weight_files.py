@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from gemma_tune.models.adapter import ADAPTER_FILE
+from gemma_tune.models.download import demo_path
 from gemma_tune.models.files import read_json
-from gemma_tune.models.load import demo_path
 from gemma_tune.models.source import parse_source
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gemma_tune import progress
 from gemma_tune.config import Config
-from gemma_tune.data import Batch
+from gemma_tune.data import Batch, TokenizedExample
 from gemma_tune.errors import ConfigError, DataError
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.load import load_model
@@ -21,8 +21,7 @@ from gemma_tune.models.source import parse_source
 from gemma_tune.pipeline.setup import prepare_data, read_splits
 from gemma_tune.quantization.grids import num_bytes
 from gemma_tune.quantization.scheme import POST_TRAINING, Grid
-from gemma_tune.training.batches import TrainingBatches
-from gemma_tune.training.calibration import LayerError, quantize_calibrated
+from gemma_tune.training.calibration import LayerError, calibration_batches, quantize_calibrated
 
 FEWEST_TOKENS = 512  # Fewer say nothing of a layer with as many inputs.
 
@@ -146,16 +145,10 @@ def merge(config: Config, output: str, *, adapter: str = "", into: str = "floats
     return save_preset(model, path), errors
 
 
-def _calibration_batches(config: Config, examples: Any, num_tokens: int) -> tuple[Sequence[Batch], int]:
-    rows = TrainingBatches(
-        examples, batch_size=1, row_length=config.row_length, packing=True, seed=config.seed, num_epochs=1
-    )
-    batches, count = [], 0
-    for index in range(len(rows)):
-        if count >= num_tokens:
-            break
-        batches.append(rows[index])
-        count += int((batches[-1].segment_ids > 0).sum())
+def _calibration_batches(
+    config: Config, examples: Sequence[TokenizedExample], num_tokens: int
+) -> tuple[list[Batch], int]:
+    batches, count = calibration_batches(examples, config.row_length, num_tokens, config.seed)
     if count < FEWEST_TOKENS:
         raise DataError(
             f"{config.data.source} has {count} tokens to calibrate with, and {FEWEST_TOKENS} are the fewest that say "

@@ -19,13 +19,15 @@ from gemma_tune.keras_runtime import keras
 from gemma_tune.models.family import family_of
 from gemma_tune.models.files import read_json
 from gemma_tune.models.functional import assign, parameters
-from gemma_tune.models.load import load_model
+from gemma_tune.models.load import load_configured, load_model
 from gemma_tune.models.lora import lora_layers
 from gemma_tune.models.packing import enable_packing
+from gemma_tune.models.sharded_layers import use_mesh
+from gemma_tune.models.sharding import layout_of
 from gemma_tune.models.source import parse_source
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.pipeline.setup import read_splits
-from gemma_tune.training.batches import HeldoutBatches, most_targets
+from gemma_tune.training.batches import HeldoutBatches, OnMesh, most_targets
 from gemma_tune.training.step import make_eval_step
 
 
@@ -38,7 +40,7 @@ def evaluate(
         model: From `load_model` or `train`.
         examples: From `load_examples`.
         max_length: Longer examples are cut.
-        batch_size: Rows at a time.
+        batch_size: Rows at a time; on a mesh, rounded up to what cuts evenly.
 
     Raises:
         TrainingError: No example has an answer to score.
@@ -49,10 +51,15 @@ def evaluate(
     tokens = tokenize_examples(examples, template_for(family_of(model)), tokenizer_of(model), max_length, "truncate")
     if not tokens.examples:
         raise TrainingError(f"None of {len(examples)} examples has an answer that fits into {max_length} tokens.")
-    batches = HeldoutBatches(tokens.examples, batch_size, max_length, packing=True)
+    layout = layout_of(model.backbone)
+    num_parts = layout.shape.num_row_shards if layout else 1
+    if layout:
+        use_mesh(model.backbone, layout)
+    batches = HeldoutBatches(tokens.examples, -(-batch_size // num_parts) * num_parts, max_length, packing=True)
     groups = parameters(model)
-    step = functools.partial(make_eval_step(model, most_targets(batches)), groups.trainable, groups.frozen)
-    return evaluate_batches(step, batches)
+    step = make_eval_step(model, most_targets(batches, num_parts), layout=layout)
+    scored = OnMesh(batches, layout) if layout else batches
+    return evaluate_batches(lambda batch: step(groups.trainable, groups.frozen, batch), scored)
 
 
 @dataclasses.dataclass
@@ -83,7 +90,7 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
             load_examples(config.data.source, config.data.split, config.data.on_error),
             config.data.source,
         )
-    model = load_model(source, precision=config.model.precision, grid=config.grid, adapter=adapter, seed=config.seed)
+    model = load_configured(config, adapter)
     score = functools.partial(
         evaluate, examples=examples, max_length=config.data.max_length, batch_size=config.training.batch_size
     )
@@ -97,7 +104,8 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
         assign(model, zeros)  # B = 0 is the base.
         return Comparison(data_source, len(examples), score(model), tuned)
     if run:
-        base = load_model(run.model.source, precision=config.model.precision, seed=run.seed)
+        layout = layout_of(model.backbone)
+        base = load_model(run.model.source, precision=config.model.precision, seed=run.seed, layout=layout)
         return Comparison(data_source, len(examples), score(base), score(model))
     return Comparison(data_source, len(examples), score(model), {})
 

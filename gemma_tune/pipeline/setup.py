@@ -1,11 +1,13 @@
 """Everything that a run needs before its first step."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
-from gemma_tune.config import Config
+from gemma_tune.config import Config, OptimizerConfig
 from gemma_tune.data import (
     PreparedData,
     Splits,
@@ -18,14 +20,16 @@ from gemma_tune.keras_runtime import cache_dir, keras
 from gemma_tune.models.attention_choice import AttentionChoice, first_device
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import Params, parameters
-from gemma_tune.models.load import load_model
+from gemma_tune.models.load import load_configured
 from gemma_tune.models.precision import check_precision
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
+from gemma_tune.models.sharding import Layout, layout_of
 from gemma_tune.models.tokenizer import tokenizer_of
-from gemma_tune.training.batches import HeldoutBatches, TrainingBatches, most_targets
+from gemma_tune.training.batches import HeldoutBatches, OnMesh, TrainingBatches, most_targets
 from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
-from gemma_tune.training.step import TrainState, init_state, make_eval_step, make_train_step
+from gemma_tune.training.state import TrainState, init_state
+from gemma_tune.training.step import make_eval_step, make_train_step
 
 
 @dataclasses.dataclass
@@ -34,9 +38,11 @@ class Setup:
 
     config: Config
     model: keras.Model
+    layout: Layout | None  # On a mesh of devices.
     attention: AttentionChoice
     precision_advice: str  # Empty where the precision suits the device.
     data: PreparedData
+    data_key: str  # Changes with the content of the data and with what cleans and splits it.
     batches: TrainingBatches
     heldout: HeldoutBatches
     frozen: dict[str, jax.Array]
@@ -45,9 +51,18 @@ class Setup:
     eval_step: Any
     schedule: Any
 
-    def evaluate(self, trainable: Params) -> dict[str, float]:
+    def evaluate(self, trainable: Params, before_each: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Scores the held-out batches."""
-        return evaluate_batches(lambda batch: self.eval_step(trainable, self.frozen, batch), self.heldout)
+        heldout = self.on_devices(self.heldout)
+        return evaluate_batches(lambda batch: self.eval_step(trainable, self.frozen, batch), heldout, before_each)
+
+    def on_devices(self, batches: Any) -> Any:
+        """Returns batches whose rows are where the steps read them."""
+        return OnMesh(batches, self.layout) if self.layout else batches
+
+    def origins(self, step: int) -> list[str]:
+        """Returns where the examples of a step, counted from 0, come from."""
+        return [self.data.train_examples[index].origin for index in self.batches.example_indices(step)]
 
 
 def read_splits(config: Config) -> Splits:
@@ -78,7 +93,8 @@ def set_up(config: Config, splits: Splits) -> Setup:
     """Loads and prepares the model in a fixed order: precision, quantize, LoRA, QAT, layers, remat. No compiling."""
     training, optimizer_config = config.training, config.optimizer
     precision_advice = check_precision(first_device(), config.model.precision)
-    model = load_model(config.model.source, precision=config.model.precision, grid=config.grid, seed=config.seed)
+    model = load_configured(config)
+    layout = layout_of(model.backbone)
     data = prepare_data(config, splits, model)
     lora = LoraSettings(config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
     program, attention = prepare_for_training(
@@ -90,7 +106,9 @@ def set_up(config: Config, splits: Splits) -> Setup:
         program=training.program,
         attention=training.attention,
         row_length=config.row_length,
+        layout=layout,
     )
+    num_parts = layout.shape.num_row_shards if layout else 1
     blockwise = Blockwise(model, training.remat) if program == "blocks" else None
     batches = TrainingBatches(
         data.train,
@@ -100,31 +118,46 @@ def set_up(config: Config, splits: Splits) -> Setup:
         seed=config.seed,
         num_epochs=training.num_epochs,
         num_train_steps=training.num_train_steps,
+        num_parts=num_parts * training.grad_accum_steps if layout else 1,
     )
     heldout = HeldoutBatches(data.heldout, training.batch_size, config.row_length, config.data.packing)
     schedule = make_schedule(
         optimizer_config.schedule, config.learning_rate, optimizer_config.warmup_steps, len(batches)
     )
-    optimizer = make_optimizer(
-        optimizer_config.name,
-        schedule,
-        weight_decay=optimizer_config.weight_decay,
-        b1=optimizer_config.b1,
-        b2=optimizer_config.b2,
-        epsilon=optimizer_config.epsilon,
-        clip_norm=optimizer_config.clip_norm,
-    )
+    optimizer = _optimizer(optimizer_config, schedule)
     return Setup(
         config=config,
         model=model,
+        layout=layout,
         attention=attention,
         precision_advice=precision_advice,
         data=data,
+        data_key=splits.key,
         batches=batches,
         heldout=heldout,
         frozen=parameters(model).frozen,
-        state=init_state(model, optimizer, take_over=True),
-        train_step=make_train_step(model, optimizer, batches.most_targets, training.grad_accum_steps, blockwise),
-        eval_step=make_eval_step(model, most_targets(heldout), blockwise),
+        state=init_state(model, optimizer, take_over=True, guarded=True, layout=layout),
+        train_step=make_train_step(
+            model,
+            optimizer,
+            batches.most_targets,
+            training.grad_accum_steps,
+            blockwise,
+            training.loss_spike_factor,
+            layout,
+        ),
+        eval_step=make_eval_step(model, most_targets(heldout, num_parts), blockwise, layout),
         schedule=schedule,
+    )
+
+
+def _optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return make_optimizer(
+        config.name,
+        schedule,
+        weight_decay=config.weight_decay,
+        b1=config.b1,
+        b2=config.b2,
+        epsilon=config.epsilon,
+        clip_norm=config.clip_norm,
     )

@@ -1,8 +1,10 @@
 """One run from its Config to a tuned model: the pipeline's steps in order."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,19 @@ from gemma_tune.data import (
 )
 from gemma_tune.evaluation import AnswerScore, choose_questions, score_answers
 from gemma_tune.evaluation.report import write_report
-from gemma_tune.keras_runtime import keras
+from gemma_tune.files import write_json
+from gemma_tune.keras_runtime import jax, keras
 from gemma_tune.models.adapter import save_adapter
-from gemma_tune.models.functional import assign
+from gemma_tune.models.functional import assign, gather
+from gemma_tune.models.preset import save_preset
 from gemma_tune.pipeline.setup import Setup, read_splits, set_up
+from gemma_tune.processes import in_all_processes, is_first, largest, together
 from gemma_tune.serving.generate import generate
 from gemma_tune.training.checkpoints import Checkpoints, Progress
 from gemma_tune.training.loop import Loop, LoopSettings
 from gemma_tune.training.metrics import MetricsWriter, read_metrics
-from gemma_tune.training.step import TrainState
-from gemma_tune.training.workdir import ADAPTER, CHECKPOINTS, MODEL, check_workdir, open_workdir, write_json
+from gemma_tune.training.state import TrainState
+from gemma_tune.training.workdir import ADAPTER, MODEL, OpenWorkdir, check_workdir, open_together
 
 SAMPLES_FILE, RESULT_FILE = "samples.json", "result.json"
 
@@ -101,35 +106,44 @@ def train(config: Config) -> keras.Model:
 
 def run(config: Config) -> RunResult:
     """Like `train`, and returns the figures too."""
-    check_workdir(
-        config
-    )  # What can be wrong is looked for before what takes long, and nothing is written before all is well.
+    with in_all_processes():
+        if is_first():
+            check_workdir(config)  # What can be wrong is looked for before what takes long.
     setup = set_up(config, read_splits(config))
+    if setup.layout:
+        progress.console.print(f"Mesh: {setup.layout}", markup=False)
+    elif jax.device_count() > 1:
+        text = f"{jax.device_count()} devices; this run takes one. --mesh=auto takes all."
+        progress.console.print(text, style="yellow", markup=False)
     progress.console.print(f"Attention: {setup.attention}", markup=False)
     if setup.precision_advice:
         progress.console.print(setup.precision_advice, style="yellow", markup=False)
-    workdir = open_workdir(config)
-    samples = _base_answers(setup, workdir)
-    state, best = _train(setup, workdir)
-    return _finish(setup, workdir, state, best, samples)
+    with together(), open_together(config, setup.data_key) as workdir:
+        if workdir.changed:
+            text = f"Other than when the run was last saved: {'; '.join(workdir.changed)}."
+            progress.console.print(text, style="yellow", markup=False)
+        samples = _base_answers(setup, workdir.path)
+        state, best = _train(setup, workdir)
+        return _finish(setup, workdir.path, state, best, samples)
 
 
-def _train(setup: Setup, workdir: Path) -> tuple[TrainState, Progress]:
+def _train(setup: Setup, workdir: OpenWorkdir) -> tuple[TrainState, Progress]:
     """Runs the loop from where the workdir's checkpoints end.
 
     Returns the best state if something is held out, else the last.
     """
-    training = setup.config.training
-    with Checkpoints(workdir / CHECKPOINTS, training.keep_last) as checkpoints, progress.ProgressReporter() as reporter:
+    training, path = setup.config.training, workdir.path
+    reporter, folder = progress.ProgressReporter(), workdir.checkpoints
+    with Checkpoints(folder, training.keep_last, workdir.about, reporter.on_problem) as checkpoints, reporter:
         state, best = setup.state, Progress()
         if checkpoints.steps:
             state, best = checkpoints.restore(state)
-            progress.console.print(f"Going on from the checkpoint of step {int(state.step)} in {workdir}.")
-        metrics = MetricsWriter(workdir, int(state.step))
+            progress.console.print(f"Going on from the checkpoint of step {int(state.step)} in {path}.")
+        metrics = MetricsWriter(path, int(state.step), reporter.on_problem)
         loop = Loop(
             train_step=setup.train_step,
             frozen=setup.frozen,
-            batches=setup.batches,
+            batches=setup.on_devices(setup.batches),
             evaluate=setup.evaluate if setup.heldout else None,
             schedule=setup.schedule,
             settings=LoopSettings(
@@ -137,10 +151,12 @@ def _train(setup: Setup, workdir: Path) -> tuple[TrainState, Progress]:
                 training.checkpoint_every_steps,
                 training.early_stopping_patience,
                 training.log_every_steps,
+                training.on_bad_step == "skip",
             ),
             checkpoints=checkpoints,
             metrics=metrics,
             reporter=reporter,
+            origins=setup.origins,
         )
         try:
             state, best = loop.run(state, best)
@@ -158,8 +174,11 @@ def _finish(setup: Setup, workdir: Path, state: TrainState, best: Progress, samp
     if config.training.method != "full":
         saved_to = save_adapter(model, workdir / ADAPTER, base_model=config.model.source)
     else:
+        shutil.rmtree(workdir / MODEL, ignore_errors=True)  # Of the same run, killed while it finished.
         saved_to = workdir / MODEL
-        model.save_to_preset(str(saved_to))
+        gather(model)
+        if is_first():
+            save_preset(model, saved_to)
     scored = _scored_examples(setup)
     with progress.console.status(f"Answering {max(len(scored), len(samples))} held-out questions…"):
         answers = _answer(setup, scored)
@@ -189,9 +208,11 @@ def _finish(setup: Setup, workdir: Path, state: TrainState, best: Progress, samp
 
 def _base_answers(setup: Setup, workdir: Path) -> list[SampleAnswer]:
     """Answers the sample questions with the model as it is, or reads what an interrupted run has written."""
-    file = workdir / SAMPLES_FILE
-    if file.exists():
-        return [SampleAnswer(**values) for values in json.loads(file.read_text(encoding="utf-8"))]
+    file, samples = workdir / SAMPLES_FILE, None
+    with contextlib.suppress(OSError, ValueError, TypeError):  # Not there, or damaged: they are written anew.
+        samples = [SampleAnswer(**values) for values in json.loads(file.read_text(encoding="utf-8"))]
+    if largest(int(is_first() and samples is not None)):
+        return samples or []
     chosen = _scored_examples(setup)[: setup.config.training.num_sample_answers]
     with progress.console.status(f"Answering {len(chosen)} held-out questions with the base model…"):
         answers = _answer(setup, chosen)

@@ -17,6 +17,7 @@ import numpy as np
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.functional import Params, bound, parameters
 from gemma_tune.models.qat import rounded_params, weights_are_rounded
+from gemma_tune.processes import to_host
 from gemma_tune.serving.sampling import GREEDY, Sampling, sample
 
 _PROMPT_BUCKET = 32
@@ -70,7 +71,7 @@ class Decoder:
         tokens, cache = self._prefill(params, token_ids, positions, key, cache_length=cache_length, sampling=sampling)
         stopped = [False] * num_rows
         for step in range(max_new_tokens):
-            made = np.asarray(tokens)[:num_rows].tolist()
+            made = to_host(tokens)[:num_rows].tolist()
             stopped = [done or token in stop_ids for done, token in zip(stopped, made, strict=True)]
             if all(stopped):
                 return

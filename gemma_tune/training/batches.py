@@ -2,11 +2,13 @@
 own.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from gemma_tune.data import Batch, EpochPlan, Rows, TokenizedExample, TokenStore, make_batch, plan_rows
+from gemma_tune.models.sharding import Layout
 
 
 class TrainingBatches:
@@ -20,6 +22,10 @@ class TrainingBatches:
         seed: Of the order.
         num_epochs: Passes over the data.
         num_train_steps: Stop there, or repeat until there; 0: after num_epochs.
+        num_parts: Parts of a batch's rows, each of which goes through a device on its own.
+
+    Attributes:
+        most_targets: Largest number of positions to score in any part of any batch of the run.
     """
 
     def __init__(
@@ -32,6 +38,7 @@ class TrainingBatches:
         seed: int,
         num_epochs: int,
         num_train_steps: int = 0,
+        num_parts: int = 1,
     ):
         self._examples = TokenStore.of(examples)
         self.batch_size, self.row_length = batch_size, row_length
@@ -39,15 +46,19 @@ class TrainingBatches:
         self._epoch, self._rows = -1, Rows(np.empty(0, np.int64), np.zeros(1, np.int64))
         self.steps_per_epoch = -(-self._plan.num_rows // batch_size)  # Each epoch begins a new batch.
         self.num_steps = num_train_steps or num_epochs * self.steps_per_epoch
-        self.most_targets = self._most_targets()
+        self.most_targets = self._most_targets(batch_size // num_parts)
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __getitem__(self, step: int) -> Batch:
         """Returns batch `step`, counted from 0."""
-        rows = [[self._examples[i] for i in row] for row in self._batch_rows(step)]
-        return make_batch(rows, self.batch_size, self.row_length)
+        return self.part(step, 0, self.batch_size)
+
+    def part(self, step: int, start: int, stop: int) -> Batch:
+        """Returns some rows of a batch."""
+        rows = [[self._examples[i] for i in row] for row in self._batch_rows(step)[start:stop]]
+        return make_batch(rows, stop - start, self.row_length)
 
     def example_indices(self, step: int) -> list[int]:
         """Returns which examples batch `step` holds."""
@@ -64,14 +75,13 @@ class TrainingBatches:
             self._epoch, self._rows = epoch, self._plan.rows(epoch)
         return self._rows
 
-    def _most_targets(self) -> int:
-        """Returns the largest number of positions to score in any batch of the run."""
+    def _most_targets(self, num_rows: int) -> int:
         most = 0
         for first_step in range(0, self.num_steps, self.steps_per_epoch):
             rows = self._epoch_rows(first_step // self.steps_per_epoch)
             per_row = np.zeros(self.steps_per_epoch * self.batch_size, np.int64)
             per_row[: len(rows)] = rows.sums(self._examples.counts.num_targets)
-            per_batch = per_row.reshape(-1, self.batch_size).sum(axis=1)
+            per_batch = per_row.reshape(-1, self.batch_size // num_rows, num_rows).sum(axis=2)
             most = max(most, int(per_batch[: self.num_steps - first_step].max()))
         return most
 
@@ -88,18 +98,43 @@ class HeldoutBatches(Sequence[Batch]):
 
     def __init__(self, examples: Sequence[TokenizedExample], batch_size: int, row_length: int, packing: bool):
         self._examples = TokenStore.of(examples)
-        self._batch_size, self._row_length = batch_size, row_length
+        self.batch_size, self._row_length = batch_size, row_length
         self._rows = plan_rows(self._examples.counts.num_tokens - 1, row_length, packing)
 
     def __len__(self) -> int:
-        return -(-len(self._rows) // self._batch_size)
+        return -(-len(self._rows) // self.batch_size)
 
     def __getitem__(self, index):
-        first = range(len(self))[index] * self._batch_size
-        rows = [self._rows[row] for row in range(first, min(first + self._batch_size, len(self._rows)))]
-        return make_batch([[self._examples[i] for i in row] for row in rows], self._batch_size, self._row_length)
+        return self.part(index, 0, self.batch_size)
+
+    def part(self, index: int, start: int, stop: int) -> Batch:
+        """Returns some rows of a batch."""
+        first = range(len(self))[index] * self.batch_size
+        rows = [self._rows[row] for row in range(first + start, min(first + stop, len(self._rows)))]
+        return make_batch([[self._examples[i] for i in row] for row in rows], stop - start, self._row_length)
 
 
-def most_targets(batches: Sequence[Batch]) -> int:
-    """Returns the largest number of positions to score in a batch; at least 1."""
-    return max([int((batch.loss_weights > 0).sum()) for batch in batches], default=1) or 1
+def most_targets(batches: Sequence[Batch], num_parts: int = 1) -> int:
+    """Returns the largest number of positions to score in any of the parts of a batch's rows; at least 1."""
+    per_part = ((batch.loss_weights > 0).reshape(num_parts, -1).sum(axis=1).max() for batch in batches)
+    return int(max(per_part, default=1)) or 1
+
+
+class OnMesh(Sequence[Batch]):
+    """Batches on the devices of a mesh. A process makes the rows of its own devices, and no others.
+
+    Args:
+        batches: `TrainingBatches` or `HeldoutBatches`.
+        layout: Of the mesh.
+    """
+
+    def __init__(self, batches: TrainingBatches | HeldoutBatches, layout: Layout):
+        self._batches, self._layout = batches, layout
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._layout.put_rows(self._batches.batch_size, functools.partial(self._batches.part, index))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gemma_tune.data import Batch
+from gemma_tune.data import Batch, TokenizedExample
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.blocks import call_block, calls, can_be_split, run_before, signature
@@ -24,6 +24,7 @@ from gemma_tune.quantization.grids import Quantized, dequantize, quantize
 from gemma_tune.quantization.scheme import Grid, LayerScheme
 from gemma_tune.quantization.smoothquant import smooth_scale
 from gemma_tune.quantization.statistics import InputStatistics, add, observe, output_error
+from gemma_tune.training.batches import TrainingBatches
 
 METHODS = ("gptq", "awq", "smoothquant")
 
@@ -87,6 +88,22 @@ def quantize_calibrated(
         states = [(runner(_values(block), x, named), named) for x, named in states]
         advance(1)
     return errors
+
+
+def calibration_batches(
+    examples: Sequence[TokenizedExample], row_length: int, num_tokens: int, seed: int = 0
+) -> tuple[list[Batch], int]:
+    """Returns packed rows, one a batch, of as many of the examples as hold `num_tokens` tokens or more, and how many
+    tokens these are: fewer, if the examples have no more.
+    """
+    rows = TrainingBatches(examples, batch_size=1, row_length=row_length, packing=True, seed=seed, num_epochs=1)
+    batches, count = [], 0
+    for index in range(len(rows)):
+        if count >= num_tokens:
+            break
+        batches.append(rows[index])
+        count += int((batches[-1].segment_ids > 0).sum())
+    return batches, count
 
 
 def _first_inputs(model: keras.Model, params: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, dict[str, Any]]:

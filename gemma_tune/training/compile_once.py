@@ -84,12 +84,18 @@ class CompiledOnce:
     Args:
         function: Pure; its last argument is the batch, which alone may have other shapes from call to call.
         name: For the warning; by default the function's.
+        places: inputs -> where on a mesh the outputs are to be; None: wherever.
         **arguments: Of jax.jit.
     """
 
-    def __init__(self, function: Callable, *, name: str = "", **arguments: Any):
-        jitted = jax.jit(function, **arguments)
-        self._programs = OncePerShape(name or function.__name__, lambda *inputs: jitted.lower(*inputs).compile())
+    def __init__(
+        self, function: Callable, *, name: str = "", places: Callable[..., Any] | None = None, **arguments: Any
+    ):
+        def compiled(*inputs: Any) -> Any:
+            on_mesh = {"out_shardings": places(*inputs)} if places else {}
+            return jax.jit(function, **arguments, **on_mesh).lower(*inputs).compile()
+
+        self._programs = OncePerShape(name or function.__name__, compiled)
 
     def __call__(self, *inputs: Any) -> Any:
         """Runs the function."""

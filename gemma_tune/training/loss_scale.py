@@ -12,7 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-FIRST_SCALE = 2.0**15
+FIRST_SCALE = (
+    2.0**12
+)  # A larger one costs the first batches, which are skipped, a smaller one only gradients below 2^-36.
 LARGEST_SCALE = 2.0**24
 GROWTH_STEPS = 2000  # Good steps in a row, after which the scale is doubled.
 

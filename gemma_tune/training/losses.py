@@ -7,14 +7,13 @@ memory is O(T·D + block·T).
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gemma_tune.quantization.fake import FakeQuantized
-from gemma_tune.quantization.grids import Quantized, dequantize, rows_of, take_rows
+from gemma_tune.models.head import Head, num_rows, over_blocks, rows_at, rows_of_head
 
 VOCABULARY_BLOCK = 4096
 
@@ -33,7 +32,7 @@ class LossSums(NamedTuple):
 
 def fused_linear_cross_entropy(
     hidden: jax.Array,
-    head: jax.Array | Quantized | FakeQuantized,
+    head: Head,
     target_ids: jax.Array,
     weights: jax.Array,
     *,
@@ -67,7 +66,38 @@ def fused_linear_cross_entropy(
     return LossSums(loss_sum, jnp.sum(weights, dtype=jnp.float32), lax.stop_gradient(correct_sum))
 
 
-class _Running(NamedTuple):
+class Vocabulary(Protocol):
+    """The rows of a head that are visited, and where the targets are among them. num_rows: To be visited."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def rows(self, first: Any, count: int, dtype: Any) -> jax.Array:
+        """Returns [n, D] rows; first may be known at run time only."""
+
+    def find(self, first: Any, count: int) -> tuple[jax.Array, jax.Array]:
+        """Returns for each target whether it is among these rows, and which of them it is, [T] each."""
+
+
+class _WholeHead(NamedTuple):
+    """All rows, in their order."""
+
+    head: Head
+    target_ids: jax.Array
+
+    @property
+    def num_rows(self) -> int:
+        return num_rows(self.head)
+
+    def rows(self, first: Any, count: int, dtype: Any) -> jax.Array:
+        return rows_of_head(self.head, first, count, dtype)
+
+    def find(self, first: Any, count: int) -> tuple[jax.Array, jax.Array]:
+        inside = (self.target_ids >= first) & (self.target_ids < first + count)
+        return inside, jnp.clip(self.target_ids - first, 0, count - 1)
+
+
+class Running(NamedTuple):
     """What is known after some blocks. All [T] float32; weighted_rows is [T, D], or None where no gradient is made."""
 
     top: jax.Array  # Largest logit so far.
@@ -77,9 +107,12 @@ class _Running(NamedTuple):
     weighted_rows: jax.Array | None  # Σ exp(logit − top) · slope · row.
 
 
-def _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient) -> _Running:
+def visit_blocks(
+    soft_cap: float | None, block: int, hidden: jax.Array, vocabulary: Vocabulary, with_gradient: bool
+) -> Running:
+    """Visits the rows of a head, `block` at a time. hidden: [T, D]."""
     num_tokens, width = hidden.shape
-    start = _Running(
+    start = Running(
         top=jnp.full((num_tokens,), -jnp.inf, jnp.float32),
         total=jnp.zeros((num_tokens,), jnp.float32),
         target=jnp.zeros((num_tokens,), jnp.float32),
@@ -87,19 +120,19 @@ def _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient) -> _
         weighted_rows=jnp.zeros((num_tokens, width), jnp.float32) if with_gradient else None,
     )
 
-    def visit(running: _Running, first, count) -> _Running:
-        rows = rows_of_head(head, first, count, hidden.dtype)
+    def visit(running: Running, first, count) -> Running:
+        rows = vocabulary.rows(first, count, hidden.dtype)
         logits, slope = block_logits(soft_cap, rows, hidden)
         top = jnp.maximum(running.top, logits.max(axis=1))
         shrink = jnp.exp(running.top - top)
         unnormalized = jnp.exp(logits - top[:, None])
-        inside = (target_ids >= first) & (target_ids < first + rows.shape[0])
-        place = (jnp.arange(num_tokens), jnp.clip(target_ids - first, 0, rows.shape[0] - 1))
+        inside, index = vocabulary.find(first, count)
+        place = (jnp.arange(num_tokens), index)
         weighted_rows = running.weighted_rows
         if weighted_rows is not None:
             sloped = unnormalized if slope is None else unnormalized * slope
             weighted_rows = weighted_rows * shrink[:, None] + _dot(sloped.astype(rows.dtype), rows)
-        return _Running(
+        return Running(
             top=top,
             total=running.total * shrink + unnormalized.sum(axis=1),
             target=jnp.where(inside, logits[place], running.target),
@@ -109,37 +142,7 @@ def _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient) -> _
             weighted_rows=weighted_rows,
         )
 
-    return over_blocks(num_rows(head), block, start, visit)
-
-
-def over_blocks(vocabulary: int, block: int, carry: Any, visit: Callable[[Any, Any, int], Any]) -> Any:
-    """Runs carry = visit(carry, first row's index, number of rows) over all blocks; the last may be shorter."""
-    num_whole = vocabulary // block
-    if num_whole:
-        carry = lax.fori_loop(0, num_whole, lambda index, carry: visit(carry, index * block, block), carry)
-    if vocabulary % block:
-        carry = visit(carry, num_whole * block, vocabulary % block)
-    return carry
-
-
-def num_rows(head: jax.Array | Quantized | FakeQuantized) -> int:
-    """Returns V."""
-    return jax.tree.leaves(head)[0].shape[0]
-
-
-def rows_of_head(head: jax.Array | Quantized | FakeQuantized, start: Any, count: int, dtype: Any) -> jax.Array:
-    """Returns [count, D] rows in the given dtype; start may be known at run time only."""
-    if isinstance(head, Quantized):
-        return dequantize(rows_of(head, start, count), dtype)[..., 0]
-    if isinstance(head, FakeQuantized):
-        return head.rows(start, count).astype(dtype)
-    return lax.dynamic_slice_in_dim(head, start, count).astype(dtype)
-
-
-def _rows_at(head, indices):
-    if isinstance(head, Quantized):
-        return take_rows(head, indices)[..., 0]
-    return head.take(indices) if isinstance(head, FakeQuantized) else head[indices]
+    return over_blocks(vocabulary.num_rows, block, start, visit)
 
 
 def block_logits(soft_cap: float | None, rows: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -159,7 +162,8 @@ def _dot(a, b):
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def _sums(running: _Running, weights):
+def sums_of(running: Running, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum of weighted losses, and that of weights where the target is the likeliest."""
     losses = running.top + jnp.log(running.total) - running.target
     correct = (running.target >= running.top).astype(jnp.float32)
     return jnp.sum(losses * weights), jnp.sum(correct * weights)
@@ -170,16 +174,20 @@ def _sums(running: _Running, weights):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _frozen_head_loss(soft_cap, block, hidden, head, target_ids, weights):
-    return _sums(_visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient=False), weights)
+    return sums_of(visit_blocks(soft_cap, block, hidden, _WholeHead(head, target_ids), with_gradient=False), weights)
 
 
 def _frozen_head_forward(soft_cap, block, hidden, head, target_ids, weights):
-    running = _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient=True)
+    running = visit_blocks(soft_cap, block, hidden, _WholeHead(head, target_ids), with_gradient=True)
+    gradient = gradient_in_hidden(running, rows_at(head, target_ids), weights)
+    return sums_of(running, weights), (gradient, jnp.empty(0, hidden.dtype))
+
+
+def gradient_in_hidden(running: Running, target_rows: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns [T, D] float32, of the weighted sum of losses. target_rows: [T, D]."""
     assert running.weighted_rows is not None
     expected_row = running.weighted_rows / running.total[:, None]
-    target_row = _rows_at(head, target_ids).astype(jnp.float32) * running.target_slope[:, None]
-    gradient = (expected_row - target_row) * weights[:, None]
-    return _sums(running, weights), (gradient, jnp.empty(0, hidden.dtype))
+    return (expected_row - target_rows.astype(jnp.float32) * running.target_slope[:, None]) * weights[:, None]
 
 
 def _frozen_head_backward(soft_cap, block, saved, cotangents):
@@ -197,35 +205,61 @@ _frozen_head_loss.defvjp(_frozen_head_forward, _frozen_head_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _trained_head_loss(soft_cap, block, hidden, head, target_ids, weights):
-    return _sums(_visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient=False), weights)
+    return sums_of(visit_blocks(soft_cap, block, hidden, _WholeHead(head, target_ids), with_gradient=False), weights)
 
 
 def _trained_head_forward(soft_cap, block, hidden, head, target_ids, weights):
-    running = _visit_blocks(soft_cap, block, hidden, head, target_ids, with_gradient=False)
-    return _sums(running, weights), (hidden, head, target_ids, weights, running.top + jnp.log(running.total))
+    running = visit_blocks(soft_cap, block, hidden, _WholeHead(head, target_ids), with_gradient=False)
+    return sums_of(running, weights), (hidden, head, target_ids, weights, running.top + jnp.log(running.total))
 
 
 def _trained_head_backward(soft_cap, block, saved, cotangents):
     hidden, head, target_ids, weights, log_total = saved
     (values,), tree = jax.tree.flatten(head)  # An array, or one that counts as rounded.
-    scale = (weights * cotangents[0])[:, None]
+    vocabulary, scale = _WholeHead(head, target_ids), weights * cotangents[0]
+    hidden_gradient, head_gradient = both_gradients(soft_cap, block, hidden, vocabulary, scale, log_total, values)
+    return hidden_gradient.astype(hidden.dtype), jax.tree.unflatten(tree, [head_gradient]), None, None
+
+
+def both_gradients(
+    soft_cap: float | None,
+    block: int,
+    hidden: jax.Array,
+    vocabulary: Vocabulary,
+    scale: jax.Array,
+    log_total: jax.Array,
+    head_values: jax.Array,
+    add_up: Callable[[jax.Array], jax.Array] = lambda rows: rows,
+) -> tuple[jax.Array, jax.Array]:
+    """Visits the blocks again.
+
+    Args:
+        soft_cap, block, hidden, vocabulary: As in `visit_blocks`.
+        scale: [T]; what each token's loss counts.
+        log_total: [T]; log Σ exp of all logits.
+        head_values: Of the shape and dtype that the head's gradient is to have.
+        add_up: Gets the gradient of the rows that a block reads, and returns that of its `count` rows.
+
+    Returns:
+        The gradients in hidden, [T, D] float32, and in the head.
+    """
 
     def visit(carry, first, count):
         hidden_gradient, head_gradient = carry
-        rows = rows_of_head(head, first, count, hidden.dtype)
+        rows = vocabulary.rows(first, count, hidden.dtype)
         logits, slope = block_logits(soft_cap, rows, hidden)
-        is_target = target_ids[:, None] == first + jnp.arange(rows.shape[0])
-        by_logit = (jnp.exp(logits - log_total[:, None]) - is_target) * scale
+        inside, index = vocabulary.find(first, count)
+        is_target = inside[:, None] & (index[:, None] == jnp.arange(rows.shape[0]))
+        by_logit = (jnp.exp(logits - log_total[:, None]) - is_target) * scale[:, None]
         by_logit = (by_logit if slope is None else by_logit * slope).astype(rows.dtype)
-        rows_gradient = _dot(by_logit.T, hidden).astype(head_gradient.dtype)
+        rows_gradient = add_up(_dot(by_logit.T, hidden)).astype(head_gradient.dtype)
         return (
             hidden_gradient + _dot(by_logit, rows),
             lax.dynamic_update_slice_in_dim(head_gradient, rows_gradient, first, axis=0),
         )
 
-    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(values))
-    hidden_gradient, head_gradient = over_blocks(num_rows(head), block, start, visit)
-    return hidden_gradient.astype(hidden.dtype), jax.tree.unflatten(tree, [head_gradient]), None, None
+    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head_values))
+    return over_blocks(vocabulary.num_rows, block, start, visit)
 
 
 _trained_head_loss.defvjp(_trained_head_forward, _trained_head_backward)

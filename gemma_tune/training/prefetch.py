@@ -23,6 +23,11 @@ class _Failure(NamedTuple):
     error: BaseException
 
 
+def to_device(batch: Any) -> Any:
+    """Puts a batch on the device, unless it is on devices already."""
+    return batch if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)) else jax.device_put(batch)
+
+
 class Prefetch:
     """The batches of a run in the order of its steps, made and put on the device ahead of time.
 
@@ -37,7 +42,7 @@ class Prefetch:
         wait_seconds: How long the last `next` had to wait.
     """
 
-    def __init__(self, batches: Batches, first_step: int, put: Callable[[Any], Any] = jax.device_put):
+    def __init__(self, batches: Batches, first_step: int, put: Callable[[Any], Any] = to_device):
         self._batches, self._first_step, self._put = batches, first_step, put
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._room = threading.Semaphore(DEPTH)

@@ -1,7 +1,8 @@
 """The training and evaluation steps: pure functions of state, frozen weights and batch, compiled once."""
 
+import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,98 +10,66 @@ import optax
 
 from gemma_tune.data import Batch
 from gemma_tune.keras_runtime import keras
-from gemma_tune.models.functional import (
-    Params,
-    bound,
-    final_soft_cap,
-    head_weights,
-    hidden_states,
-    parameters,
-    variables_by_path,
-)
-from gemma_tune.models.precision import computes_in_float16
-from gemma_tune.training.blockwise import Blockwise, BlockwiseGradients
-from gemma_tune.training.compile_once import CompiledOnce, StepMemory, num_bytes
-from gemma_tune.training.loss_scale import LossScale, init_loss_scale, next_loss_scale, scale_of_sum
+from gemma_tune.models.functional import Params, bound, final_soft_cap, head_weights, hidden_states
+from gemma_tune.models.sharded_layers import cut_rows
+from gemma_tune.models.sharding import Layout
+from gemma_tune.training.blockwise import Blockwise
+from gemma_tune.training.blockwise_step import BlockwiseTrainStep, Update
+from gemma_tune.training.compile_once import CompiledOnce
+from gemma_tune.training.guard import is_bad, next_guard
+from gemma_tune.training.loss_scale import next_loss_scale, scale_of_sum
 from gemma_tune.training.losses import LossSums, fused_linear_cross_entropy
 from gemma_tune.training.optimizer import as_float32
-
-
-class TrainState(NamedTuple):
-    """Everything that changes while training. Its buffers are given to each step and come back new.
-
-    step: [] int32. trainable: path -> array. opt_state: Optax's. loss_scale: None unless the arithmetic is float16.
-    """
-
-    step: jax.Array
-    trainable: dict[str, jax.Array]
-    opt_state: Any
-    loss_scale: LossScale | None = None
-
-
-class StepMetrics(NamedTuple):
-    """All [] float32: mean loss in nats per learnt token, learnt tokens, tokens that are no padding, norm of the
-    gradient. With loss scaling, a step whose norm is not finite was skipped.
-    """
-
-    loss: jax.Array
-    num_target_tokens: jax.Array
-    num_tokens: jax.Array
-    grad_norm: jax.Array
-
+from gemma_tune.training.sharded_losses import sharded_linear_cross_entropy
+from gemma_tune.training.sharded_state import places
+from gemma_tune.training.state import StepMetrics, TrainState
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]
-Update = Callable[[TrainState, Params, LossSums, Any], tuple[TrainState, StepMetrics]]
 EvalStep = Callable[[Params, Params, Batch], LossSums]
 
 
-def init_state(model: keras.Model, optimizer: optax.GradientTransformation, *, take_over: bool = False) -> TrainState:
-    """Returns the state before the first step.
-
-    Args:
-        model: A CausalLM.
-        optimizer: From `make_optimizer`.
-        take_over: Steps take over the buffers they are given. With True these are the model's own, so that the weights
-            are held once, and the model can't be used from the first step until `assign`.
-    """
-    trainable, variables = {}, variables_by_path(model)
-    for path in list(parameters(model).trainable):
-        # A copy in any case, one at a time: XLA can't reuse memory that NumPy owns, as that of loaded weights.
-        trainable[path] = jnp.array(variables[path].value, copy=True)
-        if take_over:
-            variables[path].assign(trainable[path])
-    return TrainState(
-        jnp.zeros((), jnp.int32),
-        trainable,
-        jax.jit(lambda tree: optimizer.init(as_float32(tree)))(trainable),
-        init_loss_scale() if computes_in_float16(model) else None,
-    )
-
-
-def make_loss_fn(model: keras.Model, num_targets: int) -> Callable[[Params, Params, Batch], LossSums]:
+def make_loss_fn(
+    model: keras.Model, num_targets: int, layout: Layout | None = None
+) -> Callable[[Params, Params, Batch], LossSums]:
     """Returns (trainable, frozen, batch) -> LossSums of one micro-batch.
 
     Args:
         model: A CausalLM; its variables are not touched.
-        num_targets: Most positions with a weight in any batch. Only these reach the head.
+        num_targets: Most positions with a weight in any batch; on a mesh, in the part of one device. Only these reach
+            the head.
+        layout: Of the mesh that the model is on.
     """
-    backbone, loss_of_hidden = model.backbone, make_loss_of_hidden(model, num_targets)
+    backbone, loss_of_hidden = model.backbone, make_loss_of_hidden(model, num_targets, layout)
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch) -> LossSums:
-        with bound(model, trainable, frozen):
+        with bound(model, trainable, frozen), cut_rows() if layout else contextlib.nullcontext():
             hidden = hidden_states(backbone, batch.token_ids, batch.segment_ids, batch.positions)
             return loss_of_hidden(trainable, frozen, hidden, batch)
 
     return loss_fn
 
 
-def make_loss_of_hidden(model: keras.Model, num_targets: int) -> Callable[[Params, Params, jax.Array, Batch], LossSums]:
+def make_loss_of_hidden(
+    model: keras.Model, num_targets: int, layout: Layout | None = None
+) -> Callable[[Params, Params, jax.Array, Batch], LossSums]:
     """Returns (trainable, frozen, [B, L, D] final hidden states, batch) -> LossSums, to be called within `bound`."""
     backbone = model.backbone
     head_variable = backbone.token_embedding.path
     soft_cap = final_soft_cap(backbone)
 
     def loss_of_hidden(trainable: Params, frozen: Params, hidden: jax.Array, batch: Batch) -> LossSums:
+        head_is_trained = any(path.startswith(head_variable) for path in trainable)
+        if layout:
+            return sharded_linear_cross_entropy(
+                layout,
+                hidden,
+                head_weights(backbone),
+                jnp.asarray(batch.target_ids),
+                jnp.asarray(batch.loss_weights),
+                num_targets=num_targets,
+                soft_cap=soft_cap,
+                head_is_trained=head_is_trained,
+            )
         weights = batch.loss_weights.reshape(-1)
         (chosen,) = jnp.nonzero(weights, size=num_targets, fill_value=0)
         is_filled = jnp.arange(num_targets) < jnp.count_nonzero(weights)
@@ -110,7 +79,7 @@ def make_loss_of_hidden(model: keras.Model, num_targets: int) -> Callable[[Param
             batch.target_ids.reshape(-1)[chosen],
             jnp.where(is_filled, weights[chosen], 0.0),
             soft_cap=soft_cap,
-            head_is_trained=any(path.startswith(head_variable) for path in trainable),
+            head_is_trained=head_is_trained,
         )
 
     return loss_of_hidden
@@ -122,24 +91,30 @@ def make_train_step(
     num_targets: int,
     grad_accum_steps: int,
     blockwise: Blockwise | None = None,
+    spike_factor: float = 0.0,
+    layout: Layout | None = None,
 ) -> TrainStep:
     """Returns the compiled training step. The state's buffers are reused; the frozen weights' are not.
 
     Args:
         model: A CausalLM.
         optimizer: From `make_optimizer`.
-        num_targets: Most positions with a weight in any batch.
+        num_targets: Most positions with a weight in any batch; on a mesh, in the part of one device.
         grad_accum_steps: Micro-batches in a batch.
         blockwise: Computes by one program for each kind of decoder block; None by one for the whole step.
+        spike_factor: With a guard in the state, a loss so many times the usual one is bad; 0: only one that is no
+            number.
+        layout: Of the mesh that the model is on.
 
     Gradients of the summed loss are added up over the micro-batches and divided once by all their weights: with unequal
     token counts the mean of means would be another number.
     """
-    update = make_update(optimizer, num_targets)
+    num_summed = num_targets * (layout.shape.num_row_shards if layout else 1)
+    update = make_update(optimizer, num_summed, spike_factor)
     if blockwise:
         gradients = blockwise.make_gradients(make_loss_of_hidden(model, num_targets))
         return BlockwiseTrainStep(gradients, update, num_targets, grad_accum_steps)
-    loss_fn = make_loss_fn(model, num_targets)
+    loss_fn = make_loss_fn(model, num_targets, layout)
 
     def sum_gradients(trainable: Params, frozen: Params, batch: Batch, scale: Any) -> tuple[dict, LossSums]:
         def loss_and_sums(trainable: Params, micro: Batch):
@@ -154,6 +129,8 @@ def make_train_step(
             grads, sums = jax.grad(loss_and_sums, has_aux=True)(trainable, batch)
             return as_float32(grads), sums
         micro_batches = Batch(*(field.reshape(grad_accum_steps, -1, field.shape[-1]) for field in batch))
+        if layout:
+            micro_batches = jax.lax.with_sharding_constraint(micro_batches, layout.micro_rows)
         zero = (
             jax.tree.map(lambda value: jnp.zeros(value.shape, jnp.float32), dict(trainable)),
             LossSums(*[jnp.zeros(())] * 3),
@@ -161,17 +138,19 @@ def make_train_step(
         return jax.lax.scan(add, zero, micro_batches)[0]
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        scale = scale_of_sum(state.loss_scale, num_targets)
+        scale = scale_of_sum(state.loss_scale, num_summed)
         return update(state, *sum_gradients(state.trainable, frozen, batch, scale), batch.segment_ids)
 
-    return CompiledOnce(train_step, donate_argnums=0)
+    where = (lambda state, *_: (places(state), layout.everywhere)) if layout else None
+    return CompiledOnce(train_step, places=where, donate_argnums=0)
 
 
-def make_update(optimizer: optax.GradientTransformation, num_targets: int) -> Update:
+def make_update(optimizer: optax.GradientTransformation, num_targets: int, spike_factor: float = 0.0) -> Update:
     """Returns (state, summed gradients, LossSums, [B, L] segment ids) -> (state, metrics): the end of a step.
 
     The gradients are float32, and with loss scaling still multiplied with `scale_of_sum(loss_scale, num_targets)`. If
-    they are then not all finite, weights and optimizer state stay as they were.
+    they are then not all finite, weights and optimizer state stay as they were; and, with a guard in the state, if the
+    step is a bad one.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -187,77 +166,43 @@ def make_update(optimizer: optax.GradientTransformation, num_targets: int) -> Up
         updates, opt_state = optimizer.update(grads, state.opt_state, masters, grad_norm=grad_norm)
         updated = optax.apply_updates(masters, updates)
         trainable = {path: value.astype(state.trainable[path].dtype) for path, value in updated.items()}
+        loss = sums.loss_sum * mean
         metrics = StepMetrics(
-            loss=sums.loss_sum * mean,
+            loss=loss,
             num_target_tokens=sums.weight_sum,
             num_tokens=jnp.sum(segment_ids > 0, dtype=jnp.float32),
             grad_norm=grad_norm,
         )
-        if state.loss_scale is None:
+        loss_scale, guard = state.loss_scale, state.guard
+        if loss_scale is None and guard is None:
             return TrainState(state.step + 1, trainable, opt_state), metrics
-        is_finite = jnp.isfinite(grad_norm)  # Of what float16 can hold, squares don't overflow in float32.
+        is_good = is_finite = jnp.isfinite(grad_norm)  # Of what float16 can hold, squares don't overflow in float32.
+        if guard is not None:
+            bad = is_bad(guard, loss, spike_factor)
+            if loss_scale is None:
+                bad |= ~is_finite  # With loss scaling that is an overflow, which the scale is there for.
+            is_good &= ~bad
+            guard, metrics = next_guard(guard, loss, bad), metrics._replace(is_bad=bad.astype(jnp.float32))
+        if loss_scale is not None:
+            loss_scale = next_loss_scale(loss_scale, is_finite)
         trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old),
+            lambda new, old: jnp.where(is_good, new, old),
             (trainable, opt_state),
             (dict(state.trainable), state.opt_state),
         )
-        return TrainState(state.step + 1, trainable, opt_state, next_loss_scale(state.loss_scale, is_finite)), metrics
+        return TrainState(state.step + 1, trainable, opt_state, loss_scale, guard), metrics
 
     return update
 
 
-class BlockwiseTrainStep:
-    """A training step whose gradients come from `Blockwise`.
-
-    Args:
-        gradients: Of a micro-batch.
-        update: From `make_update`.
-        num_targets: As for `make_update`.
-        grad_accum_steps: Micro-batches in a batch.
-    """
-
-    def __init__(self, gradients: BlockwiseGradients, update: Update, num_targets: int, grad_accum_steps: int):
-        self._gradients, self._num_targets, self._num_micro = gradients, num_targets, grad_accum_steps
-        self._update = CompiledOnce(update, donate_argnums=0)
-        self._add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more), donate_argnums=0)
-
-    def __call__(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """Runs a step."""
-        total = None
-        scale = scale_of_sum(state.loss_scale, self._num_targets)
-        for micro in self._micro_batches(batch):
-            grads, sums = self._gradients(state.trainable, frozen, scale, micro)
-            one = as_float32(grads), sums
-            total = self._add(total, one) if total else one
-            del grads, one
-        assert total is not None
-        return self._update(state, *total, batch.segment_ids)
-
-    def memory(self, state: TrainState, frozen: Params, batch: Batch) -> StepMemory:
-        """Returns what a call takes, without running it. Takes shapes too."""
-        micro = jax.eval_shape(self._micro_batches, batch)[0]
-        scale = jax.eval_shape(lambda loss_scale: scale_of_sum(loss_scale, self._num_targets), state.loss_scale)
-        memory = self._gradients.memory(state.trainable, frozen, scale, micro)
-        optimizer_bytes = num_bytes(state.opt_state)
-        accumulated = 4 * sum(leaf.size for leaf in state.trainable.values()) if self._num_micro > 1 else 0
-        argument, temporary = memory.argument_bytes + optimizer_bytes, memory.temporary_bytes + accumulated
-        return StepMemory(argument, temporary, argument + temporary)
-
-    @property
-    def num_programs(self) -> int:
-        """For how many shapes it was compiled."""
-        return self._gradients.num_programs
-
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        rows = [jnp.split(jnp.asarray(field), self._num_micro) for field in batch]
-        return [Batch(*fields) for fields in zip(*rows, strict=True)]
-
-
-def make_eval_step(model: keras.Model, num_targets: int, blockwise: Blockwise | None = None) -> EvalStep:
+def make_eval_step(
+    model: keras.Model, num_targets: int, blockwise: Blockwise | None = None, layout: Layout | None = None
+) -> EvalStep:
     """Returns the compiled evaluation step: (trainable, frozen, batch) -> LossSums.
 
     Arguments as in `make_train_step`.
     """
     if blockwise:
         return blockwise.make_loss(make_loss_of_hidden(model, num_targets))
-    return CompiledOnce(make_loss_fn(model, num_targets))
+    where = (lambda *_: layout.everywhere) if layout else None
+    return CompiledOnce(make_loss_fn(model, num_targets, layout), places=where)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gemma_tune.quantization.scheme import POST_TRAINING
+from gemma_tune.training.loss_scale import FIRST_SCALE
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -46,6 +47,7 @@ def test_loss_memory_does_not_run_what_does_not_fit():
         assert row["plain_bytes"] > 9 and row["plain_seconds"] is None and row["difference"] is None
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
     result, _ = run(
         "scaling", "--quick", "--axes=batch", "--repeats=1", "--remat=none", f"--plot={tmp_path}/growth.png"
@@ -66,7 +68,7 @@ def test_precision_tiny():
     assert list(result["runs"]) == ["float32", "mixed_float16", "mixed_bfloat16"] and result["is_reached"]
     for precision, row in result["runs"].items():
         assert len(row["losses"]) == 5 and len(row["windows"]) == 3 and row["seconds_per_step"] > 0
-        assert row["num_skipped_steps"] == 0 and (row["loss_scale"] == 2**15) == (precision == "mixed_float16")
+        assert row["num_skipped_steps"] == 0 and (row["loss_scale"] == FIRST_SCALE) == (precision == "mixed_float16")
     assert result["runs"]["float32"]["deviation"] == 0 < result["runs"]["mixed_float16"]["deviation"]
 
 
@@ -86,6 +88,7 @@ def test_gpu_says_that_there_is_none():
     assert result == {"gpu": None} and "No GPU" in said
 
 
+@pytest.mark.slow
 def test_gpu_tiny():
     arguments = ("--runs=ours", "--num_examples=4", "--batch_size=1", "--repeats=1", "--remat=none")
     result, _ = run("gpu", "--tiny", *arguments)
@@ -161,3 +164,39 @@ def test_quantization_on_the_tiny_model():
     assert set(done["rounding"]) == {"float32", *POST_TRAINING}
     losses = {what: is_reached for what, *_, is_reached in done["verdicts"] if "of LoRA's" in what}
     assert len(losses) == 2 and all(losses.values())
+
+
+def test_fuzz(tmp_path):
+    """A few of the inputs; `python -m benchmarks.fuzz` reads 100,000."""
+    result, _ = run("fuzz", "--num_inputs=600", f"--keep={tmp_path / 'failures'}")
+    assert result["num_inputs"] == 600 and result["num_failed"] == 0, result["runs"]
+    for counts in result["runs"].values():
+        assert counts["read"] > 0 and counts["refused"] > 10  # Control: the damage is met.
+
+
+def test_fuzz_sees_what_fails(monkeypatch, tmp_path):
+    """Controls: errors that are not ours, hanging, and taking too much memory."""
+    import signal
+    import time
+    import tracemalloc
+
+    from benchmarks import fuzz_readers as fuzz
+
+    monkeypatch.setattr(fuzz, "_SECONDS", 0.2)
+    previous = signal.signal(signal.SIGALRM, fuzz.too_long)
+    tracemalloc.start()
+    try:
+        reads = [lambda path: 1 / 0, lambda path: time.sleep(5), lambda path: bytearray(20_000_000), lambda path: None]
+        found = [fuzz.try_one(fuzz.Reader("", [], read), tmp_path, 100) for read in reads]
+    finally:
+        tracemalloc.stop()
+        signal.signal(signal.SIGALRM, previous)
+    assert [result for result, _ in found] == ["failed", "failed", "failed", "read"]
+    assert ["ZeroDivision" in found[0][1], "Timeout" in found[1][1], "20.0 MB" in found[2][1]] == [True] * 3
+
+
+@pytest.mark.slow
+def test_faults():
+    result, _ = run("faults", "--model=tiny", "--num_seeds=1", "--pairs=1", "--window=2")
+    assert result["kills"]["differing"] == [] and result["kills"]["num_kills"] > 0
+    assert result["saving"]["bytes"] > 0 and result["resume"]["resume_seconds"] > 0

@@ -205,6 +205,7 @@ def test_dry_run_proposes_what_to_change_for_a_small_device(call, questions):
 def test_train_writes_a_run(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
+        ".lock",
         "config.json",
         "versions.json",
         "metrics.jsonl",
@@ -255,7 +256,7 @@ def test_a_run_that_saved_nothing_may_be_started_anew_with_other_settings(call, 
     code, _, err = call(
         "train", *common, "--learning_rate=1e30", "--config.optimizer.clip_norm=0", "--config.optimizer.name=sgd"
     )
-    assert code == 1 and "Try a lower --learning_rate" in err and "No checkpoint had been written yet" in err
+    assert code == 1 and "try a lower --learning_rate" in err and "No checkpoint had been written yet" in err
     code, _, err = call("train", *common, "--learning_rate=1e-3")
     assert code == 0, err
 

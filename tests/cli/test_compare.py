@@ -106,6 +106,7 @@ def test_empty_data_and_a_candidate_that_cannot_be_held(call, questions, write, 
     assert code == 1 and "tiny@int4: " in err and "can't be quantized to int4: block_size=256" in err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:constrained_layout")
 def test_a_run_is_compared_on_what_it_held_out(call, tmp_path):
     workdir = tmp_path / "run"

@@ -11,7 +11,9 @@ from gemma_tune.models.load import load_model
 from gemma_tune.quantization.scheme import POST_TRAINING
 
 
-@pytest.mark.parametrize("scheme", POST_TRAINING)
+@pytest.mark.parametrize(
+    "scheme", ["gptq-int4", *(pytest.param(s, marks=pytest.mark.slow) for s in POST_TRAINING if s != "gptq-int4")]
+)
 def test_every_scheme_of_a_run(call, trained, tmp_path, scheme):
     """LoRA merged, saved, loaded again by another verb, and smaller."""
     output = tmp_path / "preset"

@@ -94,3 +94,29 @@ def test_the_scale_of_27b_is_known_by_its_layers(tiny, tmp_path):
     place = content.index(key) + len(key) + 4
     path.write_bytes(content[:place] + struct.pack("<I", 62) + content[place + 4 :])
     assert GgufCheckpoint(path).config["query_pre_attn_scalar"] == 64 // 4
+
+
+@pytest.mark.parametrize("value", [0, -32])
+def test_an_alignment_that_is_none_is_refused(path, value):
+    content, key = path.read_bytes(), b"general.alignment"
+    (count,) = struct.unpack_from("<Q", content, 16)
+    entry = struct.pack("<Q", len(key)) + key + struct.pack("<Ii", 5, value)
+    path.write_bytes(content[:16] + struct.pack("<Q", count + 1) + entry + content[24:])
+    with pytest.raises(ModelError, match=rf"general.alignment is {value}\."):
+        GgufFile(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokenizer.ggml.bos_token_id", 10**6, r"are to be the special ones.*1000000"),
+        ("tokenizer.ggml.bos_token_id", [b"2"], r"are to be the special ones"),
+        ("general.architecture", b"\xff", r"architecture '\\\\xff'"),
+    ],
+)
+def test_metadata_that_means_nothing_is_refused(path, monkeypatch, key, value, message):
+    file = GgufFile(path)
+    file.metadata[key] = value
+    monkeypatch.setattr("gemma_tune.models.gguf_checkpoint.GgufFile", lambda _: file)
+    with pytest.raises(ModelError, match=message):
+        GgufCheckpoint(path).tokenizer_proto()

@@ -17,8 +17,8 @@ def run(model, batch):
     return np.asarray(hidden_states(model.backbone, batch.token_ids, batch.segment_ids, batch.positions))
 
 
-def test_packed_equals_separate(tiny, family, rng):
-    model = tiny(family)
+def test_packed_equals_separate(tiny, some_family, rng):
+    model = tiny(some_family)
     lengths = (24, 9, 30)  # Longer than the sliding window of 16.
     examples = random_examples(rng, lengths)
     separate = run(model, make_batch([[example] for example in examples], 3, 64))  # KerasHub's own masks.

@@ -7,6 +7,7 @@ import pytest
 from test_step import num_targets, random_batch
 
 from gemma_tune.errors import ModelError
+from gemma_tune.files import CHECKSUMS
 from gemma_tune.models.adapter import save_adapter
 from gemma_tune.models.fingerprint import fingerprint
 from gemma_tune.models.functional import assign, parameters
@@ -200,5 +201,8 @@ def test_what_is_saved_quantized(tmp_path):
         save_preset(model, tmp_path / "factors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["codes", "taken"]
     (tmp_path / "codes" / "quantization.json").write_text('{"format": "gemma_tune.quantization", "layers": {"a": {}}}')
+    with pytest.raises(ModelError, match="is damaged: .*quantization.json has 58 bytes"):
+        load_model(str(tmp_path / "codes"))
+    (tmp_path / "codes" / CHECKSUMS).unlink()
     with pytest.raises(ModelError, match="can't be read"):
         load_model(str(tmp_path / "codes"))

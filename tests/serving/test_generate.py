@@ -45,7 +45,8 @@ def test_a_trained_model_stops_at_the_end_of_its_turn(tiny):
     from gemma_tune.data.tokenize import tokenize_examples
     from gemma_tune.models.functional import assign, parameters
     from gemma_tune.training.optimizer import make_optimizer, make_schedule
-    from gemma_tune.training.step import init_state, make_train_step
+    from gemma_tune.training.state import init_state
+    from gemma_tune.training.step import make_train_step
 
     model = tiny("gemma3")
     example = Example((Turn("user", "How do I reset it?"), Turn("model", "Go to Settings.")))

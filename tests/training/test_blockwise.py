@@ -12,7 +12,8 @@ from gemma_tune.models.functional import parameters
 from gemma_tune.models.packing import enable_packing
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
 from gemma_tune.training.blockwise import Blockwise
-from gemma_tune.training.step import init_state, make_eval_step, make_train_step
+from gemma_tune.training.state import init_state
+from gemma_tune.training.step import make_eval_step, make_train_step
 
 SPLIT_FAMILIES = ("gemma", "gemma2", "gemma3")
 

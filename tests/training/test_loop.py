@@ -16,18 +16,21 @@ from gemma_tune.training.checkpoints import Checkpoints, Progress
 from gemma_tune.training.interrupts import Interrupted
 from gemma_tune.training.loop import Loop, LoopSettings
 from gemma_tune.training.metrics import MetricsWriter, read_metrics
-from gemma_tune.training.step import StepMetrics, TrainState
+from gemma_tune.training.state import StepMetrics, TrainState
 
 
 class Recorder:
     def __init__(self):
-        self.steps, self.evaluations = [], []
+        self.steps, self.evaluations, self.problems = [], [], []
 
     def on_step(self, step, num_steps, values):
         self.steps.append(step)
 
     def on_evaluation(self, step, values):
         self.evaluations.append((step, values["loss"]))
+
+    def on_problem(self, message):
+        self.problems.append(message)
 
 
 def fresh_state():
@@ -50,7 +53,7 @@ def make_loop(path, num_steps=10, heldout=None, on_step=lambda step: 0.5, settin
         batches=range(num_steps),
         evaluate=None
         if heldout is None
-        else lambda trainable: {"loss": heldout(float(trainable["w"][0])), "perplexity": 1.0},
+        else lambda trainable, before_each: {"loss": heldout(float(trainable["w"][0])), "perplexity": 1.0},
         schedule=optax.constant_schedule(0.1),
         settings=LoopSettings(*settings),
         checkpoints=checkpoints,
@@ -145,14 +148,17 @@ def test_metrics_of_a_killed_run_are_not_doubled(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path):
     loop, _ = make_loop(tmp_path)
     loop.run(fresh_state(), Progress())
-    for file in (tmp_path / "checkpoints" / "10" / "state").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"damaged")
-    with pytest.raises(TrainingError, match="The checkpoint of step 10 .* can't be read.*from the one before"):
-        Checkpoints(tmp_path / "checkpoints", 2).restore(fresh_state())
+    file = next(path for path in (tmp_path / "checkpoints" / "10" / "state" / "d").iterdir())
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    problems = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, on_problem=problems.append)
+    assert checkpoints.steps == [9]
+    assert int(checkpoints.restore(fresh_state())[0].step) == 9
+    assert len(problems) == 1 and f"The checkpoint of step 10 is damaged: {file} holds other bytes" in problems[0]
+    assert (tmp_path / "checkpoints" / "10.damaged").is_dir()
 
 
 def test_a_checkpoint_of_another_structure_is_refused(tmp_path):

@@ -19,7 +19,8 @@ from gemma_tune.pipeline.setup import read_splits
 from gemma_tune.quantization.fake import FakeQuantized
 from gemma_tune.quantization.scheme import Grid
 from gemma_tune.training.losses import fused_linear_cross_entropy
-from gemma_tune.training.step import init_state, make_eval_step, make_train_step
+from gemma_tune.training.state import init_state
+from gemma_tune.training.step import make_eval_step, make_train_step
 
 INT4 = Grid("int4", 32)
 

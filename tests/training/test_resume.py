@@ -46,7 +46,14 @@ def uninterrupted(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(("number", "at_step"), [(signal.SIGKILL, 5), (signal.SIGTERM, 3), (signal.SIGINT, 7)])
+@pytest.mark.parametrize(
+    ("number", "at_step"),
+    [
+        (signal.SIGKILL, 5),  # Signals among the default tests: tests/faults.
+        pytest.param(signal.SIGTERM, 3, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 7, marks=pytest.mark.slow),
+    ],
+)
 def test_the_end_is_the_same_bit_for_bit(uninterrupted, tmp_path, number, at_step):
     workdir = tmp_path / "w"
     code, err = run_and_signal(workdir, number, at_step)

@@ -10,7 +10,8 @@ from gemma_tune.models.functional import parameters, variables_by_path
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
 from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
-from gemma_tune.training.step import init_state, make_train_step
+from gemma_tune.training.state import init_state
+from gemma_tune.training.step import make_train_step
 
 NUM_STEPS, NUM_EXAMPLES, EXAMPLES_A_STEP, LENGTH = 200, 32, 4, 48
 NUM_ROWS, ROW_LENGTH = 2, 112
@@ -100,6 +101,7 @@ def padded(examples):
     return {"token_ids": ids, "padding_mask": mask}, targets, weights
 
 
+@pytest.mark.slow
 def test_ours_follows_the_tutorials_loss_curve(tiny, steps):
     ours, lora_values = our_curve(tiny("gemma3"), steps)
     tutorial = Tutorial(tiny("gemma3"), lora_values)

@@ -1,0 +1,72 @@
+"""`gemma-tune train --mesh`, as it is used."""
+
+import json
+
+import pytest
+
+from gemma_tune.cli.main import run
+
+FEW = (
+    "--model=tiny", "--max_length=64", "--batch_size=8", "--config.training.num_train_steps=4",
+    "--config.training.num_sample_answers=1", "--config.training.num_scored_answers=1",
+    "--config.generation.max_new_tokens=2",
+)  # fmt: skip
+
+
+pytestmark = pytest.mark.slow
+
+
+def said(capfd):
+    return " ".join(capfd.readouterr().err.split())
+
+
+def test_a_run_goes_on_on_another_mesh_and_ends_with_an_adapter(tmp_path, capfd):
+    command = ["train", *FEW, f"--workdir={tmp_path}", "--config.training.checkpoint_every_steps=2"]
+    assert run([*command, "--mesh=data:2,fsdp:2,model:2"]) == 0
+    assert "Mesh: data:2,fsdp:2,model:2 of 8 × cpu" in said(capfd)
+    assert run([*command, "--mesh=fsdp:4"]) == 0
+    assert "Going on from the checkpoint of step 4" in said(capfd)
+    assert (tmp_path / "adapter/adapter.safetensors").exists()
+    capfd.readouterr()
+    answers, scores = [], []
+    for mesh in ([], ["--mesh=fsdp:2,model:4"]):
+        assert (
+            run(
+                [
+                    "generate",
+                    f"--model={tmp_path}",
+                    "--max_new_tokens=6",
+                    "--json",
+                    *mesh,
+                    "How do I reset it?",
+                    "And then?",
+                ]
+            )
+            == 0
+        )
+        answers.append(json.loads(capfd.readouterr().out)["answers"])
+        assert run(["eval", f"--model={tmp_path}", "--max_length=64", "--json", *mesh]) == 0
+        scores.append(json.loads(capfd.readouterr().out))
+    assert answers[0] == answers[1]
+    for name in ("base", "tuned"):
+        assert scores[1][name] == pytest.approx(scores[0][name], abs=1e-5, rel=1e-5)
+
+
+def test_a_dry_run_says_what_each_device_takes(tmp_path, capfd):
+    assert run(["train", *FEW, "--method=full", "--dry_run", "--json", f"--workdir={tmp_path}"]) == 0
+    one = json.loads(capfd.readouterr().out)["memory"]
+    assert run(["train", *FEW, "--method=full", "--dry_run", "--mesh=auto", f"--workdir={tmp_path}"]) == 0
+    assert "memory of a step on each device" in capfd.readouterr().out
+    assert run(["train", *FEW, "--method=full", "--dry_run", "--json", "--mesh=auto", f"--workdir={tmp_path}"]) == 0
+    each = json.loads(capfd.readouterr().out)["memory"]
+    assert each["argument_bytes"] < one["argument_bytes"] / 6
+
+
+def test_without_a_mesh_one_device_is_taken_and_that_is_said(tmp_path, capfd):
+    assert run(["train", *FEW, f"--workdir={tmp_path}"]) == 0
+    assert "8 devices; this run takes one. --mesh=auto takes all." in said(capfd)
+
+
+def test_more_devices_than_there_are(tmp_path, capfd):
+    assert run(["train", *FEW, "--mesh=fsdp:2,model:8", f"--workdir={tmp_path}"]) == 1
+    assert "takes 16 devices, and there are 8 (cpu)" in said(capfd)

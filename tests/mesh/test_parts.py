@@ -1,0 +1,100 @@
+"""No device holds more than its part on the way: loading, kernels of attention, embeddings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gemma_tune.keras_runtime import keras
+from gemma_tune.models.attention_kernels import causal_attention, splash_attention
+from gemma_tune.models.functional import parameters
+from gemma_tune.models.load import load_model
+from gemma_tune.models.preset import save_preset
+from gemma_tune.models.sharded_attention import over_mesh
+from gemma_tune.models.sharded_layers import fetch
+from gemma_tune.models.sharding import make_layout
+from gemma_tune.quantization.grids import dequantize, quantize
+from gemma_tune.quantization.scheme import Grid
+
+
+def watching(function, sizes):
+    """Notes the largest part of what a function puts on a device."""
+
+    def watched(*arguments, **named):
+        made = function(*arguments, **named)
+        sizes.extend(shard.data.size for leaf in jax.tree.leaves(made) for shard in leaf.addressable_shards)
+        return made
+
+    return watched
+
+
+def layout_of(mesh):
+    return make_layout(mesh, 8)
+
+
+@pytest.mark.parametrize("grid", [None, Grid("int4", 32), Grid("nf4", 32, True)], ids=str)
+@pytest.mark.parametrize("mesh", ["fsdp:4,model:2", "model:8"])
+def test_a_preset_is_loaded_part_by_part(tmp_path, monkeypatch, mesh, grid):
+    save_preset(load_model("tiny:gemma2"), tmp_path / "preset")
+    whole = parameters(load_model(str(tmp_path / "preset"), grid=grid))
+    sizes = []
+    for module, name in ((jax, "device_put"), (keras.src.backend.jax.core.JaxVariable, "_convert_to_tensor")):
+        monkeypatch.setattr(module, name, watching(getattr(module, name), sizes))
+    load_model(str(tmp_path / "preset"), grid=grid)
+    assert max(sizes) >= 1024 * 64 // (2 if grid else 1)  # A control: on one device the embedding comes whole.
+    sizes.clear()
+    parts = parameters(load_model(str(tmp_path / "preset"), grid=grid, layout=layout_of(mesh)))
+    # No device was given more than an eighth of an array; but for scales in blocks of 256, and single heads.
+    assert max(sizes, default=0) <= 1024 * 64 // 8
+    for before, after in zip(whole, parts, strict=True):
+        assert before.keys() == after.keys()
+        for path, values in before.items():
+            assert np.array_equal(values, after[path]), path
+
+
+@pytest.mark.parametrize("mesh", ["data:2,fsdp:2,model:2", "fsdp:8", "model:8", "data:8"])
+@pytest.mark.parametrize("grid", [None, Grid("int8"), Grid("nf4", 32, True)], ids=str)
+def test_rows_of_an_embedding(rng, mesh, grid):
+    layout = layout_of(mesh)
+    values = rng.standard_normal((256, 64)).astype(np.float32)
+    table = quantize(values[..., None], grid) if grid else values
+    wanted = dequantize(table)[..., 0] if grid else values
+    ids = rng.integers(0, 256, (8, 5)).astype(np.int32)
+    found = jax.jit(lambda table, ids: fetch(layout, table, ids))(table, ids)
+    assert np.allclose(
+        found, wanted[ids], rtol=1e-6, atol=1e-6
+    )  # XLA joins the product and sum of a doubly quantized scale.
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(4, 1), (4, 2), (8, 8), (3, 1)])
+def test_attention_kernels_on_each_devices_part(rng, num_heads, num_kv_heads):
+    """Splash attention (interpreted: this is a CPU), whose program XLA can't cut, against plain products. Three heads
+    can't be cut into four, and each device then has all of them.
+    """
+    layout = layout_of("data:2,model:4")
+    q = rng.standard_normal((2, 128, num_heads, 16)).astype(np.float32)
+    k, v = (rng.standard_normal((2, 128, num_kv_heads, 16)).astype(np.float32) for _ in range(2))
+    segments = np.sort(rng.integers(1, 4, (2, 128, 1)), axis=1).astype(np.int32)
+    weights = rng.standard_normal(q.shape).astype(np.float32)
+    mask = (segments == segments[:, None, :, 0]) & np.tri(128, dtype=bool)
+
+    def on_mesh(q, k, v):
+        def kernel(q, k, v, ids):
+            return splash_attention(q, k, v, ids[:, :, 0], scale=0.25, window=None, soft_cap=None, interpret=True)
+
+        attended = over_mesh(layout, kernel, q, k, v, jnp.asarray(segments))
+        return (attended * weights).sum(), attended
+
+    def plain(q, k, v):
+        attended = causal_attention(q, k, v, jnp.asarray(mask), scale=0.25)
+        return (attended * weights).sum(), attended
+
+    places = [NamedSharding(layout.mesh, P("data"))] * 3
+    gradient = jax.jit(jax.value_and_grad(on_mesh, (0, 1, 2), has_aux=True), in_shardings=places)
+    (_, found), found_gradients = gradient(q, k, v)
+    (_, wanted), wanted_gradients = jax.jit(jax.value_and_grad(plain, (0, 1, 2), has_aux=True))(q, k, v)
+    assert np.allclose(found, wanted, rtol=0, atol=1e-5)
+    for one, other in zip(found_gradients, wanted_gradients, strict=True):
+        assert np.allclose(one, other, rtol=0, atol=5e-5)

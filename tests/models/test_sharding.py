@@ -1,0 +1,73 @@
+"""Rules for where weights lie on a mesh. No devices are needed: these are meshes on paper."""
+
+import math
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from gemma_tune.errors import ModelError
+from gemma_tune.models.lora import enable_lora
+from gemma_tune.models.sharding import Layout, axes_of, matrix_axes
+from gemma_tune.quantization.scheme import Grid
+
+
+def layout_of(data=1, fsdp=1, model=1):
+    types = (jax.sharding.AxisType.Auto,) * 3
+    return Layout(AbstractMesh((data, fsdp, model), ("data", "fsdp", "model"), types))
+
+
+@pytest.mark.parametrize("grid", [None, Grid("int8"), Grid("int4", 32), Grid("nf4", 32, True)], ids=str)
+def test_every_variable_of_every_family_has_a_place_that_it_fits(tiny, family, grid):
+    model = tiny(family, grid=grid)
+    enable_lora(model.backbone, 2, 2.0, ["all-linear"], seed=0)
+    layout = layout_of(fsdp=2, model=2)
+    num_cut = 0
+    for variable, sharding in layout._shardings(model.backbone):
+        sharding.shard_shape(tuple(variable.shape))  # Raises where an axis isn't divided evenly.
+        num_cut += any(entry is not None for entry in sharding.spec)
+        if variable.path.endswith("/kernel") and not any(name in variable.path for name in ("key", "value")):
+            # As a layer's weights do, its codes lie in four parts.
+            assert math.prod(sharding.shard_shape(tuple(variable.shape))) * 4 == math.prod(variable.shape), (
+                variable.path
+            )
+    assert num_cut >= 10
+
+
+def test_the_rules_by_name():
+    assert axes_of("token_embedding/embeddings", 2) == (("model", "fsdp"), None)
+    assert axes_of("decoder_block_3/attention/query/kernel", 3) == ("model", "fsdp", None)
+    assert axes_of("decoder_block_3/attention/attention_output/kernel", 3) == ("model", None, "fsdp")
+    assert axes_of("decoder_block_3/ffw_gating_2/kernel", 2) == ("fsdp", "model")
+    assert axes_of("decoder_block_3/ffw_linear/kernel", 2) == ("model", "fsdp")
+    assert axes_of("decoder_block_3/post_ffw_norm/scale", 1) == (None,)
+    # LoRA's factors follow: A has the kernel's first axes, B its last.
+    assert axes_of("decoder_block_3/attention/query/lora_kernel_a", 3) == ("model", "fsdp", None)
+    assert axes_of("decoder_block_3/attention/query/lora_kernel_b", 2) == (None, None)
+    assert axes_of("decoder_block_3/ffw_gating/lora_kernel_b", 2) == (None, "model")
+    assert axes_of("token_embedding/lora_embeddings_a", 2) == (("model", "fsdp"), None)
+
+
+def test_a_weight_without_a_rule_is_named():
+    for path in ("decoder_block_0/attention/gate/kernel", "decoder_block_0/attention/gate/lora_kernel_a"):
+        with pytest.raises(ModelError, match=f"No rule says how {path} is spread"):
+            axes_of(path, 2)
+
+
+def test_what_cannot_be_cut():
+    layout = layout_of(data=2, fsdp=4, model=2)
+    # One key/value head is on every device; what fsdp can't cut in its place, it cuts along another axis.
+    assert layout.fit(("model", "fsdp", None), (1, 64, 16)).spec == P(None, "fsdp", None)
+    assert layout.fit(("model", "fsdp", None), (2, 10, 16)).spec == P("model", None, "fsdp")
+    assert layout.fit(("model", "fsdp", None), (3, 10, 15)).spec == P(None, None, None)
+    assert layout.cuts(1024) == ("model", "fsdp") and layout.cuts(12) == ("fsdp",)
+    assert layout.cuts(2) == ("model",) and layout.cuts(7) == ()
+
+
+def test_kernels_as_they_are_quantized():
+    query, output = "decoder_block_0/attention/query/kernel", "decoder_block_0/attention/attention_output/kernel"
+    assert matrix_axes(query, (4, 64, 16), (4, 64, 16)) == ("model", "fsdp", None)
+    assert matrix_axes(output, (4, 16, 64), (1, 64, 64)) == (None, "model", "fsdp")
+    assert matrix_axes("decoder_block_0/ffw_linear/kernel", (128, 64), (1, 128, 64)) == (None, "model", "fsdp")
+    assert matrix_axes("token_embedding/embeddings", (1024, 64), (1024, 64, 1)) == (("model", "fsdp"), None, None)
