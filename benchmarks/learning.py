@@ -17,9 +17,8 @@ from gemma_tune.models.quantize import quantize_layers
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.pipeline import evaluate, read_splits, set_up
 from gemma_tune.quantization.scheme import POST_TRAINING, Grid
-from gemma_tune.training.batches import TrainingBatches
 from gemma_tune.training.blockwise import Blockwise
-from gemma_tune.training.calibration import quantize_calibrated
+from gemma_tune.training.calibration import calibration_batches, quantize_calibrated
 from gemma_tune.training.step import make_loss_of_hidden
 
 
@@ -106,5 +105,4 @@ def _calibration_batches(model: Any, examples: list, num_tokens: int) -> list:
 
     template = template_for(family_of(model))
     tokens = tokenize_examples(examples, template, tokenizer_of(model), 512, "truncate").examples
-    rows = TrainingBatches(tokens, batch_size=1, row_length=512, packing=True, seed=0, num_epochs=1)
-    return [rows[index] for index in range(min(len(rows), -(-num_tokens // 512)))]
+    return calibration_batches(tokens, 512, num_tokens)[0]

@@ -41,7 +41,8 @@ def train(precision: str) -> dict[str, Any]:
     from gemma_tune.training.batches import TrainingBatches
     from gemma_tune.training.blockwise import Blockwise
     from gemma_tune.training.optimizer import make_optimizer, make_schedule
-    from gemma_tune.training.step import init_state, make_train_step
+    from gemma_tune.training.state import init_state
+    from gemma_tune.training.step import make_train_step
 
     model = load_model(_MODEL.value, precision=precision)
     examples = job(_JOB.value, _NUM_EXAMPLES.value, tokenizer_of(model), max_length=_ROW_LENGTH.value).examples

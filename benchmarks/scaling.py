@@ -30,7 +30,8 @@ from gemma_tune.models.functional import parameters
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
 from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
-from gemma_tune.training.step import init_state, make_train_step
+from gemma_tune.training.state import init_state
+from gemma_tune.training.step import make_train_step
 
 _AXES = flags.DEFINE_list("axes", ["batch", "length", "rank", "layers"], "What to vary.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Steps of each point; the median counts.", lower_bound=1)

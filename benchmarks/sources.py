@@ -20,7 +20,8 @@ def installed(contenders: Iterable[str]) -> list[str]:
 
 def demo_sources(folder: Path, contenders: Sequence[str]) -> dict[str, str]:
     """Returns contender -> where its model is; the tutorial's preset is written into the folder."""
-    from gemma_tune.models.load import demo_path, load_model
+    from gemma_tune.models.download import demo_path
+    from gemma_tune.models.load import load_model
 
     sources = {"ours": "demo", "peft_torch": str(demo_path())}
     if "tutorial" in contenders:

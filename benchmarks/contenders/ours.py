@@ -20,7 +20,8 @@ from gemma_tune.quantization.scheme import Grid
 from gemma_tune.training.batches import TrainingBatches
 from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
-from gemma_tune.training.step import init_state, make_eval_step, make_train_step
+from gemma_tune.training.state import init_state
+from gemma_tune.training.step import make_eval_step, make_train_step
 
 
 def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
