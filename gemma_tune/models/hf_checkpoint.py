@@ -110,27 +110,44 @@ def load_backbone(
     grid: Grid | None = None,
     layout: Layout | None = None,
 ) -> keras_hub.models.Backbone:
-    """Builds the KerasHub backbone that a checkpoint's config describes, and fills it.
-
-    Vision and audio towers are left out: gemma_tune trains on text. With a grid, weights are quantized as they are
-    read.
+    """Builds the KerasHub backbone that a checkpoint's config describes, and fills it. With a grid, weights are
+    quantized as they are read.
 
     Raises:
         ModelError: Not a Gemma, or a tensor is missing or has another shape.
     """
+    backbone = build_backbone(checkpoint.config, precision, where, grid, layout)
     converter = _converter(checkpoint.config.get("model_type"), where)
+    converter.convert_weights(backbone, _StreamingLoader(checkpoint), checkpoint.config)
+    return backbone
+
+
+def build_backbone(
+    config: dict[str, Any],
+    precision: str,
+    where: str,
+    grid: Grid | None = None,
+    layout: Layout | None = None,
+) -> keras_hub.models.Backbone:
+    """Builds the KerasHub backbone that a config.json describes, without values.
+
+    Vision and audio towers are left out: gemma_tune trains on text.
+
+    Raises:
+        ModelError: Not a Gemma, or a size is missing.
+    """
+    converter = _converter(config.get("model_type"), where)
     try:
         with skeleton():
-            config = converter.convert_backbone_config(_with_global_sizes(checkpoint.config))
-            config.update({name: None for name in ("vision_encoder", "audio_encoder") if name in config})
-            backbone = converter.backbone_cls(**config, dtype=precision)
+            sizes = converter.convert_backbone_config(_with_global_sizes(config))
+            sizes.update({name: None for name in ("vision_encoder", "audio_encoder") if name in sizes})
+            backbone = converter.backbone_cls(**sizes, dtype=precision)
             if grid:
                 quantize_layers(backbone, grid)
             if layout:
                 layout.place(backbone)
     except KeyError as error:
         raise ModelError(f"{where}: config.json lacks {error}.") from error
-    converter.convert_weights(backbone, _StreamingLoader(checkpoint), checkpoint.config)
     return backbone
 
 

@@ -174,6 +174,15 @@ def _load_keras(source: Source, precision: str, seed: int, grid: Grid | None, la
         return backbone, loader.load_tokenizer(tokenizer_cls)
 
 
+def keras_preset_backbone(source: Source, precision: str) -> Any:
+    """Builds the backbone of a Keras preset in a directory, as it is held there. To be called within `skeleton`."""
+    check_whole(Path(source.value))
+    with _keras_errors(source):
+        backbone = _keras_backbone(_preset_loader(source), precision)
+        apply_schemes(backbone, read_schemes(Path(source.value)))
+    return backbone
+
+
 def _preset_loader(source: Source) -> Any:
     from keras_hub.src.utils.preset_utils import get_preset_loader
 

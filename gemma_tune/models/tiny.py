@@ -56,8 +56,7 @@ def tiny_backbone(family: str, precision: str, seed: int, grid: Grid | None = No
             f"There is no tiny:{family}. Known: {', '.join(known)}.{did_you_mean(f'tiny:{family}', known)}"
         )
     with skeleton():
-        backbone_cls = FAMILIES[family].causal_lm.backbone_cls
-        backbone = backbone_cls(vocabulary_size=_vocabulary_size(), dtype=precision, **_CONFIGS[family])
+        backbone = FAMILIES[family].causal_lm.backbone_cls(**tiny_config(family), dtype=precision)
     for variable in backbone.variables:
         fill_whole(variable, _random_value(variable, seed))
     if grid:
@@ -65,10 +64,11 @@ def tiny_backbone(family: str, precision: str, seed: int, grid: Grid | None = No
     return backbone
 
 
-def _vocabulary_size() -> int:
+def tiny_config(family: str) -> dict[str, Any]:
+    """Returns a family's sizes, as KerasHub's backbone takes them."""
     from sentencepiece import SentencePieceProcessor
 
-    return SentencePieceProcessor(model_file=str(TOKENIZER_PATH)).vocab_size()
+    return {"vocabulary_size": SentencePieceProcessor(model_file=str(TOKENIZER_PATH)).vocab_size(), **_CONFIGS[family]}
 
 
 def _random_value(variable: keras.Variable, seed: int) -> np.ndarray:

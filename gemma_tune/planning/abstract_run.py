@@ -1,0 +1,179 @@
+"""A run's training step with shapes in the place of arrays: nothing is loaded, and no device is needed."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from gemma_tune.config import Config
+from gemma_tune.data import Batch
+from gemma_tune.keras_runtime import keras
+from gemma_tune.mesh import MeshShape
+from gemma_tune.models.architectures import backbone_without_weights
+from gemma_tune.models.family import FAMILIES, family_of
+from gemma_tune.models.functional import variables_by_path
+from gemma_tune.models.precision import computes_in_float16
+from gemma_tune.models.prepare import LoraSettings, prepare_for_training
+from gemma_tune.models.sharding import Layout
+from gemma_tune.models.skeleton import skeleton
+from gemma_tune.training.compile_once import StepMemory
+from gemma_tune.training.guard import init_guard
+from gemma_tune.training.loss_scale import init_loss_scale
+from gemma_tune.training.optimizer import as_float32, make_optimizer
+from gemma_tune.training.sharded_state import optimizer_shardings
+from gemma_tune.training.state import TrainState
+from gemma_tune.training.step import make_train_step
+
+Shapes = Any  # A tree of jax.ShapeDtypeStruct.
+
+
+class AbstractRun(NamedTuple):
+    """A run before its first step, without arrays.
+
+    model: A CausalLM whose variables have no values. num_targets: Positions with a loss in the rows that go through a
+        device at a time. state, frozen, batch: What the step takes.
+    """
+
+    config: Config
+    model: keras.Model
+    layout: Layout | None
+    optimizer: optax.GradientTransformation
+    num_targets: int
+    state: Shapes
+    frozen: Shapes
+    batch: Shapes
+
+    @property
+    def argument_bytes(self) -> int:
+        """What weights, optimizer state and a batch take on each device."""
+        return sum(device_bytes(leaf) for leaf in jax.tree.leaves((self.state, self.frozen, self.batch)))
+
+    def compiled_memory(self) -> StepMemory:
+        """Compiles the step, and returns what it takes on each device, as XLA counts it. The mesh must be of devices."""
+        training = self.config.training
+        step = make_train_step(
+            self.model,
+            self.optimizer,
+            self.num_targets,
+            training.grad_accum_steps,
+            None,
+            training.loss_spike_factor,
+            self.layout,
+        )
+        return step.memory(self.state, self.frozen, self.batch)  # type: ignore[attr-defined]
+
+
+def abstract_run(config: Config, shape: MeshShape, target_share: float, mesh: Mesh | None = None) -> AbstractRun:
+    """Prepares a run as `pipeline.set_up` does, without weights and data.
+
+    Args:
+        config: The run; `training.mesh` is not read.
+        shape: Parts along each axis of the mesh.
+        target_share: Of all positions, those with a loss.
+        mesh: Of devices; None: of none.
+
+    Raises:
+        ModelError: The model's sizes aren't known, or the rows of a batch can't be cut as the mesh asks.
+    """
+    training = config.training
+    layout = None
+    if shape.num_devices > 1:
+        types = (AxisType.Auto,) * len(shape)
+        layout = Layout(mesh or AbstractMesh(tuple(shape), MeshShape._fields, axis_types=types))
+    model = _model(config, layout)
+    rows_at_a_time = training.batch_size // training.grad_accum_steps // shape.num_row_shards
+    num_targets = max(1, round(target_share * rows_at_a_time * config.row_length))
+    trainable, frozen = _parameters(model)
+    optimizer = _optimizer(config)
+    return AbstractRun(
+        config=config,
+        model=model,
+        layout=layout,
+        optimizer=optimizer,
+        num_targets=num_targets,
+        state=_state(model, optimizer, trainable, layout),
+        frozen=frozen,
+        batch=_batch(training.batch_size, config.row_length, layout),
+    )
+
+
+def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Returns what one device holds of an array."""
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _model(config: Config, layout: Layout | None) -> keras.Model:
+    training = config.training
+    backbone = backbone_without_weights(config.model.source, config.model.precision, config.grid, layout)
+    model = FAMILIES[family_of(backbone)].causal_lm(preprocessor=None, backbone=backbone)
+    lora = LoraSettings(config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
+    with skeleton():
+        prepare_for_training(
+            model,
+            None if training.method == "full" else lora,
+            qat=config.qat_grid,
+            packing=config.data.packing,
+            remat=training.remat,
+            program="whole",
+            attention=training.attention,
+            row_length=config.row_length,
+            layout=layout,
+        )
+    return model
+
+
+def _parameters(model: keras.Model) -> tuple[dict[str, Any], dict[str, Any]]:
+    trained = {id(variable) for variable in model.backbone.trainable_variables}
+    groups: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    for path, variable in variables_by_path(model).items():
+        shape = jax.ShapeDtypeStruct(tuple(variable.shape), variable.dtype, sharding=variable._layout)
+        groups[id(variable) not in trained][path] = shape
+    return groups
+
+
+def _state(
+    model: keras.Model, optimizer: optax.GradientTransformation, trainable: dict[str, Any], layout: Layout | None
+) -> Shapes:
+    shapes = jax.eval_shape(
+        lambda params: TrainState(
+            jnp.zeros((), jnp.int32),
+            params,
+            optimizer.init(as_float32(params)),
+            init_loss_scale() if computes_in_float16(model) else None,
+            init_guard(),
+        ),
+        trainable,
+    )
+    if layout is None:
+        return shapes
+    everywhere = shapes._replace(trainable=None, opt_state=None)
+    everywhere = jax.tree.map(lambda leaf: _placed(leaf, layout.everywhere), everywhere)
+    places = optimizer_shardings(optimizer, trainable, layout)
+    return everywhere._replace(trainable=trainable, opt_state=jax.tree.map(_placed, shapes.opt_state, places))
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _batch(num_rows: int, row_length: int, layout: Layout | None) -> Batch:
+    shape, place = (num_rows, row_length), layout.rows if layout else None
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    return Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place))
+
+
+def _optimizer(config: Config) -> optax.GradientTransformation:
+    optimizer = config.optimizer
+    return make_optimizer(
+        optimizer.name,
+        optax.constant_schedule(config.learning_rate),
+        weight_decay=optimizer.weight_decay,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        epsilon=optimizer.epsilon,
+        clip_norm=optimizer.clip_norm,
+    )
