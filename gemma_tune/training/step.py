@@ -162,10 +162,13 @@ def make_update(optimizer: optax.GradientTransformation, num_targets: int, spike
         # Of the sums: squares of what is scaled, XLA on CPU would hold beside the gradients, all of them at once.
         grad_norm = optax.tree.norm(grads) * scale
         grads = {path: gradient * scale for path, gradient in grads.items()}
-        masters = as_float32(state.trainable)
-        updates, opt_state = optimizer.update(grads, state.opt_state, masters, grad_norm=grad_norm)
-        updated = optax.apply_updates(masters, updates)
-        trainable = {path: value.astype(state.trainable[path].dtype) for path, value in updated.items()}
+
+        def updated(trainable: Params, opt_state: Any, grads: Params) -> tuple[Params, Any]:
+            masters = as_float32(trainable)
+            updates, opt_state = optimizer.update(grads, opt_state, masters, grad_norm=grad_norm)
+            updated = optax.apply_updates(masters, updates)
+            return {path: value.astype(trainable[path].dtype) for path, value in updated.items()}, opt_state
+
         loss = sums.loss_sum * mean
         metrics = StepMetrics(
             loss=loss,
@@ -175,7 +178,7 @@ def make_update(optimizer: optax.GradientTransformation, num_targets: int, spike
         )
         loss_scale, guard = state.loss_scale, state.guard
         if loss_scale is None and guard is None:
-            return TrainState(state.step + 1, trainable, opt_state), metrics
+            return TrainState(state.step + 1, *updated(state.trainable, state.opt_state, grads)), metrics
         is_good = is_finite = jnp.isfinite(grad_norm)  # Of what float16 can hold, squares don't overflow in float32.
         if guard is not None:
             bad = is_bad(guard, loss, spike_factor)
@@ -185,10 +188,9 @@ def make_update(optimizer: optax.GradientTransformation, num_targets: int, spike
             guard, metrics = next_guard(guard, loss, bad), metrics._replace(is_bad=bad.astype(jnp.float32))
         if loss_scale is not None:
             loss_scale = next_loss_scale(loss_scale, is_finite)
-        trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(is_good, new, old),
-            (trainable, opt_state),
-            (dict(state.trainable), state.opt_state),
+        # A choice between old and new arrays would make XLA on CPU hold both, of weights and moments alike.
+        trainable, opt_state = jax.lax.cond(
+            is_good, updated, lambda *old: old[:2], dict(state.trainable), state.opt_state, grads
         )
         return TrainState(state.step + 1, trainable, opt_state, loss_scale, guard), metrics
 
