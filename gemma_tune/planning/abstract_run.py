@@ -52,7 +52,7 @@ class AbstractRun(NamedTuple):
         return sum(device_bytes(leaf) for leaf in jax.tree.leaves((self.state, self.frozen, self.batch)))
 
     def compiled_memory(self) -> StepMemory:
-        """Compiles the step, and returns what it takes on each device, as XLA counts it. The mesh must be of devices."""
+        """Compiles the step, and returns what it takes on each device, as XLA counts it. The mesh must have devices."""
         training = self.config.training
         step = make_train_step(
             self.model,
@@ -82,7 +82,8 @@ def abstract_run(config: Config, shape: MeshShape, target_share: float, mesh: Me
     layout = None
     if shape.num_devices > 1:
         types = (AxisType.Auto,) * len(shape)
-        layout = Layout(mesh or AbstractMesh(tuple(shape), MeshShape._fields, axis_types=types))
+        places: Any = mesh or AbstractMesh(tuple(shape), MeshShape._fields, axis_types=types)
+        layout = Layout(places)
     model = _model(config, layout)
     rows_at_a_time = training.batch_size // training.grad_accum_steps // shape.num_row_shards
     num_targets = max(1, round(target_share * rows_at_a_time * config.row_length))
@@ -162,8 +163,9 @@ def _placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
 
 def _batch(num_rows: int, row_length: int, layout: Layout | None) -> Batch:
     shape, place = (num_rows, row_length), layout.rows if layout else None
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
-    return Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place))
+    ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    return Batch(ids, ids, ids, ids, weights)
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
