@@ -34,7 +34,7 @@ class AbstractRun(NamedTuple):
     """A run before its first step, without arrays.
 
     model: A CausalLM whose variables have no values. num_targets: Positions with a loss in the rows that go through a
-        device at a time. state, frozen, batch: What the step takes.
+        device at a time; target_share: of all. state, frozen, batch: What the step takes.
     """
 
     config: Config
@@ -42,6 +42,7 @@ class AbstractRun(NamedTuple):
     layout: Layout | None
     optimizer: optax.GradientTransformation
     num_targets: int
+    target_share: float
     state: Shapes
     frozen: Shapes
     batch: Shapes
@@ -71,12 +72,12 @@ def abstract_run(config: Config, shape: MeshShape, target_share: float, mesh: Me
 
     Args:
         config: The run; `training.mesh` is not read.
-        shape: Parts along each axis of the mesh.
+        shape: Parts along each axis of the mesh; they cut the rows of a micro-batch evenly.
         target_share: Of all positions, those with a loss.
         mesh: Of devices; None: of none.
 
     Raises:
-        ModelError: The model's sizes aren't known, or the rows of a batch can't be cut as the mesh asks.
+        ModelError: The model's sizes aren't known.
     """
     training = config.training
     layout = None
@@ -86,7 +87,6 @@ def abstract_run(config: Config, shape: MeshShape, target_share: float, mesh: Me
         layout = Layout(places)
     model = _model(config, layout)
     rows_at_a_time = training.batch_size // training.grad_accum_steps // shape.num_row_shards
-    num_targets = max(1, round(target_share * rows_at_a_time * config.row_length))
     trainable, frozen = _parameters(model)
     optimizer = _optimizer(config)
     return AbstractRun(
@@ -94,11 +94,27 @@ def abstract_run(config: Config, shape: MeshShape, target_share: float, mesh: Me
         model=model,
         layout=layout,
         optimizer=optimizer,
-        num_targets=num_targets,
+        num_targets=_num_targets(target_share, rows_at_a_time * config.row_length),
+        target_share=target_share,
         state=_state(model, optimizer, trainable, layout),
         frozen=frozen,
         batch=_batch(training.batch_size, config.row_length, layout),
     )
+
+
+def with_batch_size(run: AbstractRun, batch_size: int) -> AbstractRun:
+    """Returns the same run with so many rows in a batch: a multiple of what its mesh and micro-batches cut it into."""
+    config = run.config.replace({"training.batch_size": batch_size})
+    parts = config.training.grad_accum_steps * (run.layout.shape.num_row_shards if run.layout else 1)
+    return run._replace(
+        config=config,
+        num_targets=_num_targets(run.target_share, batch_size // parts * config.row_length),
+        batch=_batch(batch_size, config.row_length, run.layout),
+    )
+
+
+def _num_targets(share: float, num_positions: int) -> int:
+    return max(1, round(share * num_positions))
 
 
 def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
