@@ -3,8 +3,8 @@
     gemma-tune plan  --config=configs/gemma3_27b.py --mesh=fsdp:16 --hardware=v5e
     gemma-tune train --config=configs/gemma3_27b.py --distributed=auto
 
-The mesh takes all devices of all processes; each has its part of the weights and its own row of a batch. On more than 16
-devices, raise --batch_size to their number. A checkpoint is the adapter's, some hundred megabytes.
+The mesh takes all devices of all processes; each has its part of the weights and its own row of a batch. On more than
+16 devices, raise --batch_size to their number. A checkpoint holds the adapter and its optimizer state, about a gigabyte.
 """
 
 from gemma_tune import Config
