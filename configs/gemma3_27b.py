@@ -4,7 +4,7 @@
     gemma-tune train --config=configs/gemma3_27b.py --distributed=auto
 
 The mesh takes all devices of all processes; each has its part of the weights and its own row of a batch. On more than
-16 devices, raise --batch_size to their number. A checkpoint holds the adapter and its optimizer state, about a gigabyte.
+16 devices, raise --batch_size to their number. A checkpoint holds the adapter and its optimizer state: about 1.5 GB.
 """
 
 from gemma_tune import Config
