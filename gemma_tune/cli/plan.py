@@ -118,10 +118,12 @@ def _chip_table(plans: Sequence[Any], num_tokens: float) -> Table:
     shares = ", ".join(f"{plan.hardware.name} {plan.hardware.share:.0%}" for plan in plans)
     table = Table(
         box=box.SIMPLE_HEAD,
-        caption=f"Share of the published arithmetic that is assumed: {shares}. Measured: --calibrate=WORKDIR.",
+        caption=f"Cost of {num_tokens / 1e6:g}M tokens. Share of the published arithmetic that is assumed: {shares}; a run's own: "
+        "--calibrate=WORKDIR.",
         caption_justify="left",
+        pad_edge=False,
     )
-    for title in ("chips", "memory", "most rows", "step", "tokens/s", "bound by", f"{num_tokens / 1e6:g}M tokens"):
+    for title in ("chips", "memory", "most rows", "step", "tokens/s", "bound by", "cost"):
         table.add_column(title, justify="left" if title in ("chips", "bound by") else "right", no_wrap=True)
     for plan in plans:
         room = plan.hardware.memory_bytes

@@ -80,9 +80,10 @@ def _gathered(value: jax.Array, sharding: NamedSharding) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gather(whole: NamedSharding, part: NamedSharding, value: jax.Array) -> jax.Array:
-    """Gathers a weight; its gradient goes to where its parts are."""
-    del part
-    return lax.with_sharding_constraint(value, whole)
+    """Gathers a weight; its gradient goes to where its parts are. That the value lies in parts is said first: else
+    GSPMD gathers it before the branch that the backward pass is on CPU, once for both passes, and holds it in between.
+    """
+    return lax.with_sharding_constraint(lax.with_sharding_constraint(value, part), whole)
 
 
 _gather.defvjp(

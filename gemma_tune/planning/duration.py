@@ -68,7 +68,7 @@ def step_operations(sizes: Sizes, config: Config, shape: MeshShape) -> float:
     row's keys.
     """
     is_full = config.training.method == "full"
-    again = kept_width(sizes, config, shape) == sizes.width
+    again = kept_width(sizes, config) == sizes.width
     of_weights = 2.0 * sizes.block_params * (2 + is_full + again)
     forward = 4.0 * sizes.num_heads * shape.model * _head_width(sizes) * sizes.row_length / 2  # Scores and their sums.
     of_attention = sizes.num_layers * forward * (1 + 1 + 2)  # Forward, anew, and twice as much backward.
@@ -83,7 +83,7 @@ def _head_width(sizes: Sizes) -> float:
 
 def _read_bytes(sizes: Sizes, config: Config, shape: MeshShape) -> float:
     """Weights forward and backward, and activations: written once, read twice."""
-    passes = 2 + (kept_width(sizes, config, shape) == sizes.width)
+    passes = 2 + (kept_width(sizes, config) == sizes.width)
     weights = sizes.num_layers * sizes.block_bytes + sizes.embedding_bytes
     activations = 3.0 * sizes.num_layers * sizes.num_tokens * sizes.item_bytes
     return passes * weights + activations * (8 * sizes.width + sizes.query + 2 * sizes.key + 3 * sizes.feed_forward)
@@ -95,7 +95,7 @@ def _update_bytes(sizes: Sizes) -> float:
 
 def _gathered_bytes(sizes: Sizes, config: Config, shape: MeshShape) -> float:
     """What a device sends: gathered weights for each pass, parts of gradients, and sums over copies once a step."""
-    passes = 2 + (kept_width(sizes, config, shape) == sizes.width)
+    passes = 2 + (kept_width(sizes, config) == sizes.width)
     others = (shape.fsdp - 1) / shape.fsdp
     weights = passes * sizes.num_layers * sizes.block_bytes * others * sizes.num_micro_batches
     gradients = 4.0 * sizes.trained_params
@@ -104,6 +104,6 @@ def _gathered_bytes(sizes: Sizes, config: Config, shape: MeshShape) -> float:
 
 def _summed_bytes(sizes: Sizes, config: Config, shape: MeshShape) -> float:
     """Sums of hidden states behind attention and feed-forward layer, forward and backward."""
-    sums = 4 + 2 * (kept_width(sizes, config, shape) == sizes.width)
+    sums = 4 + 2 * (kept_width(sizes, config) == sizes.width)
     hidden = sizes.num_tokens * sizes.width * sizes.item_bytes
     return 2.0 * (shape.model - 1) / shape.model * sums * sizes.num_layers * hidden

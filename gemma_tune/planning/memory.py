@@ -8,8 +8,8 @@ while computing follows two moments, of which the larger counts:
   the embedding, if that is trained, and, with several micro-batches, the sums of all;
 * the optimizer has all gradients, and the embedding's two parts, of the head and of the lookup, are being added.
 
-What a block needs for its gradients was counted in compiled programs of one to six blocks with one width at a time
-doubled: of 32,000 numbers a token in a Gemma 3 270M, the widths below explain all but a few hundred.
+What a block needs for its gradients was counted in compiled programs of two to six blocks with one width at a time
+doubled.
 `python -m benchmarks.plan` holds the predictions against compiled steps.
 """
 
@@ -51,8 +51,8 @@ def planned_memory(run: AbstractRun) -> PlannedMemory:
     token_bytes = sizes.num_tokens * sizes.item_bytes
     optimizer = float(sum(map(device_bytes, jax.tree.leaves(run.state.opt_state))))
     weights = run.argument_bytes - optimizer
-    kept = sizes.num_layers * kept_width(sizes, config, shape) * token_bytes
-    working = max(working_width(sizes, config, shape) * token_bytes, _head_bytes(sizes))
+    kept = sizes.num_layers * kept_width(sizes, config) * token_bytes
+    working = max(working_width(sizes, config) * token_bytes, _head_bytes(sizes))
     if shape.fsdp > 1:
         working += sizes.block_bytes
     embedding = 4.0 * sizes.embedding_params * sizes.embedding_part if config.training.method == "full" else 0.0
@@ -64,29 +64,28 @@ def planned_memory(run: AbstractRun) -> PlannedMemory:
     return max(backward, update, key=lambda memory: memory.total)
 
 
-def kept_width(sizes: Sizes, config: Config, shape: MeshShape) -> float:
+def kept_width(sizes: Sizes, config: Config) -> float:
     """Returns how many numbers a token a block keeps for its backward pass.
 
     `full` keeps the block's input. `blocks` keeps the results of products with weights too: queries, keys, values, what
-    attention and feed-forward layer give back, and the two products of the gate. A quantized product on one device is
-    computed anew: its backward pass is written out (models/quantized.py).
+    attention and feed-forward layer give back, and the two products of the gate. A quantized product is computed anew:
+    its backward pass is written out (models/quantized.py).
     """
     if config.training.remat == "none":
         return needed_width(sizes)
-    is_quantized = config.grid is not None and shape.num_devices == 1
-    if config.training.remat == "full" or is_quantized:
+    if config.training.remat == "full" or config.grid is not None:
         return sizes.width
     products = 2 * sizes.width + sizes.query + 2 * sizes.key + 2 * sizes.feed_forward
     return sizes.width + products + sizes.inner
 
 
-def working_width(sizes: Sizes, config: Config, shape: MeshShape) -> float:
+def working_width(sizes: Sizes, config: Config) -> float:
     """Returns how many numbers a token the backward pass of one block holds beyond what it kept."""
     if config.training.remat == "none":
         return 0.2 * needed_width(sizes)
-    if kept_width(sizes, config, shape) == sizes.width:
+    if kept_width(sizes, config) == sizes.width:
         return 1.1 * needed_width(sizes)
-    return 1.04 * needed_width(sizes) - kept_width(sizes, config, shape) + sizes.width
+    return 1.04 * needed_width(sizes) - kept_width(sizes, config) + sizes.width
 
 
 def needed_width(sizes: Sizes) -> float:
@@ -96,7 +95,7 @@ def needed_width(sizes: Sizes) -> float:
     if not sizes.trains_feed_forward:  # The inputs of frozen products are not needed.
         width, feed_forward = width - 4, feed_forward - 4
     attention = 6.5 * sizes.query + 6.8 * sizes.key + 1.1 * sizes.num_heads * sizes.row_length
-    return 0.95 * (width * sizes.width + feed_forward * sizes.feed_forward + attention) + 2 * sizes.inner
+    return 0.8 * (width * sizes.width + feed_forward * sizes.feed_forward + attention) + 2 * sizes.inner
 
 
 def _head_bytes(sizes: Sizes) -> float:

@@ -119,16 +119,21 @@ def make_train_step(
     loss_fn = make_loss_fn(model, max(sizes), layout)
 
     def sum_gradients(trainable: Params, frozen: Params, batch: Batch, scale: Any) -> tuple[dict, LossSums]:
-        def loss_and_sums(trainable: Params, micro: Batch):
+        def loss_and_sums(trainable: Params, frozen: Params, micro: Batch):
             sums = loss_fn(trainable, frozen, micro)
             return sums.loss_sum if scale is None else sums.loss_sum * scale, sums
 
         def add(carry, micro: Batch):
-            grads, sums = jax.grad(loss_and_sums, has_aux=True)(trainable, micro)
+            weights = trainable, frozen
+            if (
+                layout
+            ):  # Else XLA gathers what `fsdp` cuts before the loop, all blocks' at once: it is the same each time.
+                weights, micro = jax.lax.optimization_barrier((weights, micro))
+            grads, sums = jax.grad(loss_and_sums, has_aux=True)(*weights, micro)
             return jax.tree.map(jnp.add, carry, (as_float32(grads), sums)), None
 
         if grad_accum_steps == 1:
-            grads, sums = jax.grad(loss_and_sums, has_aux=True)(trainable, batch)
+            grads, sums = jax.grad(loss_and_sums, has_aux=True)(trainable, frozen, batch)
             return as_float32(grads), sums
         micro_batches = Batch(*(field.reshape(grad_accum_steps, -1, field.shape[-1]) for field in batch))
         if layout:

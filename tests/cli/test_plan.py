@@ -42,4 +42,4 @@ def test_mistakes_say_what_to_do(call, tmp_path):
         (["--model=tiny", "--hardware=v5e,t4", f"--calibrate={tmp_path}"], "needs one --hardware"),
     ):
         code, _, err = call("plan", *arguments)
-        assert code == 1 and text in err and "Traceback" not in err
+        assert code == 2 and text in err and "Traceback" not in err
