@@ -118,8 +118,8 @@ def _chip_table(plans: Sequence[Any], num_tokens: float) -> Table:
     shares = ", ".join(f"{plan.hardware.name} {plan.hardware.share:.0%}" for plan in plans)
     table = Table(
         box=box.SIMPLE_HEAD,
-        caption=f"Cost of {num_tokens / 1e6:g}M tokens. Share of the published arithmetic that is assumed: {shares}; a run's own: "
-        "--calibrate=WORKDIR.",
+        caption=f"Cost of {num_tokens / 1e6:g}M tokens. Share of the published arithmetic that is assumed: {shares}; "
+        "a run's own: --calibrate=WORKDIR.",
         caption_justify="left",
         pad_edge=False,
     )

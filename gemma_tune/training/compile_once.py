@@ -103,7 +103,11 @@ class CompiledOnce:
 
     def memory(self, *inputs: Any) -> StepMemory:
         """Returns what a call takes, without running it. Takes shapes too."""
-        return memory_of(self._programs(*inputs))
+        return memory_of(self.program(*inputs))
+
+    def program(self, *inputs: Any) -> Any:
+        """Returns the compiled program of a call. Takes shapes too."""
+        return self._programs(*inputs)
 
     @property
     def num_programs(self) -> int:

@@ -1,5 +1,7 @@
 """No device holds more than its part on the way: loading, kernels of attention, embeddings."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gemma_tune.config import Config
 from gemma_tune.keras_runtime import keras
+from gemma_tune.mesh import MeshShape
 from gemma_tune.models.attention_kernels import causal_attention, splash_attention
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.load import load_model
@@ -15,8 +19,10 @@ from gemma_tune.models.preset import save_preset
 from gemma_tune.models.sharded_attention import over_mesh
 from gemma_tune.models.sharded_layers import fetch
 from gemma_tune.models.sharding import make_layout
+from gemma_tune.planning.abstract_run import abstract_run
 from gemma_tune.quantization.grids import dequantize, quantize
 from gemma_tune.quantization.scheme import Grid
+from gemma_tune.training.step import make_train_step
 
 
 def watching(function, sizes):
@@ -98,3 +104,19 @@ def test_attention_kernels_on_each_devices_part(rng, num_heads, num_kv_heads):
     assert np.allclose(found, wanted, rtol=0, atol=1e-5)
     for one, other in zip(found_gradients, wanted_gradients, strict=True):
         assert np.allclose(one, other, rtol=0, atol=5e-5)
+
+
+def test_gathered_weights_are_not_held():
+    """Each pass of each micro-batch gathers a block's weights anew, within the loop: else all blocks' are held at once."""
+    config = Config().replace(
+        {"model.source": "tiny:gemma3", "data.max_length": 32, "training.batch_size": 16, "training.method": "full"}
+        | {"training.grad_accum_steps": 2, "training.program": "whole"}
+    )
+    shape = MeshShape(fsdp=8)
+    run = abstract_run(config, shape, 0.5, layout_of("fsdp:8").mesh)
+    step = make_train_step(run.model, run.optimizer, run.num_targets, 2, layout=run.layout)
+    text = step.program(run.state, run.frozen, run.batch).as_text()
+    kernels = re.findall(r"f32\[(?:64,128|128,64)\]\S* all-gather\(", text)
+    assert len(kernels) == 2 * 3 * len(run.model.backbone.transformer_layers)
+    entry = text[text.index("\nENTRY") :]
+    assert not re.findall(r"f32\[(?:64,128|128,64)\]\S* all-gather\(", entry)
