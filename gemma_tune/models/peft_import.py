@@ -59,13 +59,13 @@ def load_peft_adapter(model: keras.Model, directory: Path) -> None:
     found = _read(directory / WEIGHTS_FILE)
     layers = modules(model.backbone)
     embedding = _take_embedding(found, layers[EMBEDDING], directory)
+    if unknown := [name for module, (name, _) in found.items() if module not in layers]:
+        raise ModelError(
+            f"{directory} is for another base: it has factors for {unknown[0]}, and the model, a {family_of(model)} of "
+            f"{len(model.backbone.transformer_layers)} blocks, has no such module."
+        )
     values: dict[str, tuple[LowRank, list[np.ndarray]]] = {}
     for module, (name, parts) in found.items():
-        if module not in layers:
-            raise ModelError(
-                f"{directory} is for another base: it has factors for {name}, and the model, a {family_of(model)} of "
-                f"{len(model.backbone.transformer_layers)} blocks, has no such module."
-            )
         values[layers[module].path] = _of_linear(config, layers[module], name, parts, directory)
     if embedding is not None:
         a, b = embedding

@@ -57,8 +57,8 @@ def test_settings_of_pefts_layout(adapter):
     assert (said["r"], said["lora_alpha"], said["rank_pattern"], said["alpha_pattern"]) == (3, 6, {}, {})
     shapes = {name: value.shape for name, value in load_file(adapter / "adapter_model.safetensors").items()}
     start = "base_model.model.model.layers.0.self_attn"
-    assert shapes[f"{start}.q_proj.lora_A.weight"] == (3, 64) and shapes[f"{start}.q_proj.lora_B.weight"] == (128, 3)
-    assert shapes[f"{start}.o_proj.lora_A.weight"] == (3, 128) and len(shapes) == 48
+    assert shapes[f"{start}.q_proj.lora_A.weight"] == (3, 64) and shapes[f"{start}.q_proj.lora_B.weight"] == (64, 3)
+    assert shapes[f"{start}.o_proj.lora_A.weight"] == (3, 64) and len(shapes) == 48
 
 
 def test_settings_of_kerass_layout(tiny, rng, tmp_path):

@@ -65,7 +65,7 @@ def their_logits(folder, adapter):
         warnings.filterwarnings("error", message=".*unexpected.*")
         model = peft.PeftModel.from_pretrained(transformers_model(folder), str(adapter)).eval()
     with torch.no_grad():
-        return model(torch.tensor(TOKEN_IDS)).logits.numpy()
+        return model(torch.tensor(TOKEN_IDS).long()).logits.numpy()
 
 
 def our_logits(model):
@@ -115,7 +115,7 @@ def trained_by_peft(folder, adapter, **settings):
     config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", lora_dropout=0.1, **settings)
     model = peft.get_peft_model(transformers_model(folder), config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    ids = torch.tensor(TOKEN_IDS)
+    ids = torch.tensor(TOKEN_IDS).long()
     for _ in range(5):
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
