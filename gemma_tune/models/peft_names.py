@@ -16,9 +16,9 @@ MODULES = {
     "ffw_linear": "mlp.down_proj",
 }
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
-# What stands before `layers` where a model reads text alone, and where it also sees; the last is of transformers 4.
+# What stands before `layers`: in a model of text alone, in one that also sees, and there as transformers 4 called it.
 TEXT, TEXT_OF_MANY = "model.", "model.language_model."
-PREFIXES = (TEXT, TEXT_OF_MANY, "language_model.model.")
+PREFIXES = (TEXT_OF_MANY, "language_model.model.", TEXT)
 _MANY = re.compile(r"gemma-?3-(4|12|27)b|gemma-?3n|gemma-?4", re.IGNORECASE)
 _GENERATION = re.compile(r"(?:^|[/_-])gemma[-_]?(?:(\d)(?=[-_n]|$)|(\d)b)", re.IGNORECASE)
 

@@ -140,7 +140,7 @@ def test_pefts_own_defaults_are_taken(tiny, adapter):
 def test_another_base_is_refused(tiny, rng, adapter, tmp_path):
     with pytest.raises(
         ModelError,
-        match="for another base: it has factors for model.layers.3.self_attn.q_proj, and the model, a gemma of 3 blocks",
+        match="for another base: it has factors for model.layers.3.self_attn.._proj, and the model, a gemma of 3 blocks",
     ):
         load_adapter(tiny("gemma"), adapter)
     of_gemma2 = written(with_lora(tiny("gemma2"), rng, {"layout": "peft"}, ("key",)), tmp_path / "two", "")

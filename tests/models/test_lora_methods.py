@@ -24,7 +24,11 @@ METHODS = {
     "peft-dora": {"layout": "peft", "use_dora": True},
     "keras-rslora-dora": {"layout": "keras", "use_rslora": True, "use_dora": True},
 }
-methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+_OFTEN = ("peft-dora", "keras-rslora-dora")
+methods = pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, id=name, marks=() if name in _OFTEN else pytest.mark.slow) for name, m in METHODS.items()],
+)
 
 
 def with_lora(model, rng, method, targets=("all-linear",), rank=3):
@@ -95,8 +99,11 @@ def merged_logits(model, params):
     ("family", "method"),
     [
         ("gemma", METHODS["peft-dora"]),
-        ("gemma", METHODS["keras-rslora-dora"]),
-        *(pytest.param(f, m, marks=pytest.mark.slow) for f in ("gemma2", "gemma3", "gemma4") for m in METHODS.values()),
+        *(
+            pytest.param(f, m, marks=pytest.mark.slow)
+            for f in ("gemma", "gemma2", "gemma3", "gemma4")
+            for m in METHODS.values()
+        ),
     ],
 )
 def test_gradients_are_those_of_the_merged_model(tiny, family, rng, method):
@@ -136,7 +143,7 @@ def test_gradients_are_those_of_the_merged_model(tiny, family, rng, method):
         np.testing.assert_allclose(gradients[path], value, atol=1e-3 * np.abs(value).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("method", [METHODS["peft"], METHODS["peft-dora"]], ids=["peft", "peft-dora"])
+@methods
 def test_beside_codes(tiny, rng, method):
     """QLoRA computes with the floats that its codes stand for, and merged into codes again they are rounded."""
     model = with_lora(tiny("gemma3", grid=Grid("int8")), rng, method)

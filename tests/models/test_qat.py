@@ -90,6 +90,7 @@ def test_loss_and_gradients_are_those_at_the_rounded_weights(some_family, grid, 
     assert_gradients(ours, gradients)
 
 
+@pytest.mark.slow
 def test_pefts_layout_is_rounded_as_the_sum_too(rng):
     """Loss and gradients are those of the merged kernels, and the factors' those that jax.vjp makes of theirs."""
     lora, batch = LORA._replace(layout="peft", use_rslora=True), random_batch(rng)

@@ -26,7 +26,13 @@ SIZES = {
 }  # fmt: skip
 CONFIGS = {"gemma": "GemmaConfig", "gemma2": "Gemma2Config", "gemma3": "Gemma3TextConfig"}
 BASES = [("gemma", 1), ("gemma2", 2), ("gemma3", 1), ("gemma3", 4)]
-bases = pytest.mark.parametrize(("family", "num_kv_heads"), BASES)
+
+
+def some(cases, often):
+    """All cases, those that aren't `often` among the tests that take minutes."""
+    return [pytest.param(*case, marks=() if case in often else pytest.mark.slow) for case in cases]
+
+
 TOKEN_IDS = np.array([[2, 5, 9, 11, 60, 33, 7, 21, 22, 48, 13, 5, 9, 11, 60, 33, 7, 21, 22, 48, 13, 63]], np.int32)
 
 
@@ -68,9 +74,9 @@ def their_logits(folder, adapter):
         return model(torch.tensor(TOKEN_IDS).long()).logits.numpy()
 
 
-def our_logits(model):
-    positions = np.arange(TOKEN_IDS.shape[1], dtype=np.int32)[None]
-    hidden = hidden_states(model.backbone, TOKEN_IDS, np.ones_like(TOKEN_IDS), positions)
+def our_logits(model, token_ids=TOKEN_IDS):
+    positions = np.arange(token_ids.shape[1], dtype=np.int32)[None]
+    hidden = hidden_states(model.backbone, token_ids, np.ones_like(token_ids), positions)
     return np.asarray(model.backbone.token_embedding(hidden, reverse=True))
 
 
@@ -85,8 +91,13 @@ def written(model, folder, base):
     return folder
 
 
-@pytest.mark.parametrize("method", [*METHODS, "keras"])
-@bases
+@pytest.mark.parametrize(
+    ("family", "num_kv_heads", "method"),
+    some(
+        [(*base, method) for base in BASES for method in (*METHODS, "keras")],
+        [("gemma", 1, "peft"), ("gemma2", 2, "keras"), ("gemma3", 1, "keras-rslora-dora"), ("gemma3", 4, "peft-dora")],
+    ),
+)
 def test_peft_reads_what_we_write(base, rng, tmp_path, family, num_kv_heads, method):
     folder = base(family, num_kv_heads)
     model = load_model(str(folder))
@@ -97,7 +108,7 @@ def test_peft_reads_what_we_write(base, rng, tmp_path, family, num_kv_heads, met
     assert_same(ours, their_logits(folder, written(model, tmp_path / "a", folder)))
 
 
-@bases
+@pytest.mark.parametrize(("family", "num_kv_heads"), some(BASES, [("gemma3", 1)]))
 def test_peft_reads_factors_of_the_embedding(base, rng, tmp_path, family, num_kv_heads):
     folder = base(family, num_kv_heads)
     model = with_lora(load_model(str(folder)), rng, {"layout": "keras"}, ("token_embedding", "query"))
@@ -138,17 +149,22 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize(("family", "num_kv_heads"), [BASES[0], BASES[1], BASES[3]])
-def test_we_read_what_peft_trained_and_it_comes_back(base, tmp_path, family, num_kv_heads, settings):
+@pytest.mark.parametrize(
+    ("family", "num_kv_heads", "name"),
+    some(
+        [(*base, name) for base in BASES for name in SETTINGS],
+        [("gemma", 1, "patterns"), ("gemma2", 2, "dora"), ("gemma3", 4, "all-linear"), ("gemma3", 1, "one layer")],
+    ),
+)
+def test_we_read_what_peft_trained_and_it_comes_back(base, tmp_path, family, num_kv_heads, name):
     folder = base(family, num_kv_heads)
-    theirs = trained_by_peft(folder, tmp_path / "theirs", **settings)
+    theirs = trained_by_peft(folder, tmp_path / "theirs", **SETTINGS[name])
     model = load_model(str(tmp_path / "theirs"))  # It says its base.
     assert_same(our_logits(model), theirs)
     assert_same(their_logits(folder, written(model, tmp_path / "back", folder)), theirs)
 
 
-@pytest.mark.parametrize("name", ["plain", "dora", "patterns"])
+@pytest.mark.parametrize("name", some([("plain",), ("dora",), ("patterns",)], [("dora",)]))
 def test_what_peft_trained_goes_on_training_here(base, tmp_path, name):
     from gemma_tune.pipeline import run
 
@@ -170,6 +186,42 @@ def test_what_peft_trained_goes_on_training_here(base, tmp_path, name):
     assert_same(our_logits(again), our_logits(result.model))
     assert_same(their_logits(folder, written(again, tmp_path / "back", folder)), our_logits(result.model))
     assert dataclasses.asdict(config.lora)["rank"] == 4
+
+
+@pytest.mark.slow
+def test_modules_of_a_model_that_also_sees_have_other_names(rng, tmp_path):
+    """Its vision tower has q_proj too, and gets nothing."""
+    import peft
+    import torch
+    import transformers
+
+    folder = tmp_path / "base"
+    text = {key: value for key, value in SIZES.items() if key != "attn_implementation"}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(
+        text_config={**text, "num_key_value_heads": 2}, vision_config=vision, mm_tokens_per_image=4, image_token_index=9, boi_token_index=7, eoi_token_index=8,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    whole = transformers.Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(folder)
+    shutil.copy(TOKENIZER_PATH, folder / "tokenizer.model")
+    model = with_lora(load_model(str(folder)), rng, METHODS["peft"])
+    adapter = written(model, tmp_path / "a", folder)
+    ids = np.where(np.isin(TOKEN_IDS, (7, 8, 9)), 10, TOKEN_IDS)
+    theirs = peft.PeftModel.from_pretrained(whole, str(adapter)).eval()
+    with torch.no_grad():
+        theirs = theirs(input_ids=torch.tensor(ids).long(), attention_mask=torch.ones(ids.shape)).logits.numpy()
+    assert_same(our_logits(model, ids), theirs)
+    again = load_model(str(adapter))
+    assert_same(our_logits(again, ids), theirs)
 
 
 def test_ours_begins_as_peft_begins(base, tmp_path):
