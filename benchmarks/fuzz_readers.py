@@ -136,7 +136,8 @@ def adapter_reader(folder: Path) -> Reader:
     from safetensors import SafetensorError
     from safetensors.numpy import load, save
 
-    from gemma_tune.models.adapter import load_adapter, read_adapter_metadata, save_adapter, sealed_metadata
+    from gemma_tune.models.adapter import load_adapter, read_adapter_metadata, save_adapter
+    from gemma_tune.models.adapter_file import sealed_metadata
     from gemma_tune.models.load import load_model
     from gemma_tune.models.lora import enable_lora
 

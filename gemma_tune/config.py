@@ -29,6 +29,8 @@ class ModelConfig:
         block_size: Weights of int4 and nf4 that share a scale: 32, 64, 128 or 256.
         double_quant: Also quantizes these scales, to eight bits.
         or_int8: Takes int8 for layers whose inputs `block_size` doesn't divide.
+        adapter: LoRA factors to go on training, of an earlier run or from PEFT: a file or folder. Their rank, alpha,
+            layers and layout stay as they are.
     """
 
     source: str = "demo"
@@ -37,6 +39,7 @@ class ModelConfig:
     block_size: int = 64
     double_quant: bool = False
     or_int8: bool = False
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +83,21 @@ class LoraConfig:
         rank: Width R of the factors.
         alpha: The update is scaled by alpha / rank. 0: the same as `rank`, as KerasHub's `enable_lora` does.
         target_layers: Layer names, or one of the groups `attention` and `all-linear`. The default is KerasHub's.
+        layout: `keras`, as `enable_lora`: queries, keys and values have a factor A for each head, and a B that their
+            heads share. `peft`: factors of the flattened matrix, as everywhere else.
+        use_rslora: Scales by alpha / sqrt(rank) (arXiv:2312.03732), so that a high rank learns as fast as a low one.
+        use_dora: Also trains the length of each output's weights, apart from their direction (arXiv:2402.09353).
+        loraplus_lr_ratio: The learning rate of B is so many times that of A (LoRA+, arXiv:2402.12354, which found 16 to
+            suit many tasks).
     """
 
     rank: int = 4
     alpha: float = 0.0
     target_layers: tuple[str, ...] = ("query", "value")
+    layout: str = "keras"
+    use_rslora: bool = False
+    use_dora: bool = False
+    loraplus_lr_ratio: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +248,20 @@ class Config:
     def lora_alpha(self) -> float:
         """alpha, with its default filled in."""
         return self.lora.alpha or float(self.lora.rank)
+
+    @property
+    def lora_settings(self) -> dict[str, Any]:
+        """What a model's LoRA factors are made from, with defaults filled in."""
+        lora = self.lora
+        return {
+            "rank": lora.rank,
+            "alpha": self.lora_alpha,
+            "target_layers": lora.target_layers,
+            "seed": self.seed,
+            "layout": lora.layout,
+            "use_rslora": lora.use_rslora,
+            "use_dora": lora.use_dora,
+        }
 
     def replace(self, settings: Mapping[str, Any]) -> "Config":
         """Returns a copy with some settings changed: `config.replace({"lora.rank": 8})`."""

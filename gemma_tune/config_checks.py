@@ -12,6 +12,7 @@ OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 OVERLONG = ("truncate", "drop", "error")
 ON_ERROR = ("raise", "skip")
+LORA_LAYOUTS = ("keras", "peft")
 ON_BAD_STEP = ("stop", "skip")
 REMAT = ("none", "blocks", "full")
 PROGRAMS = ("auto", "whole", "blocks")
@@ -37,6 +38,7 @@ def _check_choices(config: Any) -> None:
         raise ConfigError(
             f"model.block_size must be one of {', '.join(map(str, BLOCK_SIZES))}; got {model.block_size}."
         )
+    _one_of("lora.layout", config.lora.layout, LORA_LAYOUTS)
     _one_of("data.overlong", data.overlong, OVERLONG)
     _one_of("data.on_error", data.on_error, ON_ERROR)
     _one_of("optimizer.name", optimizer.name, OPTIMIZERS)
@@ -55,6 +57,8 @@ def _check_ranges(config: Any) -> None:
     _at_least("data.max_length", data.max_length, 8)
     _at_least("lora.rank", lora.rank, 1)
     _at_least("lora.alpha", lora.alpha, 0)
+    if not lora.loraplus_lr_ratio > 0:
+        raise ConfigError(f"lora.loraplus_lr_ratio must be above 0, got {lora.loraplus_lr_ratio}.")
     for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
         _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
     for name in ("num_epochs", "batch_size", "grad_accum_steps", "log_every_steps", "keep_last"):
@@ -97,6 +101,11 @@ def _check_combinations(config: Any) -> None:
         raise ConfigError(
             "training.qat can't go with model.double_quant, where rounding one row depends on many others. Leave one "
             "of them away."
+        )
+    if training.qat and config.lora.use_dora and training.method != "full":
+        raise ConfigError(
+            "training.qat rounds W + A·B, and can't do that with lora.use_dora, whose norms are of what isn't rounded. "
+            "Leave one of them away."
         )
     if training.batch_size % training.grad_accum_steps:
         raise ConfigError(

@@ -22,7 +22,7 @@ LAYERS = (
     ("config", "config_checks", "keras_runtime", "processes", "progress"),
     ("data", "models"),
     ("training", "serving"),
-    ("evaluation", "planning"),
+    ("evaluation", "export", "planning"),
     ("pipeline",),
     ("cli",),
 )

@@ -20,9 +20,9 @@ EXAMPLES = (
     "gemma-tune train --data=questions.jsonl --dry_run",
 )
 _FLAGS = (
-    "model", "data", "eval_data", "workdir", "method", "lora_rank", "lora_alpha", "lora_targets", "learning_rate",
-    "num_epochs", "batch_size", "mesh", "max_length", "precision", "quantize", "qat", "block_size", "double_quant",
-    "or_int8", "on_error", "seed",
+    "model", "data", "eval_data", "workdir", "method", "lora_rank", "lora_alpha", "lora_targets", "lora_layout",
+    "use_rslora", "use_dora", "loraplus_lr_ratio", "adapter", "learning_rate", "num_epochs", "batch_size", "mesh",
+    "max_length", "precision", "quantize", "qat", "block_size", "double_quant", "or_int8", "on_error", "seed",
 )  # fmt: skip
 
 

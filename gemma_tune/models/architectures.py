@@ -15,6 +15,7 @@ from gemma_tune.models.download import demo_path, download_hf
 from gemma_tune.models.family import FAMILIES
 from gemma_tune.models.files import read_json
 from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
+from gemma_tune.models.peft_import import peft_base
 from gemma_tune.models.presets import presets
 from gemma_tune.models.quantize import quantize_layers
 from gemma_tune.models.sharding import Layout
@@ -79,7 +80,10 @@ def backbone_without_weights(
         ModelError: The model's sizes aren't known without downloading its weights, or a layer doesn't fit the grid.
     """
     parsed = parse_source(source)
-    while parsed.kind == "run":
+    while parsed.kind in ("run", "peft"):
+        if parsed.kind == "peft":
+            parsed = parse_source(peft_base(Path(parsed.value)))
+            continue
         config = read_json(Path(parsed.value) / "config.json")
         parsed = parse_source(str(config["model"]["source"]))
     if parsed.kind == "keras":

@@ -63,6 +63,13 @@ def bound(model: keras.Model, *groups: Params) -> keras.StatelessScope:
     )
 
 
+def bound_value(variable: keras.Variable) -> jax.Array:
+    """Returns what the scope around has for a variable, or else its own value; not yet cast to the compute dtype."""
+    scope = keras.src.backend.common.stateless_scope.get_stateless_scope()
+    value = scope.get_current_value(variable) if scope is not None else None
+    return variable._value if value is None else value
+
+
 def hidden_states(backbone: keras_hub.models.Backbone, token_ids: Any, segment_ids: Any, positions: Any) -> jax.Array:
     """Runs the backbone on packed rows.
 

@@ -18,6 +18,7 @@ from gemma_tune.models.family import FAMILIES, family_of
 from gemma_tune.models.files import read_json
 from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
 from gemma_tune.models.lora import merge_lora
+from gemma_tune.models.peft_import import peft_base
 from gemma_tune.models.precision import check_range
 from gemma_tune.models.preprocessor import text_preprocessor
 from gemma_tune.models.preset import check_whole, read_schemes
@@ -45,13 +46,13 @@ def load_model(
     """Loads a Gemma.
 
     Args:
-        source: A preset (`gemma3_1b`), `kaggle://…`, `hf://…`, a directory (Keras preset, Hugging Face, or a run's
-            workdir), a `.gguf` file, `demo`, `tiny` or `tiny:FAMILY`.
+        source: A preset (`gemma3_1b`), `kaggle://…`, `hf://…`, a directory (Keras preset, Hugging Face, a run's
+            workdir, or a PEFT adapter that says its base), a `.gguf` file, `demo`, `tiny` or `tiny:FAMILY`.
         precision: `float32`, `bfloat16`, `float16`, `mixed_bfloat16` or `mixed_float16`.
         grid: Quantizes linear layers and embedding while they are read: there is never a float copy of them all. None:
             as a run was trained, if it is a run's, else not at all.
         as_trained: False: a run's base is read in floats even where it was trained on quantized weights.
-        adapter: A LoRA adapter to put on top.
+        adapter: A LoRA adapter to put on top; a folder from PEFT too.
         seed: Of a tiny model's weights.
         layout: Of a mesh of devices to load it onto. None: one device.
 
@@ -68,6 +69,8 @@ def load_model(
             f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.{did_you_mean(precision, PRECISIONS)}"
         )
     parsed = parse_source(source)
+    if parsed.kind == "peft":
+        adapter, parsed = adapter or parsed.value, parse_source(peft_base(Path(parsed.value)))
     if parsed.kind == "run":
         model = _load_run(Path(parsed.value), precision, seed, grid, as_trained, layout)
     else:
@@ -96,7 +99,7 @@ def load_configured(config: Config, adapter: str = "") -> keras.Model:
         model.source,
         precision=model.precision,
         grid=config.grid,
-        adapter=adapter,
+        adapter=adapter or model.adapter,
         seed=config.seed,
         layout=layout,
     )
@@ -109,6 +112,8 @@ def load_tokenizer(source: str = _DEFAULTS.source) -> tuple[TextTokenizer, str]:
         if (Path(parsed.value) / "model").exists():
             return load_tokenizer(str(Path(parsed.value) / "model"))
         return load_tokenizer(read_json(Path(parsed.value) / "config.json")["model"]["source"])
+    if parsed.kind == "peft":
+        return load_tokenizer(peft_base(Path(parsed.value)))
     if parsed.kind == "tiny":
         return TextTokenizer(TOKENIZER_PATH.read_bytes()), parsed.value
     if parsed.kind in ("demo", "gguf"):

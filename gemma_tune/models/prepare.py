@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from gemma_tune.config import LoraConfig
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import jax, keras
 from gemma_tune.models.attention import use_causal_attention
@@ -9,7 +10,7 @@ from gemma_tune.models.attention_choice import AttentionChoice, choose_attention
 from gemma_tune.models.blocks import can_be_split
 from gemma_tune.models.functional import check_text_only
 from gemma_tune.models.linear import use_plain_products
-from gemma_tune.models.lora import enable_lora, merge_lora
+from gemma_tune.models.lora import enable_lora, lora_layers, merge_lora
 from gemma_tune.models.packing import enable_packing
 from gemma_tune.models.qat import disable_qat, enable_qat
 from gemma_tune.models.quantize import quantized_layers
@@ -18,14 +19,19 @@ from gemma_tune.models.sharded_layers import use_mesh
 from gemma_tune.models.sharding import Layout
 from gemma_tune.quantization.scheme import Grid
 
+_LORA = LoraConfig()
+
 
 class LoraSettings(NamedTuple):
-    """LoRA factors, as in `config.LoraConfig`."""
+    """LoRA factors, as in `config.LoraConfig`, and the seed of A."""
 
     rank: int
     alpha: float
     target_layers: tuple[str, ...]
     seed: int
+    layout: str = _LORA.layout
+    use_rslora: bool = _LORA.use_rslora
+    use_dora: bool = _LORA.use_dora
 
 
 class Prepared(NamedTuple):
@@ -50,11 +56,12 @@ def prepare_for_training(
     attention: str = "auto",
     program: str = "auto",
     layout: Layout | None = None,
+    keeps_factors: bool = False,
 ) -> Prepared:
     """Swaps parts of a model for those that train faster and leaner; but for `qat`, what it computes stays the same.
 
     Args:
-        model: From `load_model`. Factors of an earlier run are merged.
+        model: From `load_model`. Factors of an earlier run are merged, unless `keeps_factors`.
         lora: None trains all weights.
         qat: Computes with weights rounded so, and trains those behind them.
         packing: Several examples in a row.
@@ -63,6 +70,7 @@ def prepare_for_training(
         attention: `auto`, `blocks`, `cudnn`, `splash` or `keras`.
         program: `whole`, `blocks`, or `auto`: blocks on CPU where the model allows it, else whole.
         layout: Of the mesh that the model is on.
+        keeps_factors: With `lora`, the factors that the model has go on being trained, as they are.
 
     Returns:
         What to make the steps with, and the attention kernel that it came to.
@@ -71,7 +79,9 @@ def prepare_for_training(
         ModelError: The model doesn't run on text alone, no layer has one of the names, a layer doesn't fit the
             grid, or a part can't be swapped.
     """
-    merge_lora(model.backbone)
+    keeps_factors = keeps_factors and bool(lora and lora_layers(model.backbone))
+    if not keeps_factors:
+        merge_lora(model.backbone)
     disable_qat(model.backbone)
     check_text_only(model)
     if not lora and (quantized := quantized_layers(model.backbone)):
@@ -79,7 +89,7 @@ def prepare_for_training(
             f"The model's weights are held in {quantized[0].quantized_scheme}, so they can't all be trained. Take "
             "training.method=qlora, which trains LoRA beside them, or the float model that it was made from."
         )
-    if lora:
+    if lora and not keeps_factors:
         enable_lora(model.backbone, *lora)
     use_plain_products(model.backbone)
     if qat:

@@ -3,7 +3,7 @@
 The forward pass sees each kernel as converting it would leave it. The gradient in the rounded kernel is given to the
 floats as it is, as if nothing had been rounded: the straight-through estimator (arXiv:1308.3432), with weights as in
 arXiv:1712.05877, section 3. Rounding is that of `quantization.grids`, in float32 whatever the precision, so that
-`models.quantized` makes the same weights of the trained ones. With LoRA it is the sum W + (alpha/rank)·A·B that is
+`models.quantized` makes the same weights of the trained ones. With LoRA it is the sum W + s·A·B that is
 rounded, since that is what merging and converting gives; W stays frozen.
 """
 
@@ -20,7 +20,8 @@ from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub
 from gemma_tune.models.functional import Params
 from gemma_tune.models.linear import einsum_product, fitting_grid
-from gemma_tune.models.lora import low_rank_product
+from gemma_tune.models.lora_layers import equation_of, low_rank_of
+from gemma_tune.models.low_rank import kernel_update, low_rank_product
 from gemma_tune.models.quantize import matrix_shape
 from gemma_tune.quantization.fake import FakeQuantized
 from gemma_tune.quantization.grids import fake_quantize
@@ -32,13 +33,14 @@ _ARE_ROUNDED: contextvars.ContextVar[bool] = contextvars.ContextVar("weights_are
 class Rounding(NamedTuple):
     """How a kernel becomes what its layer computes with.
 
-    grid: Of the conversion. matrix_shape: The kernel as [P, C, Q], where products sum over C. lora_scale: alpha / rank;
-    0 without factors.
+    grid: Of the conversion. matrix_shape: The kernel as [P, C, Q], where products sum over C. lora_scale: s; 0 without
+    factors. equation: Of the layer; empty for an embedding.
     """
 
     grid: Grid
     matrix_shape: tuple[int, int, int]
     lora_scale: float
+    equation: str
 
 
 def rounded_kernel(rounding: Rounding, kernel: jax.Array, factors: tuple[jax.Array, ...]) -> jax.Array:
@@ -59,7 +61,8 @@ def rounded_kernel(rounding: Rounding, kernel: jax.Array, factors: tuple[jax.Arr
 def _merged(rounding: Rounding, kernel: jax.Array, factors: tuple[jax.Array, ...]) -> jax.Array:
     if not factors:
         return kernel
-    return (kernel.astype(jnp.float32) + rounding.lora_scale * jnp.matmul(*factors)).astype(kernel.dtype)
+    update = kernel_update(rounding.equation, rounding.lora_scale, *factors)
+    return (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -69,7 +72,7 @@ def fake_quantized_product(
     """Returns jnp.einsum(equation, x, the rounded kernel). The backward pass rounds again instead of keeping it.
 
     With K the rounded kernel and G its gradient, that of the kernel is G, or with factors that of A is
-    (alpha/rank)·G·Bᵀ, that of B (alpha/rank)·Aᵀ·G, and the kernel has none.
+    s·G·Bᵀ, that of B s·Aᵀ·G, and the kernel has none.
 
     Args:
         equation: Of the layer, as `einsum_product` takes it.
@@ -143,7 +146,7 @@ class FakeQuantEinsumDense(_FakeQuantLayer, keras.layers.EinsumDense):
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the floats, with LoRA's update, as an EinsumDense does."""
-        store["0"] = super().kernel
+        store["0"] = _merged(self._rounding, *self._arrays())
         if self.bias is not None:
             store["1"] = self.bias
 
@@ -190,7 +193,8 @@ def enable_qat(backbone: keras_hub.models.Backbone, grid: Grid) -> int:
         Number of layers.
 
     Raises:
-        ModelError: The weights are quantized already, or a layer's inputs can't be cut into groups of `block_size`.
+        ModelError: The weights are quantized already, a layer's inputs can't be cut into groups of `block_size`, or its
+            factors are DoRA's.
     """
     layers = [
         layer
@@ -203,14 +207,17 @@ def enable_qat(backbone: keras_hub.models.Backbone, grid: Grid) -> int:
                 f"{layer.path} is held in {layer.quantized_scheme}: its floats are gone. Load the model without "
                 "quantization for training.qat."
             )
+        if layer.lora_enabled and low_rank_of(layer).use_dora:
+            raise ModelError(f"{layer.path} has DoRA factors, which training.qat can't round. Set lora.use_dora=false.")
     grids = [fitting_grid(layer.path, matrix_shape(layer)[1], grid) for layer in layers]
     for layer, own in zip(layers, grids, strict=True):
         rows, inputs, outputs = matrix_shape(layer)
         is_embedding = layer is backbone.token_embedding
-        scale = layer.lora_alpha / layer.lora_rank if layer.lora_enabled else 0.0
+        scale = low_rank_of(layer).scale if layer.lora_enabled else 0.0
         layer.__class__ = FakeQuantEmbedding if is_embedding else FakeQuantEinsumDense
         # Of an embedding any number of rows is rounded at a time. Keras would look for variables in the tuple.
-        object.__setattr__(layer, "_rounding", Rounding(own, (-1 if is_embedding else rows, inputs, outputs), scale))
+        shape = (-1 if is_embedding else rows, inputs, outputs)
+        object.__setattr__(layer, "_rounding", Rounding(own, shape, scale, equation_of(layer)))
         for variable in layer._variables_to_round():
             variable._autocast = False  # Else mixed precision would round the floats to bfloat16 first.
     return len(layers)

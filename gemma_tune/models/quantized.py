@@ -20,7 +20,7 @@ import numpy as np
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.linear import einsum_product
-from gemma_tune.models.lora import low_rank_product
+from gemma_tune.models.lora_layers import merged_kernel, with_factors
 from gemma_tune.models.sharding import put
 from gemma_tune.quantization.grids import Quantized, Scales, dequantize, quantize, rows_of, shapes_of, take_rows
 from gemma_tune.quantization.scheme import LayerScheme
@@ -50,8 +50,7 @@ class QuantizedKernel:
         layer = self.layer
         floats = dequantize(layer.quantized()).reshape(self.shape)
         if getattr(layer, "lora_enabled", False):
-            update = keras.ops.matmul(layer.lora_kernel_a, layer.lora_kernel_b)
-            floats += layer.lora_alpha / layer.lora_rank * update
+            floats = merged_kernel(layer, floats)
         return floats.astype(layer.compute_dtype)
 
     def fill(self, read_rows: Callable[[int, int], np.ndarray]) -> None:
@@ -180,12 +179,15 @@ class QuantizedEinsumDense(_QuantizedLayer, keras.layers.EinsumDense):
         """Stands for the floats, which are made in products only."""
         return self._float_kernel
 
+    def dequantized(self) -> jax.Array:
+        """Returns the floats that the codes stand for, in float32 and the kernel's shape."""
+        return dequantize(self.quantized()).reshape(self._float_kernel.shape)
+
     def call(self, inputs: Any, training: Any = None) -> Any:
         quantized, shape = self.quantized(), self._float_kernel.shape
         outputs = quantized_product(self.equation, shape, self.scheme.rounds_inputs, inputs, quantized)
         if self.lora_enabled:
-            factors = (keras.ops.cast(factor, inputs.dtype) for factor in (self.lora_kernel_a, self.lora_kernel_b))
-            outputs += low_rank_product(self.equation, self.lora_alpha / self.lora_rank, inputs, *factors)
+            outputs = with_factors(self, inputs, outputs)
         if self.bias is not None:
             outputs = keras.ops.add(outputs, self.bias)
         return outputs if self.activation is None else self.activation(outputs)

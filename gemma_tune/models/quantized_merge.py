@@ -7,13 +7,14 @@ import numpy as np
 
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import jax, keras_hub
-from gemma_tune.models.lora import lora_layers, lora_update, merge_lora, remove_factors
+from gemma_tune.models.lora import lora_layers, merge_lora
+from gemma_tune.models.lora_layers import merged_kernel, remove_factors
 from gemma_tune.models.quantize import is_quantized, matrix_shape
 from gemma_tune.quantization.grids import dequantize, quantize
 
 
 class MergeError(NamedTuple):
-    """What rounding did to a layer's W + (alpha/rank)·A·B.
+    """What rounding did to a layer's kernel with its LoRA update.
 
     of_weights: norm of the error / norm of the merged weights. of_update: norm of the error / norm of the update; at 1
     and above, the rounding is as large as what was learnt.
@@ -49,9 +50,9 @@ def merge_into_codes(backbone: keras_hub.models.Backbone) -> list[MergeError]:
             )
     errors = []
     for layer in layers:
-        before = dequantize(layer.quantized())
-        update = lora_update(layer).reshape(matrix_shape(layer))
-        merged = np.asarray(before + update, np.float32)
+        before = layer.dequantized()
+        sums = merged_kernel(layer, before)
+        update, merged = sums - before, np.asarray(sums.reshape(matrix_shape(layer)), np.float32)
         rounded = quantize(merged, layer.scheme.grid)
         layer.assign_quantized(jax.tree.map(jnp.asarray, rounded))
         remove_factors(layer)

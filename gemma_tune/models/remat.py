@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub
+from gemma_tune.models.functional import bound_value
 
 _FEW_TERMS = 64
 
@@ -81,12 +82,6 @@ def _recomputing_call(block: Any, call: Callable, policy: Callable) -> Callable:
         return _with_backward_branch(compute, policy, some, others)
 
     return recomputing_call
-
-
-def bound_value(variable: keras.Variable) -> jax.Array:
-    """Returns what the scope around has for a variable, not yet cast to the compute dtype."""
-    value = keras.src.backend.common.stateless_scope.get_stateless_scope().get_current_value(variable)
-    return variable._value if value is None else value
 
 
 def _is_float(array: jax.Array) -> bool:

@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma_tune.keras_runtime import keras, keras_hub
+from gemma_tune.models.functional import bound_value
 from gemma_tune.models.head import num_rows, rows_at, with_plain_scales
-from gemma_tune.models.remat import bound_value
 from gemma_tune.models.sharding import ROWS, Layout
 
 _rows_are_cut = contextvars.ContextVar("rows_are_cut", default=False)

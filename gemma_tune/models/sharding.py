@@ -193,11 +193,20 @@ def axes_of(path: str, num_axes: int) -> Axes:
         ModelError: No rule covers it; names it.
     """
     owner, _, name = path.rpartition("/")
-    if factor := re.fullmatch(r"lora_(kernel|embeddings)_([ab])", name):
-        kernel = _rule_of(f"{owner}/{factor[1]}", path)
-        return (*kernel[:-1], None) if factor[2] == "a" else (None, kernel[-1])
+    if factor := re.fullmatch(r"lora_(kernel|embeddings)_(a|b|magnitude)", name):
+        return _axes_of_factor(factor[2], _rule_of(f"{owner}/{factor[1]}", path), num_axes)
     axes = _rule_of(path, path)
     return axes or (None,) * num_axes
+
+
+def _axes_of_factor(factor: str, kernel: Axes, num_axes: int) -> Axes:
+    """A factor's axes are cut as those of its kernel; low_rank.py says which they are. Where a kernel's input is the
+    middle one of three axes, PEFT's A has that one, and its B the other two.
+    """
+    if factor == "a":
+        return (*kernel[:-1], None) if num_axes == len(kernel) else (kernel[1], None)
+    outputs = kernel[-1:] if num_axes == (2 if factor == "b" else 1) else (kernel[0], kernel[-1])
+    return (None, *outputs) if factor == "b" else outputs
 
 
 def _rule_of(path: str, named: str) -> Axes:

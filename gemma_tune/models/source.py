@@ -14,7 +14,8 @@ _DEFAULT_TINY = "gemma3"
 class Source(NamedTuple):
     """A model's place.
 
-    kind: `tiny`, `demo`, `gguf`, `hf` and `keras` (directories), `hf_download`, `keras_download`, or `run` (a workdir).
+    kind: `tiny`, `demo`, `gguf`, `hf` and `keras` (directories), `hf_download`, `keras_download`, `run` (a workdir), or
+        `peft` (an adapter's directory).
     """
 
     kind: str
@@ -90,6 +91,8 @@ def parse_source(name: str) -> Source:
 
 def _kind_of_directory(path: Path) -> str:
     config_file = path / "config.json"
+    if not config_file.exists() and (path / "adapter_config.json").exists():
+        return "peft"
     if not config_file.exists():
         gguf = sorted(path.glob("*.gguf"))
         hint = f" Name one of its files: {gguf[0]}" if gguf else ""

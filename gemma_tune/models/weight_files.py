@@ -5,6 +5,8 @@ from pathlib import Path
 from gemma_tune.models.adapter import ADAPTER_FILE
 from gemma_tune.models.download import demo_path
 from gemma_tune.models.files import read_json
+from gemma_tune.models.peft_config import WEIGHTS_FILE
+from gemma_tune.models.peft_import import peft_base
 from gemma_tune.models.source import parse_source
 
 
@@ -22,6 +24,8 @@ def weight_files(source: str) -> list[Path]:
         return [demo_path()]
     if parsed.kind == "gguf":
         return [path]
+    if parsed.kind == "peft":
+        return [*weight_files(peft_base(path)), path / WEIGHTS_FILE]
     if parsed.kind == "run":
         if (path / "model").exists():
             return weight_files(str(path / "model"))

@@ -79,7 +79,7 @@ def quantize_model(
     way, settings = POST_TRAINING[scheme], config.model
     grid = Grid(way.scheme, settings.block_size, settings.double_quant, settings.or_int8)
     splits = read_splits(config) if way.method else None
-    has_lora = bool(adapter) or parse_source(settings.source).kind == "run"
+    has_lora = bool(adapter) or parse_source(settings.source).kind in ("run", "peft")
     as_read = not (has_lora or way.method or way.rounds_inputs)
     model = load_model(
         settings.source,

@@ -5,8 +5,6 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from gemma_tune.config import Config
 from gemma_tune.data import (
     Example,
@@ -20,7 +18,7 @@ from gemma_tune.models.family import family_of
 from gemma_tune.models.files import read_json
 from gemma_tune.models.functional import assign, parameters
 from gemma_tune.models.load import load_configured, load_model
-from gemma_tune.models.lora import lora_layers
+from gemma_tune.models.lora import base_values, lora_layers
 from gemma_tune.models.packing import enable_packing
 from gemma_tune.models.sharded_layers import use_mesh
 from gemma_tune.models.sharding import layout_of
@@ -96,12 +94,7 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
     )
     if lora_layers(model.backbone):
         tuned = score(model)
-        zeros = {
-            path: jax.numpy.zeros_like(value)
-            for path, value in parameters(model).trainable.items()
-            if path.endswith("_b")
-        }
-        assign(model, zeros)  # B = 0 is the base.
+        assign(model, base_values(model.backbone))
         return Comparison(data_source, len(examples), score(model), tuned)
     if run:
         layout = layout_of(model.backbone)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from gemma_tune.config import Config, OptimizerConfig
+from gemma_tune.config import Config
 from gemma_tune.data import (
     PreparedData,
     Splits,
@@ -15,6 +15,7 @@ from gemma_tune.data import (
     template_for,
     tokenize_splits,
 )
+from gemma_tune.errors import ConfigError
 from gemma_tune.evaluation import evaluate_batches
 from gemma_tune.keras_runtime import cache_dir, keras
 from gemma_tune.models.attention_choice import AttentionChoice, first_device
@@ -92,11 +93,12 @@ def prepare_data(config: Config, splits: Splits, model: keras.Model) -> Prepared
 def set_up(config: Config, splits: Splits) -> Setup:
     """Loads and prepares the model in a fixed order: precision, quantize, LoRA, QAT, layers, remat. No compiling."""
     training, optimizer_config = config.training, config.optimizer
+    _check_adapter(config)
     precision_advice = check_precision(first_device(), config.model.precision)
     model = load_configured(config)
     layout = layout_of(model.backbone)
     data = prepare_data(config, splits, model)
-    lora = LoraSettings(config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
+    lora = LoraSettings(**config.lora_settings)
     program, attention = prepare_for_training(
         model,
         None if training.method == "full" else lora,
@@ -107,6 +109,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         attention=training.attention,
         row_length=config.row_length,
         layout=layout,
+        keeps_factors=bool(config.model.adapter),
     )
     num_parts = layout.shape.num_row_shards if layout else 1
     blockwise = Blockwise(model, training.remat) if program == "blocks" else None
@@ -124,7 +127,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
     schedule = make_schedule(
         optimizer_config.schedule, config.learning_rate, optimizer_config.warmup_steps, len(batches)
     )
-    optimizer = _optimizer(optimizer_config, schedule)
+    optimizer = _optimizer(config, schedule)
     return Setup(
         config=config,
         model=model,
@@ -151,13 +154,26 @@ def set_up(config: Config, splits: Splits) -> Setup:
     )
 
 
-def _optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _check_adapter(config: Config) -> None:
+    """Raises ConfigError if settings of `lora` would not be read, since the adapter has its own."""
+    usual, given = dataclasses.asdict(Config().lora), dataclasses.asdict(config.lora)
+    changed = [name for name in given if given[name] != usual[name] and name != "loraplus_lr_ratio"]
+    if config.model.adapter and config.training.method != "full" and changed:
+        raise ConfigError(
+            f"model.adapter={config.model.adapter} goes on with the factors that it has, so lora.{changed[0]} would "
+            "change nothing. Leave one of them away."
+        )
+
+
+def _optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    optimizer = config.optimizer
     return make_optimizer(
-        config.name,
+        optimizer.name,
         schedule,
-        weight_decay=config.weight_decay,
-        b1=config.b1,
-        b2=config.b2,
-        epsilon=config.epsilon,
-        clip_norm=config.clip_norm,
+        weight_decay=optimizer.weight_decay,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        epsilon=optimizer.epsilon,
+        clip_norm=optimizer.clip_norm,
+        loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
     )

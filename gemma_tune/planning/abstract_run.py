@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gemma_tune.config import Config
 from gemma_tune.data import Batch
+from gemma_tune.errors import ConfigError
 from gemma_tune.keras_runtime import keras
 from gemma_tune.mesh import MeshShape
 from gemma_tune.models.architectures import backbone_without_weights
@@ -125,9 +126,11 @@ def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 def _model(config: Config, layout: Layout | None) -> keras.Model:
     training = config.training
+    if config.model.adapter:
+        raise ConfigError("A plan is of new factors. Leave model.adapter away, and set lora as the adapter is.")
     backbone = backbone_without_weights(config.model.source, config.model.precision, config.grid, layout)
     model = FAMILIES[family_of(backbone)].causal_lm(preprocessor=None, backbone=backbone)
-    lora = LoraSettings(config.lora.rank, config.lora_alpha, config.lora.target_layers, config.seed)
+    lora = LoraSettings(**config.lora_settings)
     with skeleton():
         prepare_for_training(
             model,
@@ -194,4 +197,5 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
         b2=optimizer.b2,
         epsilon=optimizer.epsilon,
         clip_norm=optimizer.clip_norm,
+        loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
     )

@@ -44,10 +44,13 @@ def make_optimizer(
     b2: float,
     epsilon: float,
     clip_norm: float,
+    loraplus_lr_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
     """Returns the chain: clip the gradients' global norm, update rule, decoupled weight decay on matrices only.
 
-    Its state is float32, whatever the parameters are: give it float32 gradients and parameters.
+    Its state is float32, whatever the parameters are: give it float32 gradients and parameters. With a
+    `loraplus_lr_ratio` other than 1, LoRA's second factors have so many times the learning rate (LoRA+,
+    arXiv:2402.12354).
     """
     decay = {"weight_decay": weight_decay, "mask": is_matrix}
     rule = {
@@ -62,7 +65,19 @@ def make_optimizer(
             optax.scale_by_learning_rate(schedule),
         ),
     }[name]()
+    if loraplus_lr_ratio != 1:
+        rule = optax.chain(rule, _scale_second_factors(loraplus_lr_ratio))
     return optax.chain(_clip_by_global_norm(clip_norm), rule) if clip_norm else rule
+
+
+def _scale_second_factors(ratio: float) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, _: {path: update * (ratio if _is_second(path) else 1) for path, update in updates.items()}
+    )
+
+
+def _is_second(path: str) -> bool:
+    return path.endswith(("/lora_kernel_b", "/lora_embeddings_b"))
 
 
 def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
@@ -77,8 +92,10 @@ def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
 
 
 def is_matrix(params: Mapping[str, Any]) -> dict[str, bool]:
-    """Says for each parameter whether it decays: kernels and embeddings do, norms, biases and other vectors don't."""
-    return {path: jnp.ndim(value) >= 2 for path, value in params.items()}
+    """Says for each parameter whether it decays: kernels and embeddings do, norms, biases and other vectors don't, and
+    neither do DoRA's magnitudes, which are lengths, [heads, width] though they may be.
+    """
+    return {path: jnp.ndim(value) >= 2 and not path.endswith("_magnitude") for path, value in params.items()}
 
 
 def as_float32(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -156,7 +156,8 @@ def versions() -> dict[str, str]:
 
 
 def _check_same(config: Config, about: dict[str, Any], workdir: Path) -> None:
-    before, now = flatten(about.get("config", {})), flatten(config.to_dict())
+    # Settings that an older version didn't have were as they are by default.
+    before, now = flatten(Config().to_dict()) | flatten(about.get("config", {})), flatten(config.to_dict())
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

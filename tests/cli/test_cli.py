@@ -372,6 +372,29 @@ def test_training_on_top_of_a_run(call, trained, tmp_path):
     assert again["tuned"]["loss"] == pytest.approx(second["heldout_after"]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_training_goes_on_with_an_adapter(call, trained, tmp_path):
+    """Where the run is, not where its base was; and with its own factors, so that others can't be asked for."""
+    arguments = ("train", *TINY, *FAST, f"--adapter={trained / 'adapter'}", f"--workdir={tmp_path / 'w'}",
+                 "--config.training.num_train_steps=2", "--json")  # fmt: skip
+    code, _, err = call(*arguments, "--lora_rank=8")
+    assert code == 2 and "goes on with the factors that it has, so lora.rank would change nothing" in err
+    code, out, err = call(*arguments)
+    assert code == 0, err
+    first, second = json.loads((trained / "result.json").read_text()), json.loads(out)
+    assert second["heldout_before"]["loss"] == pytest.approx(first["heldout_after"]["loss"], rel=1e-4)
+    assert second["num_trainable_parameters"] == first["num_trainable_parameters"]
+    again = json.loads(call("eval", f"--model={tmp_path / 'w'}", "--json")[1])
+    assert again["tuned"]["loss"] == pytest.approx(second["heldout_after"]["loss"], rel=1e-4)
+
+
+def test_dry_run_counts_what_a_method_trains(call, questions):
+    """Of six blocks' queries, 64 to 4·16: PEFT's r·(in + out), and DoRA's magnitude for each output."""
+    flags = ("--lora_layout=peft", "--use_dora", "--lora_targets=query")
+    report = json.loads(call("train", *TINY, f"--data={questions}", *flags, "--dry_run", "--json")[1])
+    assert report["num_trainable_parameters"] == 6 * (4 * (64 + 64) + 64)
+
+
 def test_json_is_one_object_whatever_libraries_print(call):
     code, out, _ = call("models", "--json")
     assert code == 0 and out.count("\n") == 1 and json.loads(out)

@@ -7,7 +7,8 @@ import pytest
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub
 from gemma_tune.models.functional import assign, bound, parameters
-from gemma_tune.models.lora import LowRankEinsumDense, enable_lora, lora_layers, merge_lora
+from gemma_tune.models.lora import enable_lora, lora_layers, merge_lora
+from gemma_tune.models.lora_layers import LowRankEinsumDense
 from gemma_tune.models.skeleton import skeleton
 
 

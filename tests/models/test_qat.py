@@ -12,6 +12,7 @@ from gemma_tune.models.adapter import save_adapter
 from gemma_tune.models.functional import assign, bound, hidden_states, parameters
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora import merge_lora
+from gemma_tune.models.low_rank import kernel_update
 from gemma_tune.models.prepare import LoraSettings, prepare_for_training
 from gemma_tune.models.qat import FakeQuantEinsumDense, enable_qat, rounded_kernel, rounded_params, weights_are_rounded
 from gemma_tune.models.quantize import matrix_shape, quantize_layers
@@ -87,6 +88,35 @@ def test_loss_and_gradients_are_those_at_the_rounded_weights(some_family, grid, 
     assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
     assert float(loss) != pytest.approx(float(float_loss), rel=1e-5)  # Rounding does change it.
     assert_gradients(ours, gradients)
+
+
+@pytest.mark.slow
+def test_pefts_layout_is_rounded_as_the_sum_too(rng):
+    """Loss and gradients are those of the merged kernels, and the factors' those that jax.vjp makes of theirs."""
+    lora, batch = LORA._replace(layout="peft", use_rslora=True), random_batch(rng)
+    model, twin = qat_model("gemma2", INT4, lora, rng), load_model("tiny:gemma2")
+    layers, wanted = fake_layers(model), {}
+    merged, pullbacks = {}, {}
+    for layer in layers:
+        kernel, a, b = (variable.value for variable in layer._variables_to_round())
+        equation = getattr(layer, "equation", "")
+        update, pullbacks[layer] = jax.vjp(lambda a, b, e=equation: kernel_update(e, 4.0, a, b), a, b)  # 8 / sqrt(4).
+        merged[layer._variables_to_round()[0].path] = kernel + update
+    assign(twin, merged)
+    wanted_loss, gradients = loss_and_gradients(prepare(twin, qat=INT4), batch)
+    for layer in layers:
+        kernel, a, b = layer._variables_to_round()
+        wanted[a.path], wanted[b.path] = pullbacks[layer](gradients[kernel.path])
+    loss, ours = loss_and_gradients(model, batch)
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-4)
+    assert ours.keys() == wanted.keys()
+    for path, gradient in wanted.items():
+        np.testing.assert_allclose(ours[path], gradient, atol=5e-3 * np.abs(gradient).max(), err_msg=path)
+
+
+def test_dora_is_refused():
+    with pytest.raises(ModelError, match="has DoRA factors, which training.qat can't round"):
+        qat_model("gemma", INT4, LORA._replace(target_layers=("query",), use_dora=True))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -18,10 +18,20 @@ def layout_of(data=1, fsdp=1, model=1):
     return Layout(AbstractMesh((data, fsdp, model), ("data", "fsdp", "model"), types))
 
 
-@pytest.mark.parametrize("grid", [None, Grid("int8"), Grid("int4", 32), Grid("nf4", 32, True)], ids=str)
-def test_every_variable_of_every_family_has_a_place_that_it_fits(tiny, family, grid):
+@pytest.mark.parametrize(
+    ("grid", "method"),
+    [
+        (None, {}),
+        (Grid("int8"), {}),
+        (Grid("int4", 32), {}),
+        (Grid("nf4", 32, True), {}),
+        (None, {"layout": "peft", "use_dora": True}),
+    ],
+    ids=str,
+)
+def test_every_variable_of_every_family_has_a_place_that_it_fits(tiny, family, grid, method):
     model = tiny(family, grid=grid)
-    enable_lora(model.backbone, 2, 2.0, ["all-linear"], seed=0)
+    enable_lora(model.backbone, 2, 2.0, ["all-linear"], seed=0, **method)
     layout = layout_of(fsdp=2, model=2)
     num_cut = 0
     for variable, sharding in layout._shardings(model.backbone):
@@ -46,6 +56,13 @@ def test_the_rules_by_name():
     assert axes_of("decoder_block_3/attention/query/lora_kernel_a", 3) == ("model", "fsdp", None)
     assert axes_of("decoder_block_3/attention/query/lora_kernel_b", 2) == (None, None)
     assert axes_of("decoder_block_3/ffw_gating/lora_kernel_b", 2) == (None, "model")
+    # PEFT's have the kernel's inputs, and its outputs; DoRA's magnitudes the outputs alone.
+    assert axes_of("decoder_block_3/attention/query/lora_kernel_a", 2) == ("fsdp", None)
+    assert axes_of("decoder_block_3/attention/query/lora_kernel_b", 3) == (None, "model", None)
+    assert axes_of("decoder_block_3/attention/query/lora_kernel_magnitude", 2) == ("model", None)
+    assert axes_of("decoder_block_3/attention/attention_output/lora_kernel_a", 3) == ("model", None, None)
+    assert axes_of("decoder_block_3/attention/attention_output/lora_kernel_magnitude", 1) == ("fsdp",)
+    assert axes_of("decoder_block_3/ffw_gating/lora_kernel_magnitude", 1) == ("model",)
     assert axes_of("token_embedding/lora_embeddings_a", 2) == (("model", "fsdp"), None)
 
 

@@ -10,7 +10,7 @@ PARAMS = {"a/kernel": jnp.ones((2, 3)) * 2.0, "a/scale": jnp.ones(3) * 2.0}
 GRADS = {"a/kernel": jnp.full((2, 3), 0.5), "a/scale": jnp.full(3, 0.5)}
 
 
-def make(name, rate=0.1, weight_decay=0.0, clip_norm=0.0, b1=0.9):
+def make(name, rate=0.1, weight_decay=0.0, clip_norm=0.0, b1=0.9, ratio=1.0):
     return make_optimizer(
         name,
         make_schedule("constant", rate, 0, 10),
@@ -19,6 +19,7 @@ def make(name, rate=0.1, weight_decay=0.0, clip_norm=0.0, b1=0.9):
         b2=0.99,
         epsilon=1e-8,
         clip_norm=clip_norm,
+        loraplus_lr_ratio=ratio,
     )
 
 
@@ -86,3 +87,39 @@ def test_clipping_scales_the_global_norm():
     norm = np.sqrt(9 * 0.25)
     update = first_update(make("sgd", b1=0.0, clip_norm=0.3))
     np.testing.assert_allclose(update["a/kernel"], -0.1 * 0.5 * 0.3 / norm, rtol=1e-5)
+
+
+def test_doras_magnitudes_do_not_decay():
+    params = {"a/lora_kernel_magnitude": jnp.ones((2, 3)), "a/lora_kernel_a": jnp.ones((2, 3))}
+    assert is_matrix(params) == {"a/lora_kernel_magnitude": False, "a/lora_kernel_a": True}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion"])
+def test_lora_plus_by_hand(name):
+    """Three steps of each rule with a rate of its own for B (arXiv:2402.12354), by NumPy."""
+    rng, ratio, rate, decay = np.random.default_rng(0), 16.0, 0.1, 0.3
+    names = ("q/lora_kernel_a", "q/lora_kernel_b", "e/lora_embeddings_b", "q/lora_kernel_magnitude")
+    params = {path: rng.normal(size=(3, 2)) for path in names}
+    optimizer = make(name, rate, weight_decay=decay, ratio=ratio)
+    ours = {path: jnp.asarray(value, jnp.float32) for path, value in params.items()}
+    state = optimizer.init(ours)
+    first, second = ({path: np.zeros((3, 2)) for path in names} for _ in range(2))
+    for step in range(1, 4):
+        grads = {path: rng.normal(size=(3, 2)) for path in names}
+        updates, state = optimizer.update({p: jnp.asarray(g, jnp.float32) for p, g in grads.items()}, state, ours)
+        ours = {path: ours[path] + update for path, update in updates.items()}
+        for path, grad in grads.items():
+            if name == "adamw":
+                first[path] = 0.9 * first[path] + 0.1 * grad
+                second[path] = 0.99 * second[path] + 0.01 * grad**2
+                direction = first[path] / (1 - 0.9**step) / (np.sqrt(second[path] / (1 - 0.99**step)) + 1e-8)
+            elif name == "sgd":
+                direction = first[path] = 0.9 * first[path] + grad
+            else:
+                direction = np.sign(0.9 * first[path] + 0.1 * grad)
+                first[path] = 0.99 * first[path] + 0.01 * grad
+            decays = 0.0 if path.endswith("magnitude") else decay
+            own_rate = rate * (ratio if path.endswith("_b") else 1)
+            params[path] = params[path] - own_rate * (direction + decays * params[path])
+    for path, value in params.items():
+        np.testing.assert_allclose(ours[path], value, rtol=1e-4, atol=1e-5, err_msg=path)

@@ -15,8 +15,11 @@ ARGUMENTS = ["train", "--model=tiny", "--max_length=128", "--batch_size=8", "--c
              "--config.training.num_scored_answers=1", "--config.generation.max_new_tokens=2"]  # fmt: skip
 
 
-def command(workdir):
-    return [sys.executable, "-m", "gemma_tune", *ARGUMENTS, f"--workdir={workdir}"]
+METHOD = ["--lora_layout=peft", "--use_dora", "--use_rslora", "--loraplus_lr_ratio=4", "--lora_targets=attention"]
+
+
+def command(workdir, flags=()):
+    return [sys.executable, "-m", "gemma_tune", *ARGUMENTS, *flags, f"--workdir={workdir}"]
 
 
 def rows(workdir):
@@ -26,9 +29,9 @@ def rows(workdir):
     return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
 
 
-def run_and_signal(workdir, number, at_step):
+def run_and_signal(workdir, number, at_step, flags=()):
     """Starts the run and sends a signal once its metrics show a step."""
-    process = subprocess.Popen(command(workdir), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command(workdir, flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         file = workdir / "metrics.jsonl"
@@ -72,3 +75,16 @@ def test_the_end_is_the_same_bit_for_bit(uninterrupted, tmp_path, number, at_ste
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {
         path.name for path in (uninterrupted / "checkpoints").iterdir()
     }
+
+
+@pytest.mark.slow
+def test_every_kind_of_factors_goes_on(tmp_path):
+    first, second = tmp_path / "whole", tmp_path / "w"
+    subprocess.run(command(first, METHOD), check=True, capture_output=True)
+    run_and_signal(second, signal.SIGKILL, 5, METHOD)
+    subprocess.run(command(second, METHOD), check=True, capture_output=True)
+    ours, wanted = (load_file(path / "adapter" / "adapter.safetensors") for path in (second, first))
+    assert any(name.endswith("_magnitude") for name in wanted) and ours.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(ours[name], wanted[name], err_msg=name)
+    assert rows(second) == rows(first)

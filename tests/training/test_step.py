@@ -29,9 +29,9 @@ def num_targets(batch):
     return int((batch.loss_weights > 0).sum())
 
 
-def lora_model(tiny, family, rng, targets=("all-linear",)):
+def lora_model(tiny, family, rng, targets=("all-linear",), **method):
     model = tiny(family)
-    enable_lora(model.backbone, 4, 8.0, targets, seed=0)
+    enable_lora(model.backbone, 4, 8.0, targets, seed=0, **method)
     groups = parameters(model)
     # With B = 0 the gradient of A would be zero, and the test blind to it.
     trainable = {

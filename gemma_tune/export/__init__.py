@@ -1,0 +1,1 @@
+"""Step 7: take a model to where people are. Formats that other programs read."""

@@ -1,0 +1,182 @@
+"""PEFT adapters without PEFT: what is written comes back, and what can't be had is refused. With PEFT: tests/peers."""
+
+import json
+
+import numpy as np
+import pytest
+from models.test_lora import logits
+from models.test_lora_methods import METHODS, with_lora
+from safetensors.numpy import load_file, save_file
+
+from gemma_tune.errors import ModelError
+from gemma_tune.export.peft_adapter import can_be_peft, write_peft_adapter
+from gemma_tune.models.adapter import load_adapter
+from gemma_tune.models.lora import enable_on_layers, low_ranks
+from gemma_tune.models.low_rank import LowRank
+from gemma_tune.models.peft_names import family_in_name, prefix_of
+from gemma_tune.models.source import parse_source
+
+ALL = ("all-linear", "token_embedding")
+
+
+def written(model, folder, base="tiny"):
+    folder.mkdir(exist_ok=True)
+    write_peft_adapter(model, folder, base)
+    return folder
+
+
+def settings(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+@pytest.fixture
+def adapter(tiny, rng, tmp_path):
+    return written(with_lora(tiny("gemma3"), rng, {"layout": "peft"}, ("attention",)), tmp_path / "adapter")
+
+
+def change(folder, **changes):
+    (folder / "adapter_config.json").write_text(json.dumps({**settings(folder), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize("method", [METHODS["peft"], {"layout": "keras"}, METHODS["keras-rslora-dora"]], ids=str)
+def test_what_is_written_comes_back(tiny, some_family, rng, tmp_path, method):
+    model = with_lora(tiny(some_family), rng, method, ALL[:1] if method.get("use_dora") else ALL)
+    again = tiny(some_family)
+    load_adapter(again, written(model, tmp_path / "a"))
+    np.testing.assert_allclose(logits(again), logits(model), atol=2e-4)
+    ours, theirs = low_ranks(model.backbone), low_ranks(again.backbone)
+    assert ours.keys() == theirs.keys()
+    for path, kind in theirs.items():
+        assert kind.layout == "peft" and kind.scale == pytest.approx(ours[path].scale)
+
+
+def test_settings_of_pefts_layout(adapter):
+    said = settings(adapter)
+    assert said["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert (said["r"], said["lora_alpha"], said["rank_pattern"], said["alpha_pattern"]) == (3, 6, {}, {})
+    shapes = {name: value.shape for name, value in load_file(adapter / "adapter_model.safetensors").items()}
+    start = "base_model.model.model.layers.0.self_attn"
+    assert shapes[f"{start}.q_proj.lora_A.weight"] == (3, 64) and shapes[f"{start}.q_proj.lora_B.weight"] == (64, 3)
+    assert shapes[f"{start}.o_proj.lora_A.weight"] == (3, 64) and len(shapes) == 48
+
+
+def test_settings_of_kerass_layout(tiny, rng, tmp_path):
+    """Queries have four heads and keys one: rank 12 and 3, with an alpha that keeps the scale."""
+    said = settings(written(with_lora(tiny("gemma3"), rng, {"use_rslora": True}, ("query", "key")), tmp_path / "a"))
+    assert said["use_rslora"] and not said["use_dora"]
+    ranks = {said["r"], *said["rank_pattern"].values()}
+    alphas = {said["lora_alpha"], *said["alpha_pattern"].values()}
+    assert ranks == {3, 12} and alphas == {6, 12}  # 6·sqrt(12/3).
+    assert said["rank_pattern"].keys() == said["alpha_pattern"].keys() <= {"q_proj", "k_proj"}
+
+
+def test_single_layers_have_full_names(tiny, tmp_path):
+    model = tiny("gemma3")
+    path = model.backbone.transformer_layers[2].attention.query_dense.path
+    enable_on_layers(model.backbone, {path: LowRank("peft", 2, 2.0)}, 0)
+    assert settings(written(model, tmp_path / "a"))["target_modules"] == ["model.layers.2.self_attn.q_proj"]
+    # The same modules in a model that also sees, whose other attention has the same short names.
+    said = settings(written(model, tmp_path / "b", "google/gemma-3-4b-it"))
+    assert said["target_modules"] == ["model.language_model.layers.2.self_attn.q_proj"]
+
+
+def test_names_of_bases(tmp_path):
+    assert prefix_of("google/gemma-3-27b-it") == prefix_of("google/gemma-4-E2B") == "model.language_model."
+    assert prefix_of("google/gemma-3-270m") == prefix_of("google/gemma-2-9b-it") == "model."
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3", "text_config": {}}')
+    assert prefix_of(str(tmp_path)) == "model.language_model."
+    names = {
+        "google/gemma-2b-it": "gemma",
+        "google/gemma-2-2b": "gemma2",
+        "unsloth/gemma-3-1b-it": "gemma3",
+        "me/mine": "",
+    }
+    assert {name: family_in_name(name) for name in names} == names
+
+
+def test_without_lora_there_is_nothing_to_write(tiny, tmp_path):
+    assert "no LoRA factors" in can_be_peft(tiny())
+    with pytest.raises(ModelError, match="no LoRA factors"):
+        write_peft_adapter(tiny(), tmp_path, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING'. Of PEFT's adapters, those of type LORA"),
+        ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'"),
+        ({"bias": "all"}, "bias is 'all', which gemma_tune doesn't have"),
+        ({"modules_to_save": ["lm_head"]}, r"it sets modules_to_save=\['lm_head'\]"),
+        ({"use_qalora": True}, "it sets use_qalora=True"),
+        ({"kasa_config": {"beta": 1}}, "it sets kasa_config"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
+        ({"r": 5}, "should have rank 5, and its lora_A has 3"),
+        ({"r": "x"}, r"is damaged: it says r=\['x'\]"),
+        ({"lora_alpha": 0}, "is damaged: it says"),
+        ({"rank_pattern": ["q"]}, "is damaged"),
+        ({"rank_pattern": {"(": 3}}, "is damaged"),
+        ({"use_dora": True}, "has no magnitudes that fit use_dora=True"),
+        ({"base_model_name_or_path": "google/gemma-2-2b"}, "trained on another base: google/gemma-2-2b, a gemma2"),
+        ({"target_modules": ["q_proj", "up_proj"]}, "ask for factors of layers.0.mlp.up_proj and 5 other modules"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_refused(tiny, adapter, changes, message):
+    model = tiny("gemma3")
+    with pytest.raises(ModelError, match=message):
+        load_adapter(model, change(adapter, **changes))
+    assert not low_ranks(model.backbone)
+
+
+def test_pefts_own_defaults_are_taken(tiny, adapter):
+    """What PEFT writes besides, where it says nothing."""
+    quiet = {"auto_mapping": None, "alora_invocation_tokens": None, "layers_to_transform": None, "loftq_config": {}, "lora_dropout": 0.05,
+             "megatron_core": "megatron.core", "qalora_group_size": 16, "runtime_config": {"a": False}, "trainable_token_indices": None}  # fmt: skip
+    load_adapter(tiny("gemma3"), change(adapter, **quiet, base_model_name_or_path="google/gemma-3-270m"))
+
+
+def test_another_base_is_refused(tiny, rng, adapter, tmp_path):
+    with pytest.raises(
+        ModelError,
+        match="for another base: it has factors for model.layers.3.self_attn.._proj, and the model, a gemma of 3 blocks",
+    ):
+        load_adapter(tiny("gemma"), adapter)
+    of_gemma2 = written(with_lora(tiny("gemma2"), rng, {"layout": "peft"}, ("key",)), tmp_path / "two", "")
+    with pytest.raises(
+        ModelError,
+        match=r"for another base: the factors of model.layers.0.self_attn.k_proj are .* and the model's .*key is",
+    ):
+        load_adapter(tiny("gemma3"), of_gemma2)
+
+
+def test_damaged_files_are_refused(tiny, adapter, write):
+    file = adapter / "adapter_model.safetensors"
+    tensors, first = load_file(file), "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    cases = {
+        "is damaged: lora_A of .* holds values that are no numbers": {**tensors, first: tensors[first] * np.nan},
+        "is damaged: .*q_proj has lora_B": {k: v for k, v in tensors.items() if k != first},
+        "has a tensor 'x', which is no LoRA factor": {**tensors, "x": tensors[first]},
+        "factors for embed_tokens": {**tensors, "base_model.model.model.embed_tokens.lora_embedding_A": tensors[first]},
+    }
+    for message, changed in cases.items():
+        save_file(changed, file)
+        with pytest.raises(ModelError, match=message):
+            load_adapter(tiny("gemma3"), adapter)
+    file.write_bytes(b"no")
+    with pytest.raises(ModelError, match="can't be read as safetensors"):
+        load_adapter(tiny("gemma3"), adapter)
+    file.rename(adapter / "adapter_model.bin")
+    with pytest.raises(ModelError, match="has no adapter_model.safetensors. adapter_model.bin is a pickle"):
+        load_adapter(tiny("gemma3"), adapter)
+
+
+def test_a_source_that_is_an_adapter(adapter):
+    from gemma_tune.models.load import load_model
+
+    assert parse_source(str(adapter)).kind == "peft"
+    with pytest.raises(ModelError, match="doesn't say its base model. Name that as the model"):
+        load_model(str(change(adapter, base_model_name_or_path=None)))
+    with pytest.raises(ModelError, match="names /gone as its base model, which isn't there"):
+        load_model(str(change(adapter, base_model_name_or_path="/gone")))

@@ -1,0 +1,251 @@
+"""Both layouts, rsLoRA and DoRA on whole models, in floats and in codes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models.test_lora import logits, random_second_factors
+
+from gemma_tune.errors import ModelError
+from gemma_tune.models.adapter import load_adapter, read_adapter_metadata, save_adapter
+from gemma_tune.models.functional import assign, bound, parameters
+from gemma_tune.models.lora import base_values, enable_lora, enable_on_layers, lora_layers, low_ranks, merge_lora
+from gemma_tune.models.lora_layers import factors_of, low_rank_of
+from gemma_tune.models.lora_layouts import convert_layout
+from gemma_tune.models.low_rank import LowRank, kernel_norms, kernel_update
+from gemma_tune.models.quantized_merge import merge_into_codes
+from gemma_tune.models.skeleton import skeleton
+from gemma_tune.models.tiny import tiny_backbone
+from gemma_tune.quantization.scheme import Grid
+
+METHODS = {
+    "peft": {"layout": "peft"},
+    "peft-rslora": {"layout": "peft", "use_rslora": True},
+    "peft-dora": {"layout": "peft", "use_dora": True},
+    "keras-rslora-dora": {"layout": "keras", "use_rslora": True, "use_dora": True},
+}
+_OFTEN = ("peft-dora", "keras-rslora-dora")
+methods = pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, id=name, marks=() if name in _OFTEN else pytest.mark.slow) for name, m in METHODS.items()],
+)
+
+
+def with_lora(model, rng, method, targets=("all-linear",), rank=3):
+    enable_lora(model.backbone, rank, 6.0, targets, 0, **method)
+    random_second_factors(model, rng)
+    magnitudes = {path: value for path, value in parameters(model).trainable.items() if path.endswith("_magnitude")}
+    assign(model, {path: value * rng.uniform(0.8, 1.2, value.shape) for path, value in magnitudes.items()})
+    return model
+
+
+def test_pefts_layout_has_pefts_parameter_count(family):
+    """Of a Linear, r·(in + out)."""
+    with skeleton():
+        backbone = tiny_backbone(family, "float32", 0)
+        enable_lora(backbone, 4, 4.0, ("all-linear",), 0, "peft")
+    count = sum(
+        4 * (np.prod(v.shape[:-1]) if v.path.endswith("_a") else np.prod(v.shape[1:]))
+        for v in backbone.trainable_variables
+    )
+    assert count == sum(int(np.prod(v.shape)) for v in backbone.trainable_variables)
+    for layer in lora_layers(backbone):
+        inputs, axes, _ = layer.equation.replace("->", ",").split(",")
+        sizes = dict(zip(axes, layer._kernel.shape, strict=True))
+        width = [np.prod([sizes[c] for c in axes if (c in inputs) is summed]) for summed in (True, False)]
+        assert sum(int(np.prod(factor.shape)) for factor in factors_of(layer)) == 4 * sum(width)
+
+
+@methods
+def test_it_changes_nothing_at_the_start(tiny, some_family, method):
+    model = tiny(some_family)
+    before = logits(model)
+    enable_lora(model.backbone, 4, 8.0, ("all-linear",), 0, **method)
+    np.testing.assert_allclose(logits(model), before, atol=1e-4)  # As in test_lora.
+
+
+@methods
+def test_merging_changes_nothing(tiny, some_family, rng, method):
+    model = tiny(some_family)
+    base = logits(model)
+    with_lora(model, rng, method)
+    before = logits(model)
+    assert np.abs(before - base).max() > 1e-2
+    with bound(model, base_values(model.backbone)):
+        np.testing.assert_allclose(logits(model, base_values(model.backbone)), base, atol=2e-4)
+    merge_lora(model.backbone)
+    np.testing.assert_allclose(logits(model), before, atol=2e-4)
+    assert not lora_layers(model.backbone)
+
+
+def merged_logits(model, params):
+    """Logits by kernels merged from factors by the definition of DoRA and LoRA, for jax.grad."""
+    kernels = {}
+    for layer in lora_layers(model.backbone):
+        low_rank, variables = low_rank_of(layer), factors_of(layer)
+        a, b, *magnitude = (params[variable.path] for variable in variables)
+        kernel = layer._kernel.value + kernel_update(layer.equation, low_rank.scale, a, b)
+        for length in magnitude:
+            inputs, axes, _ = layer.equation.replace("->", ",").split(",")
+            summed = [place for place, letter in enumerate(axes) if letter in inputs]
+            norms = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(kernel**2, axis=summed, keepdims=True)))
+            kernel = jnp.expand_dims(length, summed) * kernel / norms
+        kernels[layer._kernel.path] = kernel
+    neutral = {path: jnp.zeros_like(value) for path, value in params.items() if path.endswith("_b")}
+    return kernels, neutral
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("gemma", METHODS["peft-dora"]),
+        *(
+            pytest.param(f, m, marks=pytest.mark.slow)
+            for f in ("gemma", "gemma2", "gemma3", "gemma4")
+            for m in METHODS.values()
+        ),
+    ],
+)
+def test_gradients_are_those_of_the_merged_model(tiny, family, rng, method):
+    model = with_lora(tiny(family), rng, method)
+    trainable = parameters(model).trainable
+    ids = np.arange(10, 26)[None]
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids), "position_ids": np.arange(16)[None]}
+    inputs = {name: inputs[name] for name in model.backbone.input}
+    weights = rng.normal(size=(1, 16, model.backbone.hidden_dim)).astype(np.float32)
+
+    def ours(params):
+        with bound(model, params):
+            return (model.backbone(inputs) * weights).sum()
+
+    gradients = jax.jit(jax.grad(ours))(trainable)
+    layers = {layer._kernel.path: layer for layer in lora_layers(model.backbone)}
+
+    def plain(params):
+        kernels, _ = merged_logits(model, params)
+        for layer in layers.values():
+            layer.lora_enabled = False
+        swapped = {path: layer.__class__ for path, layer in layers.items()}
+        from gemma_tune.keras_runtime import keras
+
+        try:
+            for layer in layers.values():
+                layer.__class__ = keras.layers.EinsumDense
+            with bound(model, kernels):
+                return (model.backbone(inputs) * weights).sum()
+        finally:
+            for path, layer in layers.items():
+                layer.__class__, layer.lora_enabled = swapped[path], True
+
+    wanted = jax.jit(jax.grad(plain))(trainable)
+    for path, value in wanted.items():
+        # float32 through four to six blocks, in another order of sums: 1e-3 of the largest entry.
+        np.testing.assert_allclose(gradients[path], value, atol=1e-3 * np.abs(value).max(), err_msg=path)
+
+
+@methods
+def test_beside_codes(tiny, rng, method):
+    """QLoRA computes with the floats that its codes stand for, and merged into codes again they are rounded."""
+    model = with_lora(tiny("gemma3", grid=Grid("int8")), rng, method)
+    floats = tiny("gemma3")
+    held = {layer.path: layer for layer in model.backbone._flatten_layers(include_self=False)}
+    for layer in floats.backbone._flatten_layers(include_self=False):
+        if hasattr(held[layer.path], "dequantized"):
+            layer._kernel.assign(held[layer.path].dequantized())
+    floats.backbone.token_embedding._embeddings.assign(jnp.asarray(model.backbone.token_embedding.embeddings))
+    with_lora(floats, rng, method)
+    for ours, theirs in zip(lora_layers(model.backbone), lora_layers(floats.backbone), strict=True):
+        for one, other in zip(factors_of(ours), factors_of(theirs), strict=True):
+            other.assign(one.value)
+    np.testing.assert_allclose(logits(model), logits(floats), atol=5e-4)
+    with pytest.raises(ModelError, match="which is held in int8"):
+        merge_lora(model.backbone)
+    before, errors = logits(model), merge_into_codes(model.backbone)
+    assert len(errors) == 42 and max(error.of_weights for error in errors) < 0.01
+    assert 0 < np.abs(logits(model) - before).max() < 0.3 * np.abs(before).max()
+
+
+@methods
+def test_adapters_keep_what_they_are(tiny, rng, tmp_path, method):
+    model = with_lora(tiny("gemma3"), rng, method)
+    save_adapter(model, tmp_path, "tiny")
+    metadata = read_adapter_metadata(tmp_path)
+    assert metadata["layout"] == method["layout"] and "layers" not in metadata
+    again = tiny("gemma3")
+    load_adapter(again, tmp_path)
+    assert low_ranks(again.backbone) == low_ranks(model.backbone)
+    np.testing.assert_allclose(logits(again), logits(model), atol=1e-5)
+
+
+def test_adapters_keep_factors_of_several_kinds(tiny, rng, tmp_path):
+    model = tiny("gemma3")
+    first, second = (block.attention.query_dense.path for block in model.backbone.transformer_layers[:2])
+    kinds = {first: LowRank("peft", 2, 3.0), second: LowRank("peft", 5, 5.5)}
+    enable_on_layers(model.backbone, kinds, 0)
+    random_second_factors(model, rng)
+    save_adapter(model, tmp_path, "tiny")
+    again = tiny("gemma3")
+    load_adapter(again, tmp_path)
+    assert low_ranks(again.backbone) == kinds
+    np.testing.assert_allclose(logits(again), logits(model), atol=1e-5)
+
+
+def test_files_of_before_layouts_still_load(tiny, rng, tmp_path):
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+
+    model = with_lora(tiny("gemma3"), rng, {})
+    file = save_adapter(model, tmp_path, "tiny")
+    with safe_open(file, framework="np") as opened:
+        metadata = opened.metadata()
+    for name in ("layout", "use_rslora", "use_dora", "sha256"):
+        del metadata[name]
+    save_file(load_file(file), file, metadata)
+    again = tiny("gemma3")
+    load_adapter(again, tmp_path)
+    np.testing.assert_allclose(logits(again), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [METHODS["peft-rslora"], METHODS["keras-rslora-dora"]], ids=["peft", "keras"])
+def test_a_layout_becomes_the_other(tiny, some_family, rng, method):
+    model = with_lora(
+        tiny(some_family), rng, method, ("all-linear",) if method.get("use_dora") else ("all-linear", "token_embedding")
+    )
+    before, kinds = logits(model), low_ranks(model.backbone)
+    other = "keras" if method["layout"] == "peft" else "peft"
+    convert_layout(model.backbone, other)
+    assert {kind.layout for kind in low_ranks(model.backbone).values()} == {other}
+    np.testing.assert_allclose(logits(model), before, atol=2e-4)
+    convert_layout(model.backbone, method["layout"])
+    np.testing.assert_allclose(logits(model), before, atol=2e-4)
+    if method["layout"] == "keras":
+        assert {path: kind.rank for path, kind in low_ranks(model.backbone).items()} == {
+            p: k.rank for p, k in kinds.items()
+        }
+
+
+def test_what_h5_has_no_place_for(tiny, rng, tmp_path):
+    for method, reason in (
+        (METHODS["peft"], "lora.layout=keras only"),
+        (METHODS["keras-rslora-dora"], "no magnitudes"),
+    ):
+        with pytest.raises(ModelError, match=reason):
+            save_adapter(with_lora(tiny(), rng, method), tmp_path / "a.lora.h5")
+    model = with_lora(tiny("gemma3"), rng, {"use_rslora": True}, ("query", "value"))
+    theirs = tiny("gemma3")
+    theirs.backbone.load_lora_weights(str(save_adapter(model, tmp_path / "b.lora.h5")))
+    np.testing.assert_allclose(logits(theirs), logits(model), atol=2e-4)  # Its scale is in B.
+
+
+def test_dora_on_the_embedding_is_refused(tiny):
+    with pytest.raises(ModelError, match="can't have DoRA factors: it looks up rows"):
+        enable_lora(tiny().backbone, 2, 2.0, ("token_embedding",), 0, "peft", use_dora=True)
+
+
+def test_doras_magnitudes_begin_as_norms(tiny):
+    model = tiny("gemma3", precision="bfloat16")
+    enable_lora(model.backbone, 2, 2.0, ("query",), 0, "peft", use_dora=True)
+    layer = lora_layers(model.backbone)[0]
+    wanted = kernel_norms(layer.equation, layer._kernel.value.astype(jnp.float32))
+    assert layer.lora_kernel_magnitude.dtype == "float32"
+    np.testing.assert_array_equal(layer.lora_kernel_magnitude.value, wanted)
