@@ -126,7 +126,7 @@ def make_train_step(
         def add(carry, micro: Batch):
             weights = trainable, frozen
             if layout:
-                # Else XLA gathers what `fsdp` cuts before the loop, of all blocks at once: it is the same in each round.
+                # Else XLA gathers what `fsdp` cuts before the loop, of all blocks at once: it stays the same.
                 weights, micro = jax.lax.optimization_barrier((weights, micro))
             grads, sums = jax.grad(loss_and_sums, has_aux=True)(*weights, micro)
             return jax.tree.map(jnp.add, carry, (as_float32(grads), sums)), None
