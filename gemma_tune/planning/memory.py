@@ -55,12 +55,14 @@ def planned_memory(run: AbstractRun) -> PlannedMemory:
     working = max(working_width(sizes, config) * token_bytes, _head_bytes(sizes))
     if shape.fsdp > 1:
         working += sizes.block_bytes
-    embedding = 4.0 * sizes.embedding_params * sizes.embedding_part if config.training.method == "full" else 0.0
+    # Its gradient of the head; on a mesh, where the lookup's is cut like it, that of the lookup too.
+    num_embeddings = (2 if shape.num_devices > 1 else 1) if config.training.method == "full" else 0
+    embedding = num_embeddings * 4.0 * sizes.embedding_params * sizes.embedding_part
     gradients = 4.0 * sizes.trained_params
     backward = PlannedMemory(
         weights, optimizer, kept, embedding + (gradients if sizes.num_micro_batches > 1 else 0.0), working
     )
-    update = PlannedMemory(weights, optimizer, 0.0, gradients, (2.0 if shape.num_devices > 1 else 1.0) * embedding)
+    update = PlannedMemory(weights, optimizer, 0.0, gradients, embedding)
     return max(backward, update, key=lambda memory: memory.total)
 
 
