@@ -53,6 +53,7 @@ def run(
     folder = flags.needed(values, "output", "where the export is to be written")
     from gemma_tune.export.model_export import export_model
 
+    chosen: dict[str, Any] = {name: values[name].value for name in _FORMAT_FLAGS}
     done = export_model(
         config.model.source,
         name,
@@ -62,7 +63,7 @@ def run(
         overwrite=values.overwrite,
         precision=config.model.precision,
         seed=config.seed,
-        options=Options(**{name: values[name].value for name in _FORMAT_FLAGS}),
+        options=Options(**chosen),
     )
     output.console.print(
         f"{done.output}: {len(done.files)} files, {done.bytes / 1e6:,.1f} MB, in {done.seconds:.0f} s.", markup=False

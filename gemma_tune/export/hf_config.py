@@ -8,7 +8,7 @@ import inspect
 from typing import Any
 
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import keras
+from gemma_tune.keras_runtime import keras, without_tensorflow
 from gemma_tune.models.family import family_of
 from gemma_tune.models.hf_checkpoint import sizes_of_config
 from gemma_tune.models.presets import context_tokens
@@ -152,7 +152,9 @@ def _check(backbone: Any, config: dict[str, Any]) -> None:
     parameters = inspect.signature(type(backbone).__init__).parameters
     read = {name: one.default for name, one in parameters.items()} | sizes_of_config(config)
     skipped = _SAID_OTHERWISE | (set() if backbone.use_sliding_window_attention else {"sliding_window_size"})
-    for name, value in backbone.get_config().items():
+    with without_tensorflow():
+        settings = backbone.get_config()
+    for name, value in settings.items():
         if name in read and name not in skipped and value != read[name]:
             raise ModelError(
                 f"transformers' {config['architectures'][0]} has no {name}={value!r}, but {read[name]!r}. Export to "

@@ -3,7 +3,7 @@
 import tempfile
 from typing import Any
 
-from gemma_tune.keras_runtime import keras
+from gemma_tune.keras_runtime import keras, without_tensorflow
 from gemma_tune.models.adapter import load_adapter, save_adapter
 from gemma_tune.models.family import FAMILIES, family_of
 from gemma_tune.models.functional import variables_by_path
@@ -29,7 +29,7 @@ def shared_copy(model: keras.Model, with_lora: bool = True) -> keras.Model:
     """
     tokenizer_of(model)
     backbone = model.backbone
-    with skeleton():
+    with skeleton(), without_tensorflow():
         copy: Any = type(backbone).from_config(backbone.get_config())
         apply_schemes(copy, {layer.path: layer.scheme for layer in quantized_layers(backbone)})
     values = variables_by_path(model)
