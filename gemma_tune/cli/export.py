@@ -52,6 +52,7 @@ def run(
     name = flags.needed(values, "format", "what to write, such as hf")
     folder = flags.needed(values, "output", "where the export is to be written")
     from gemma_tune.export.model_export import export_model
+    from gemma_tune.export.usage import next_command
 
     chosen: dict[str, Any] = {name: values[name].value for name in _FORMAT_FLAGS}
     done = export_model(
@@ -70,6 +71,6 @@ def run(
     )
     for note in done.notes:
         output.console.print(note, markup=False)
-    commands = [f"gemma-tune chat --model={done.output}"]
+    commands = [next_command(done.kind, str(done.output))]
     output.next(*commands)
     return {**done.to_dict(), "next": commands}

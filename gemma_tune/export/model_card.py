@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.data.tfds_source import TFDS
 from gemma_tune.errors import ConfigError
 from gemma_tune.export import card_sections as sections
 from gemma_tune.export.card_sections import About
@@ -75,7 +76,7 @@ def _eval_results(origin: Origin) -> list[Any]:
     from huggingface_hub import EvalResult
 
     after = origin.result.get("heldout_after") or {}
-    source = origin.data_source.rpartition(":")[2]
+    source = origin.data_source.removeprefix("sample:").removeprefix(TFDS)
     return [
         EvalResult(
             task_type="text-generation",

@@ -32,6 +32,7 @@ class Export:
     Attributes:
         output: The folder.
         format: Its name.
+        kind: How it is used, as `usage_of` takes it.
         bytes: Of all files.
         files: Their names.
         notes: What is to be said of it, as sentences.
@@ -40,6 +41,7 @@ class Export:
 
     output: Path
     format: str
+    kind: str
     bytes: int
     files: list[str]
     notes: list[str]
@@ -108,7 +110,7 @@ def export_model(
     files = sorted(file for file in path.rglob("*") if file.is_file())
     names = [file.relative_to(path).as_posix() for file in files]
     num_bytes = sum(file.stat().st_size for file in files)
-    return Export(path, format, num_bytes, names, notes, time.perf_counter() - start)
+    return Export(path, format, written.kind, num_bytes, names, notes, time.perf_counter() - start)
 
 
 def _put_lora(model: Any, name: str, chosen: Format, merges: bool, known: Origin) -> list[str]:

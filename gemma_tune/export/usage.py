@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from gemma_tune.data.chat_template import ChatTemplate
 
+_HARMLESS = str.maketrans({"\\": "", "`": "", '"': "”", "'": "’"})  # What ends a text in Python, a shell or Markdown.
+
 
 class Usage(NamedTuple):
     """One way to use a folder. language: Of the code, in which some words in capitals are replaced (`usage_of`)."""
@@ -52,6 +54,18 @@ _USAGES = {
     ),
 }
 
+_NEXT = {
+    "keras": "gemma-tune chat --model=FOLDER",
+    "keras, quantized": "gemma-tune chat --model=FOLDER",
+    "keras, with an adapter": "gemma-tune chat --model=FOLDER --adapter=FOLDER/adapter",
+    "hf": "gemma-tune chat --model=FOLDER",
+}
+
+
+def next_command(kind: str, folder: str) -> str:
+    """Returns the command that one would try an export with; arguments as of `usage_of`."""
+    return _NEXT[kind].replace("FOLDER", folder)
+
 
 def usage_of(kind: str, folder: str, question: str, template: ChatTemplate) -> list[Usage]:
     """Returns the ways to use an export.
@@ -64,7 +78,7 @@ def usage_of(kind: str, folder: str, question: str, template: ChatTemplate) -> l
     """
     words = {
         "FOLDER": folder,
-        "QUESTION": " ".join(question.replace("\\", "").replace('"', "").replace("'", "").split()),
+        "QUESTION": " ".join(question.translate(_HARMLESS).split()),
         "START_OF_TURN": template.start_of_turn,
         "END_OF_TURN": template.end_of_turn,
     }

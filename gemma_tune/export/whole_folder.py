@@ -81,7 +81,8 @@ def _held(partial: Path, path: Path) -> Iterator[None]:
     """Holds the partial folder while it is written, and removes it."""
     lock = filelock.FileLock(partial / _LOCK, timeout=0)
     try:
-        lock.acquire()
+        with contextlib.suppress(NotImplementedError):  # Where a file system knows no locks, nothing is held.
+            lock.acquire()
     except filelock.Timeout as error:
         raise ModelError(f"Another process is writing {path}. Wait for it, or name another output.") from error
     try:

@@ -104,6 +104,7 @@ def test_every_weight_has_a_place(tiny):
         tensors_of(model.backbone, config)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])  # KerasHub reads those of Gemma 1 and 2 from tokenizer.model.
 def test_tokenizer_json_alone_gives_the_same_tokens(tiny, family, tmp_path):
     """KerasHub's own reader of tokenizer.json, an independent one, makes the same ids of it."""
     model = tiny(family)

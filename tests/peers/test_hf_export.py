@@ -99,6 +99,35 @@ def test_logits_and_tokens_are_the_same(tiny, family, rng, tmp_path):
     assert peer.convert_ids_to_tokens(settings.eos_token_id) == ["<eos>", template_for(family).end_of_turn]
 
 
+VARIANTS = {
+    "several key and value heads": ("gemma", {"num_key_value_heads": 4}),
+    "scale of 27B": ("gemma2", {"query_head_dim_normalize": False, "num_query_heads": 2, "num_key_value_heads": 1}),
+    "of 4B": ("gemma3", {"num_key_value_heads": 2, "global_rope_scaling_factor": 8.0}),
+    "of 27B": ("gemma3", {"query_head_dim_normalize": False, "num_query_heads": 2, "num_layers": 7}),
+    "of 31B": ("gemma4", {"num_global_key_value_heads": 1, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}),
+    "of 26B": ("gemma4", {
+        "num_global_key_value_heads": 1, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True, "num_experts": 4, "expert_intermediate_dim": 24, "num_experts_per_token": 2,
+    }),
+    "of E2B": ("gemma4", {"use_double_wide_mlp": True, "num_key_value_heads": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "sizes"), VARIANTS.values(), ids=VARIANTS.keys())
+def test_what_published_sizes_have(tiny, rng, tmp_path, monkeypatch, family, sizes):
+    """Each of them in a tiny model: equal to transformers, and to itself when read back."""
+    from gemma_tune.models import tiny as module
+
+    monkeypatch.setitem(module._CONFIGS, family, {**module._CONFIGS[family], **sizes})
+    model = tiny(family)
+    shake(model, rng)
+    ids = rng.integers(4, 1000, (2, 40), dtype=np.int32)
+    export_model(model, "hf", tmp_path / "hf")
+    ours = logits_of(model, ids)
+    np.testing.assert_array_equal(logits_of(load_model(str(tmp_path / "hf")), ids), ours)
+    np.testing.assert_allclose(peer_logits(tmp_path / "hf", ids), ours, atol=2e-4 * np.abs(ours).max())
+
+
 @needs_demo
 @pytest.mark.demo
 def test_the_real_model_is_the_same(tmp_path):
