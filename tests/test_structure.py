@@ -87,6 +87,7 @@ def test_only_pipeline_and_command_line_read_a_config():
                 "gemma_tune.models",
                 "gemma_tune.training",
                 "gemma_tune.evaluation",
+                "gemma_tune.export",
                 "gemma_tune.serving",
             )
         ):

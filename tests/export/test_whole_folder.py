@@ -1,0 +1,120 @@
+"""A folder appears whole or not at all, whatever happens while it is written."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gemma_tune.errors import ModelError
+from gemma_tune.export import whole_folder as module
+from gemma_tune.export.whole_folder import MARK, check_output, check_room, whole_folder
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from gemma_tune.export import whole_folder as module
+path = Path(sys.argv[1])
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "replacing":
+    replace = os.replace
+    module.os.replace = lambda a, b: kill() if Path(b) == path else replace(a, b)
+with module.whole_folder(path) as folder:
+    (folder / "half").write_text("…")
+    if sys.argv[2] == "writing":
+        kill()
+"""
+
+
+def write(path, name="file"):
+    with whole_folder(path) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / name).write_text("text")
+        (folder / MARK).write_text("{}")
+
+
+def names(path):
+    return sorted(file.relative_to(path).as_posix() for file in path.rglob("*"))
+
+
+def kill_while(path, when):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), when], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_it_is_there_at_the_end_and_nothing_else(tmp_path):
+    write(tmp_path / "a" / "b")
+    assert names(tmp_path) == ["a", "a/b", "a/b/deep", "a/b/deep/file", f"a/b/{MARK}"]
+
+
+def test_kill_9_leaves_no_output_and_the_next_one_clears_up(tmp_path):
+    kill_while(tmp_path / "out", "writing")
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    write(tmp_path / "out")
+    assert names(tmp_path) == ["out", "out/deep", "out/deep/file", f"out/{MARK}"]
+
+
+@pytest.mark.parametrize("when", ["writing", "replacing"])
+def test_kill_9_keeps_what_was_to_be_replaced(tmp_path, when):
+    """At worst, between the two renames, the old one waits in the partial folder until somebody writes there again."""
+    write(tmp_path / "out", "old")
+    kill_while(tmp_path / "out", when)
+    assert (tmp_path / "out" / "deep" / "old").exists() == (when == "writing")
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out"):
+        raise RuntimeError
+    assert names(tmp_path) == ["out", "out/deep", "out/deep/old", f"out/{MARK}"]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path):
+    write(tmp_path / "out", "old")
+    with (
+        pytest.raises(ModelError, match=r"out can't be written: No space left on device"),
+        whole_folder(tmp_path / "out") as folder,
+    ):
+        (folder / "half").write_text("…")
+        raise OSError(28, "No space left on device")
+    assert names(tmp_path) == ["out", "out/deep", "out/deep/old", f"out/{MARK}"]
+    write(tmp_path / "out", "new")
+    assert names(tmp_path) == ["out", "out/deep", "out/deep/new", f"out/{MARK}"]
+
+
+def test_files_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(module.os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(module.os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
+    write(tmp_path / "out")
+    before = events[: events.index("replace")]
+    assert {"file", "deep", MARK, "new"} == {name.rsplit("/", 1)[-1] for name in before}
+    assert events[-1] == str(tmp_path)
+
+
+def test_two_at_once_are_refused(tmp_path):
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("first")
+        with pytest.raises(ModelError, match="Another process is writing"), whole_folder(tmp_path / "out"):
+            pass
+    assert (tmp_path / "out" / "file").read_text() == "first"
+
+
+def test_only_exports_are_overwritten(tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert check_output(tmp_path / "mine", False) == tmp_path / "mine"  # Empty.
+    (tmp_path / "mine" / "thesis.txt").write_text("…")
+    with pytest.raises(ModelError, match="exists already"):
+        check_output(tmp_path / "mine", False)
+    with pytest.raises(ModelError, match="is no export of gemma_tune"):
+        check_output(tmp_path / "mine", True)
+    write(tmp_path / "out")
+    assert check_output(tmp_path / "out", True) == tmp_path / "out"
+    (tmp_path / "file").write_text("")
+    for overwrite in (False, True):
+        with pytest.raises(ModelError):
+            check_output(tmp_path / "file", overwrite)
+
+
+def test_a_disk_too_small_is_said(tmp_path):
+    check_room(tmp_path / "not" / "there", 1)
+    with pytest.raises(ModelError, match=r"needs about 1,000,000\.00 GB, and the disk has"):
+        check_room(tmp_path / "not" / "there", 10**15)
