@@ -35,6 +35,7 @@ _PUBLIC = {
     "train": "gemma_tune.pipeline",
     "evaluate": "gemma_tune.pipeline",
     "compare": "gemma_tune.pipeline",
+    "export_model": "gemma_tune.export",
     "generate": "gemma_tune.serving",
     "stream": "gemma_tune.serving",
     "GemmaTuneError": "gemma_tune.errors",

@@ -22,7 +22,7 @@ LAYERS = (
     ("config", "config_checks", "keras_runtime", "processes", "progress"),
     ("data", "models"),
     ("training", "serving"),
-    ("evaluation", "planning"),
+    ("evaluation", "export", "planning"),
     ("pipeline",),
     ("cli",),
 )
@@ -87,6 +87,7 @@ def test_only_pipeline_and_command_line_read_a_config():
                 "gemma_tune.models",
                 "gemma_tune.training",
                 "gemma_tune.evaluation",
+                "gemma_tune.export",
                 "gemma_tune.serving",
             )
         ):

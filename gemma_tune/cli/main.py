@@ -25,6 +25,7 @@ VERBS = {
     "eval": "Compare base and tuned model on held-out data.",
     "quantize": "Hold a trained model's weights in few bits, with or without calibration.",
     "merge": "Put LoRA into the weights under it.",
+    "export": "Write a model for Keras, transformers, vLLM and others, with a model card.",
     "compare": "Put models side by side: what each takes, and what it costs in answers.",
     "generate": "Answer questions.",
     "chat": "Talk to a model.",

@@ -75,7 +75,7 @@ def load_model(
             backbone, tokenizer = _LOADERS[parsed.kind](parsed, precision, seed, grid, layout)
         check_filled(backbone)
         check_range(backbone)
-        _correct_query_scale(backbone)
+        correct_query_scale(backbone)
         preprocessor = text_preprocessor(tokenizer, with_positions="position_ids" in backbone.input)
         model = FAMILIES[family_of(backbone)].causal_lm(preprocessor=preprocessor, backbone=backbone)
     if adapter:
@@ -251,7 +251,7 @@ def _tokenizer(family: str, proto: bytes) -> Any:
         return classes.tokenizer(proto, **classes.tokenizer_arguments)
 
 
-def _correct_query_scale(backbone: Any) -> None:
+def correct_query_scale(backbone: Any) -> None:
     """Passes `query_head_dim_normalize` on to the attention layers, which Gemma's and Gemma 3's blocks forget.
 
     Gemma 2 27B and Gemma 3 27B scale queries by 1/sqrt(width / heads) instead of 1/sqrt(head width).

@@ -12,7 +12,7 @@ import pytest
 
 from gemma_tune.models import hf_checkpoint
 from gemma_tune.models.functional import head_weights, hidden_states
-from gemma_tune.models.load import _correct_query_scale
+from gemma_tune.models.load import correct_query_scale
 from gemma_tune.models.skeleton import check_filled
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -23,7 +23,7 @@ TOKEN_IDS = np.array([[2, 5, 9, 11, 60, 33, 7, 21, 22, 48, 13, 5, 9, 11, 60, 33,
 def test_logits_equal_transformers(family):
     backbone = hf_checkpoint.load_backbone(hf_checkpoint.SafetensorsCheckpoint(GOLDEN / family), "float32", family)
     check_filled(backbone)
-    _correct_query_scale(backbone)
+    correct_query_scale(backbone)
     positions = np.arange(TOKEN_IDS.shape[1], dtype=np.int32)[None]
     hidden = hidden_states(backbone, TOKEN_IDS, np.ones_like(TOKEN_IDS), positions)
     logits = np.asarray(backbone.token_embedding(hidden, reverse=True))

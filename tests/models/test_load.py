@@ -254,7 +254,7 @@ def test_it_behaves_as_a_keras_hub_causal_lm(tiny, family, capsys):
 
 def test_the_scale_of_27b_attention_is_passed_on():
     """KerasHub's blocks ignore query_head_dim_normalize; loading sets it right."""
-    from gemma_tune.models.load import _correct_query_scale
+    from gemma_tune.models.load import correct_query_scale
 
     backbone = keras_hub.models.Gemma3Backbone(
         vocabulary_size=64, image_size=None, num_layers=1, num_query_heads=2, num_key_value_heads=1, hidden_dim=48, intermediate_dim=32, head_dim=16,
@@ -263,7 +263,7 @@ def test_the_scale_of_27b_attention_is_passed_on():
     assert (
         backbone.transformer_layers[0].attention.query_head_dim_normalize is True
     )  # The library's fault; if mended, drop ours.
-    _correct_query_scale(backbone)
+    correct_query_scale(backbone)
     assert backbone.transformer_layers[0].attention.query_head_dim_normalize is False
 
 

@@ -1,0 +1,74 @@
+"""`gemma-tune export`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags as absl_flags
+
+from gemma_tune.cli import flags
+from gemma_tune.cli.output import Output
+
+USAGE = "--model=WORKDIR --format=FORMAT --output=FOLDER [--adapter=FOLDER]"
+DESCRIPTION = """Writes a model in a format that other programs read, with a model card (README.md) that says where it
+comes from. keras: a KerasHub preset. hf: safetensors, config and tokenizer, for transformers and vLLM. LoRA is merged;
+with --nomerge, keras has it beside the base. The output appears whole or not at all."""
+EXAMPLES = (
+    "gemma-tune export --model=runs/mine --format=hf --dtype=bfloat16 --output=runs/mine-hf",
+    "gemma-tune export --model=runs/mine --format=keras --output=runs/mine-keras",
+    "gemma-tune export --model=demo --adapter=runs/mine/adapter --format=keras --nomerge --output=runs/mine-keras",
+)
+
+
+def define_flags(values: absl_flags.FlagValues) -> None:
+    """Defines the verb's flags."""
+    flags.define_some(values, "model")
+    for name, text in (
+        ("format", "keras or hf."),
+        ("output", "Folder for it; must not exist."),
+        ("adapter", "A LoRA adapter to put on --model."),
+    ):
+        absl_flags.DEFINE_string(name, "", text, flag_values=values)
+    absl_flags.DEFINE_bool("merge", None, "LoRA goes into the weights. (default: if it can)", flag_values=values)
+    absl_flags.DEFINE_string(
+        "dtype", None, "Of weights in hf: float32, bfloat16 or float16. (default: float32)", flag_values=values
+    )
+    absl_flags.DEFINE_string(
+        "max_shard_size", None, "Largest file of weights in hf. (default: 5GB)", flag_values=values
+    )
+    absl_flags.DEFINE_bool(
+        "overwrite", False, "Replaces an export that is there, once the new one is whole.", flag_values=values
+    )
+    flags.define(values, "precision", "seed")
+
+
+def run(
+    values: absl_flags.FlagValues, overrides: Sequence[str], positional: Sequence[str], output: Output
+) -> dict[str, Any]:
+    """Exports, and prints what is where."""
+    del positional
+    config = flags.to_config(values, overrides)
+    name = flags.needed(values, "format", "what to write, such as hf")
+    folder = flags.needed(values, "output", "where the export is to be written")
+    from gemma_tune.export.model_export import export_model
+    from gemma_tune.export.options import Options
+
+    given = {name: values[name].value for name in ("dtype", "max_shard_size") if values[name].present}
+    done = export_model(
+        config.model.source,
+        name,
+        folder,
+        adapter=values.adapter,
+        merge=values.merge,
+        overwrite=values.overwrite,
+        precision=config.model.precision,
+        seed=config.seed,
+        options=Options(**given),
+    )
+    output.console.print(
+        f"{done.output}: {len(done.files)} files, {done.bytes / 1e6:,.1f} MB, in {done.seconds:.0f} s.", markup=False
+    )
+    for note in done.notes:
+        output.console.print(note, markup=False)
+    commands = [f"gemma-tune chat --model={done.output}"]
+    output.next(*commands)
+    return {**done.to_dict(), "next": commands}

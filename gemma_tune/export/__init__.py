@@ -1,0 +1,16 @@
+"""Step 7: take a model to where people are. Formats that other programs read, each with a model card.
+
+Imported lazily, since Keras takes seconds.
+"""
+
+import importlib
+
+_PUBLIC = {"export_model": "model_export", "Export": "model_export", "Options": "options", "FORMATS": "formats"}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'gemma_tune.export' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"gemma_tune.export.{_PUBLIC[name]}"), name)

@@ -1,0 +1,47 @@
+"""A second model on the same arrays, for work that would change the first one's layers."""
+
+import tempfile
+from typing import Any
+
+from gemma_tune.keras_runtime import keras
+from gemma_tune.models.adapter import load_adapter, save_adapter
+from gemma_tune.models.family import FAMILIES, family_of
+from gemma_tune.models.functional import variables_by_path
+from gemma_tune.models.load import correct_query_scale
+from gemma_tune.models.lora import lora_layers
+from gemma_tune.models.preprocessor import text_preprocessor
+from gemma_tune.models.quantize import apply_schemes, quantized_layers
+from gemma_tune.models.skeleton import check_filled, skeleton
+from gemma_tune.models.tokenizer import tokenizer_of
+
+
+def shared_copy(model: keras.Model, with_lora: bool = True) -> keras.Model:
+    """Returns a CausalLM that computes the same with KerasHub's own layers: what training swapped in isn't in it.
+
+    JAX's arrays don't change, so both models use the same ones, and no memory is taken until one of them gets others.
+
+    Args:
+        model: A CausalLM, quantized or not, with LoRA or without.
+        with_lora: Whether the copy has the model's LoRA factors. (These alone are copied.)
+
+    Raises:
+        ModelError: It has no preprocessor.
+    """
+    tokenizer_of(model)
+    backbone = model.backbone
+    with skeleton():
+        copy: Any = type(backbone).from_config(backbone.get_config())
+        apply_schemes(copy, {layer.path: layer.scheme for layer in quantized_layers(backbone)})
+    values = variables_by_path(model)
+    for variable in copy.variables:
+        variable._value = values[variable.path].value
+    for layer, original in zip(quantized_layers(copy), quantized_layers(backbone), strict=True):
+        object.__setattr__(layer, "_first_floats", original._first_floats)
+    check_filled(copy)
+    correct_query_scale(copy)
+    preprocessor = text_preprocessor(model.preprocessor.tokenizer, with_positions="position_ids" in copy.input)
+    copied = FAMILIES[family_of(copy)].causal_lm(preprocessor=preprocessor, backbone=copy)
+    if with_lora and lora_layers(backbone):
+        with tempfile.TemporaryDirectory(prefix="gemma_tune-") as folder:
+            load_adapter(copied, save_adapter(model, folder))
+    return copied
