@@ -5,9 +5,11 @@ preprocessing layers that gemma_tune doesn't use. While keras_hub is being impor
 user may import TensorFlow before or afterwards. Grain (half a second, 55 MB) waits until it is needed.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -34,6 +36,21 @@ if keras.config.backend() != "jax":
         "before "
         "keras, or set the environment variable KERAS_BACKEND=jax and start Python again."
     )
+
+
+@contextlib.contextmanager
+def without_tensorflow() -> Iterator[None]:
+    """Within it Keras doesn't import TensorFlow, as it does to save a model: five seconds, and messages in C++.
+
+    Afterwards Keras looks for it again where it needs it.
+    """
+    found = keras.src.utils.module_utils.tensorflow
+    before = found._available
+    with hidden("tensorflow"):
+        try:
+            yield
+        finally:
+            found._available = before
 
 
 def on_one_cpu() -> bool:
@@ -72,4 +89,4 @@ def _keep_compiled_programs() -> None:
 
 _keep_compiled_programs()
 
-__all__ = ["cache_dir", "jax", "keras", "keras_hub", "on_one_cpu"]
+__all__ = ["cache_dir", "jax", "keras", "keras_hub", "on_one_cpu", "without_tensorflow"]

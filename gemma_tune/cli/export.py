@@ -52,7 +52,7 @@ def run(
     from gemma_tune.export.model_export import export_model
     from gemma_tune.export.options import Options
 
-    given = {name: values[name].value for name in ("dtype", "max_shard_size") if values[name].present}
+    given: dict[str, Any] = {name: values[name].value for name in ("dtype", "max_shard_size") if values[name].present}
     done = export_model(
         config.model.source,
         name,

@@ -16,7 +16,7 @@ CARD = "README.md"
 
 
 def write_keras(model: Any, folder: Path, options: Options) -> list[str]:
-    """Writes a preset that `gemma_tune.load_model` reads back array by array; a float one, KerasHub's `from_preset` too.
+    """Writes a preset that `gemma_tune.load_model` reads back array by array; if it isn't quantized, KerasHub does too.
 
     Args:
         model: A CausalLM. If it has LoRA factors, the base goes to the folder and the factors into its `adapter/`.

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gemma_tune import progress
 from gemma_tune.errors import ConfigError
 from gemma_tune.export.formats import Format, find_format
 from gemma_tune.export.options import Options
@@ -15,7 +14,6 @@ from gemma_tune.files import write_json
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora import lora_layers, merge_lora
-from gemma_tune.models.quantize import quantized_layers
 from gemma_tune.models.shared_copy import shared_copy
 from gemma_tune.version import __version__
 

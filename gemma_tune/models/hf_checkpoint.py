@@ -5,7 +5,7 @@ KerasHub's own converters know which tensor goes where; they are given a loader 
 """
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -101,6 +101,48 @@ class _StreamingLoader:
                 "rows."
             )
         fill(keras_variable, lambda start, stop: self._checkpoint.rows(hf_weight_key, start, stop))
+
+
+class Port(NamedTuple):
+    """Which tensor of a checkpoint a variable is.
+
+    value: The variable, or what stands for a quantized one. key: The tensor's name. hook: Makes of the tensor and the
+        variable's shape the variable's values, in other places; None: they are the same.
+    """
+
+    value: Any
+    key: str
+    hook: Any
+
+
+class _Listing:
+    """A loader for KerasHub's converters that loads nothing, and remembers what they ask for."""
+
+    def __init__(self) -> None:
+        self.ports: list[Port] = []
+
+    def get_tensor(self, key: str) -> None:
+        """The converters look whether tensors have the first prefix that they know: they do."""
+
+    def port_weight(self, keras_variable: Any, hf_weight_key: str, hook_fn: Any = None) -> None:
+        self.ports.append(Port(keras_variable, hf_weight_key, hook_fn))
+
+
+def ports(backbone: keras_hub.models.Backbone, config: dict[str, Any]) -> list[Port]:
+    """Returns which tensors a checkpoint of a backbone has, as KerasHub's converter would read them.
+
+    Args:
+        backbone: Without LoRA.
+        config: As config.json has it.
+    """
+    listing = _Listing()
+    _converter(config["model_type"], "The model").convert_weights(backbone, listing, config)
+    return listing.ports
+
+
+def sizes_of_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a backbone that a config.json means, as KerasHub's converter reads it."""
+    return _converter(config["model_type"], "The model").convert_backbone_config(_with_global_sizes(config))
 
 
 def load_backbone(

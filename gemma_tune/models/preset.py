@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gemma_tune.errors import ModelError
 from gemma_tune.files import CHECKSUMS, damage, seal
-from gemma_tune.keras_runtime import keras
+from gemma_tune.keras_runtime import keras, without_tensorflow
 from gemma_tune.models.files import read_json
 from gemma_tune.models.lora import lora_layers
 from gemma_tune.models.quantize import quantized_layers
@@ -53,7 +53,8 @@ def save_preset(model: keras.Model, directory: str | os.PathLike) -> Path:
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_to_preset(str(partial))
+        with without_tensorflow():
+            model.save_to_preset(str(partial))
         schemes = {layer.path: _to_plain(layer.scheme) for layer in quantized_layers(model.backbone)}
         if schemes:
             text = json.dumps({"format": _FORMAT, "layers": schemes}, indent=1)

