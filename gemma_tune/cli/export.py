@@ -7,6 +7,7 @@ from absl import flags as absl_flags
 
 from gemma_tune.cli import flags
 from gemma_tune.cli.output import Output
+from gemma_tune.export.options import DEFAULTS, Options
 
 USAGE = "--model=WORKDIR --format=FORMAT --output=FOLDER [--adapter=FOLDER]"
 DESCRIPTION = """Writes a model in a format that other programs read, with a model card (README.md) that says where it
@@ -19,25 +20,26 @@ EXAMPLES = (
 )
 
 
+_FORMAT_FLAGS = {
+    "dtype": "Of the weights in hf: float32, bfloat16 or float16.",
+    "max_shard_size": "Largest file of weights in hf.",
+    "language": "Of the data, for the model card: en, or en,de.",
+    "datasets": "Names of the data on Hugging Face, for the model card.",
+}
+
+
 def define_flags(values: absl_flags.FlagValues) -> None:
     """Defines the verb's flags."""
     flags.define_some(values, "model")
-    for name, text in (
-        ("format", "keras or hf."),
-        ("output", "Folder for it; must not exist."),
-        ("adapter", "A LoRA adapter to put on --model."),
-    ):
-        absl_flags.DEFINE_string(name, "", text, flag_values=values)
+    absl_flags.DEFINE_string("format", "", "keras or hf.", flag_values=values)
+    absl_flags.DEFINE_string("output", "", "Folder for the export; must not exist.", flag_values=values)
+    absl_flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
     absl_flags.DEFINE_bool("merge", None, "LoRA goes into the weights. (default: if it can)", flag_values=values)
-    absl_flags.DEFINE_string(
-        "dtype", None, "Of weights in hf: float32, bfloat16 or float16. (default: float32)", flag_values=values
-    )
-    absl_flags.DEFINE_string(
-        "max_shard_size", None, "Largest file of weights in hf. (default: 5GB)", flag_values=values
-    )
-    absl_flags.DEFINE_bool(
-        "overwrite", False, "Replaces an export that is there, once the new one is whole.", flag_values=values
-    )
+    absl_flags.DEFINE_bool("overwrite", False, "Replaces an export, once the new one is whole.", flag_values=values)
+    for name, text in _FORMAT_FLAGS.items():
+        default = getattr(DEFAULTS, name)
+        text = f"{text} (default: {default})" if default else text
+        absl_flags.DEFINE_string(name, default, text, flag_values=values)
     flags.define(values, "precision", "seed")
 
 
@@ -50,9 +52,7 @@ def run(
     name = flags.needed(values, "format", "what to write, such as hf")
     folder = flags.needed(values, "output", "where the export is to be written")
     from gemma_tune.export.model_export import export_model
-    from gemma_tune.export.options import Options
 
-    given: dict[str, Any] = {name: values[name].value for name in ("dtype", "max_shard_size") if values[name].present}
     done = export_model(
         config.model.source,
         name,
@@ -62,7 +62,7 @@ def run(
         overwrite=values.overwrite,
         precision=config.model.precision,
         seed=config.seed,
-        options=Options(**given),
+        options=Options(**{name: values[name].value for name in _FORMAT_FLAGS}),
     )
     output.console.print(
         f"{done.output}: {len(done.files)} files, {done.bytes / 1e6:,.1f} MB, in {done.seconds:.0f} s.", markup=False

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma_tune.errors import ConfigError, did_you_mean
-from gemma_tune.export.options import Options
-from gemma_tune.models.quantize import quantized_layers
+from gemma_tune.export.options import Options, Written
+from gemma_tune.models.quantize import num_weights
 
 
 class Format(NamedTuple):
@@ -16,7 +16,7 @@ class Format(NamedTuple):
     Attributes:
         what: What it holds, and who reads it.
         writer: `module:function` in this package; imported when it is needed. It is called with (model, an empty
-            folder, Options) and returns what is to be said of the result, as sentences.
+            folder, Options) and returns Written.
         lora: `merged`: it holds weights alone. `either`. `alone`: it holds nothing but LoRA factors.
         estimate: Of a model and Options, about how many bytes it takes.
         library: The model card's `library_name`.
@@ -28,7 +28,7 @@ class Format(NamedTuple):
     estimate: Callable[[Any, Options], int]
     library: str
 
-    def write(self, model: Any, folder: Path, options: Options) -> list[str]:
+    def write(self, model: Any, folder: Path, options: Options) -> Written:
         """Writes a model."""
         module, function = self.writer.split(":")
         return getattr(importlib.import_module(f"gemma_tune.export.{module}"), function)(model, folder, options)
@@ -42,10 +42,7 @@ def _held_bytes(model: Any, options: Options) -> int:
 
 def _float_bytes(model: Any, options: Options) -> int:
     """What all weights take as floats of `dtype`."""
-    layers = quantized_layers(model.backbone)
-    codes = {id(variable) for layer in layers for variable in layer._code_variables}
-    others = sum(variable.value.size for variable in model.backbone.variables if id(variable) not in codes)
-    return (4 if options.dtype == "float32" else 2) * (others + sum(layer.num_weights for layer in layers))
+    return (4 if options.dtype == "float32" else 2) * num_weights(model)
 
 
 FORMATS = {

@@ -9,14 +9,14 @@ from gemma_tune.data.chat_template import template_for
 from gemma_tune.export.hf_config import hf_config
 from gemma_tune.export.hf_tensors import tensors_of
 from gemma_tune.export.hf_tokenizer import write_tokenizer
-from gemma_tune.export.options import Options
+from gemma_tune.export.options import Options, Written
 from gemma_tune.export.safetensors_file import write_sharded
 from gemma_tune.models.family import family_of
 from gemma_tune.models.quantize import quantized_layers
 from gemma_tune.models.tokenizer import tokenizer_of
 
 
-def write_hf(model: Any, folder: Path, options: Options) -> list[str]:
+def write_hf(model: Any, folder: Path, options: Options) -> Written:
     """Writes config.json, generation_config.json, safetensors, and the tokenizer with its chat template.
 
     Args:
@@ -40,9 +40,8 @@ def write_hf(model: Any, folder: Path, options: Options) -> list[str]:
     write_tokenizer(folder, tokenizer, template, config["max_position_embeddings"])
     with progress.counting("tensors written", len(tensors)) as advance:
         write_sharded(folder, tensors, options.dtype, options.max_shard_bytes, advance)
-    if quantized_layers(model.backbone):
-        return [f"Quantized weights were written as the {options.dtype} numbers that they stand for."]
-    return []
+    notes = [f"Quantized weights were written as the {options.dtype} numbers that they stand for."]
+    return Written(notes if quantized_layers(model.backbone) else [], "hf")
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.export.options import Options
-from gemma_tune.files import seal
+from gemma_tune.export.options import Options, Written
 from gemma_tune.models.adapter import save_adapter
 from gemma_tune.models.lora import lora_layers
 from gemma_tune.models.preset import save_preset
@@ -12,10 +11,9 @@ from gemma_tune.models.quantize import quantized_layers
 from gemma_tune.models.shared_copy import shared_copy
 
 ADAPTER = "adapter"
-CARD = "README.md"
 
 
-def write_keras(model: Any, folder: Path, options: Options) -> list[str]:
+def write_keras(model: Any, folder: Path, options: Options) -> Written:
     """Writes a preset that `gemma_tune.load_model` reads back array by array; if it isn't quantized, KerasHub does too.
 
     Args:
@@ -26,15 +24,15 @@ def write_keras(model: Any, folder: Path, options: Options) -> list[str]:
     Returns:
         What is to be said of it.
     """
-    notes = []
+    notes, kind = [], "keras"
     base = model
     if lora_layers(model.backbone):
-        base = shared_copy(model, with_lora=False)
+        base, kind = shared_copy(model, with_lora=False), "keras, with an adapter"
         notes.append(f"LoRA isn't merged: it is in {ADAPTER}/, and the weights are the base's.")
     save_preset(base, folder)
     if base is not model:
         save_adapter(model, folder / ADAPTER, base_model=options.base_name)
-    seal(folder, leave_out=(CARD,))
     if quantized_layers(base.backbone):
-        notes.append("Weights stay quantized: gemma_tune reads them, plain KerasHub doesn't.")
-    return notes
+        kind = kind if base is not model else "keras, quantized"
+        notes.append("Weights are quantized: gemma_tune reads them, plain KerasHub doesn't.")
+    return Written(notes, kind)

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import ConfigError
+from gemma_tune.export.card_sections import About
 from gemma_tune.export.formats import Format, find_format
-from gemma_tune.export.options import Options
+from gemma_tune.export.model_card import check_words, write_card
+from gemma_tune.export.options import DEFAULTS, Options, Written
+from gemma_tune.export.origin import Origin, read_origin
 from gemma_tune.export.whole_folder import MARK, check_output, check_room, whole_folder
 from gemma_tune.files import write_json
 from gemma_tune.keras_runtime import keras
+from gemma_tune.models.family import family_of
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora import lora_layers, merge_lora
+from gemma_tune.models.quantize import num_weights
 from gemma_tune.models.shared_copy import shared_copy
 from gemma_tune.version import __version__
 
@@ -55,7 +60,8 @@ def export_model(
     overwrite: bool = False,
     precision: str = "float32",
     seed: int = 0,
-    options: Options = Options(),  # noqa: B008  (It is frozen.)
+    origin: str = "",
+    options: Options = DEFAULTS,
 ) -> Export:
     """Writes a model in a format that other programs read.
 
@@ -68,6 +74,7 @@ def export_model(
         overwrite: An export that is there already is replaced, once the new one is whole.
         precision: To load a source in.
         seed: Of a tiny model's weights.
+        origin: Of a CausalLM: the workdir or source that it comes from, of which the model card then tells.
         options: Of the format.
 
     Returns:
@@ -81,28 +88,53 @@ def export_model(
     start = time.perf_counter()
     chosen = find_format(format)
     merges = _merges(format, chosen, merge)
+    check_words(options.languages, options.dataset_names)
     path = check_output(output, overwrite)
+    known = read_origin(model if isinstance(model, str) else origin, adapter)
+    options = dataclasses.replace(options, base_name=options.base_name or known.base)
     if isinstance(model, str):
-        options = dataclasses.replace(options, base_name=options.base_name or model)
         loaded = load_model(model, precision=precision, as_trained=not merges, adapter=adapter, seed=seed)
     else:
         loaded = shared_copy(model)
-    if chosen.lora == "alone" and not lora_layers(loaded.backbone):
-        raise ConfigError(f"There is no LoRA for --format={format}. Name a run that trained it, or an --adapter.")
-    if merges:
-        merge_lora(loaded.backbone)
+    notes = _put_lora(loaded, format, chosen, merges, known)
     check_room(path, chosen.estimate(loaded, options) + _SPARE_BYTES)
     with whole_folder(path) as folder:
-        notes = chosen.write(loaded, folder, options)
-        write_json(folder / MARK, {"format": format, "gemma_tune": __version__, "notes": notes})
+        written = chosen.write(loaded, folder, options)
+        notes += written.notes
+        write_card(folder, _about(loaded, path.name, chosen, written._replace(notes=notes), options), known)
+        write_json(
+            folder / MARK, {"format": format, "gemma_tune": __version__, "notes": notes, "origin": known.to_dict()}
+        )
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    return Export(
-        path,
-        format,
-        sum(file.stat().st_size for file in files),
-        [file.relative_to(path).as_posix() for file in files],
-        notes,
-        time.perf_counter() - start,
+    names = [file.relative_to(path).as_posix() for file in files]
+    num_bytes = sum(file.stat().st_size for file in files)
+    return Export(path, format, num_bytes, names, notes, time.perf_counter() - start)
+
+
+def _put_lora(model: Any, name: str, chosen: Format, merges: bool, known: Origin) -> list[str]:
+    """Merges LoRA, if it is to be, and returns what is to be said of that."""
+    if not lora_layers(model.backbone):
+        if chosen.lora == "alone":
+            raise ConfigError(f"There is no LoRA for --format={name}. Name a run that trained it, or an --adapter.")
+        return []
+    if not merges:
+        return []
+    merge_lora(model.backbone)
+    if not known.scheme:
+        return []
+    return [f"The run trained on a base held in {known.scheme}; its LoRA is merged into the floats of that base."]
+
+
+def _about(model: Any, name: str, chosen: Format, written: Written, options: Options) -> About:
+    return About(
+        name=name,
+        kind=written.kind,
+        library=chosen.library,
+        notes=written.notes,
+        family=family_of(model),
+        num_params=num_weights(model),
+        languages=options.languages,
+        datasets=options.dataset_names,
     )
 
 

@@ -1,6 +1,7 @@
 """What can be chosen of an export, with its defaults."""
 
 import dataclasses
+from typing import NamedTuple
 
 from gemma_tune.errors import ConfigError
 from gemma_tune.models.memory import parse_bytes
@@ -16,11 +17,15 @@ class Options:
         dtype: Of the weights of `hf`.
         max_shard_size: No file of `hf` gets larger, unless one tensor alone is: `5GB`, `500MB`.
         base_name: How the base is named, for those who read what was written.
+        language: Of the data, for the model card: codes such as `en` or `en,de`.
+        datasets: Their names on Hugging Face, for the model card, with commas between.
     """
 
     dtype: str = "float32"
     max_shard_size: str = "5GB"
     base_name: str = ""
+    language: str = ""
+    datasets: str = ""
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -31,6 +36,33 @@ class Options:
             raise ConfigError(f"max_shard_size: {error}") from error
 
     @property
+    def languages(self) -> tuple[str, ...]:
+        """`language` as a list."""
+        return _listed(self.language)
+
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """`datasets` as a list."""
+        return _listed(self.datasets)
+
+    @property
     def max_shard_bytes(self) -> int:
         """`max_shard_size` as a number."""
         return int(parse_bytes(self.max_shard_size))
+
+
+DEFAULTS = Options()
+
+
+class Written(NamedTuple):
+    """What a writer says of what it wrote.
+
+    notes: Sentences. kind: How it is to be used, as `usage.usage_of` takes it.
+    """
+
+    notes: list[str]
+    kind: str
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

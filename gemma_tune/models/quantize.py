@@ -109,6 +109,14 @@ def quantized_layers(backbone: keras_hub.models.Backbone) -> list[Any]:
     return [layer for layer in backbone._flatten_layers(include_self=False) if is_quantized(layer)]
 
 
+def num_weights(model: Any) -> int:
+    """Returns how many numbers a CausalLM's weights stand for, quantized or not."""
+    layers = quantized_layers(model.backbone)
+    codes = {id(variable) for layer in layers for variable in layer._code_variables}
+    others = sum(math.prod(variable.shape) for variable in model.backbone.weights if id(variable) not in codes)
+    return others + sum(layer.num_weights for layer in layers)
+
+
 def matrix_shape(layer: Any) -> tuple[int, int, int]:
     """Returns a kernel's shape as [P, C, Q], where products sum over C."""
     if isinstance(layer, keras.layers.ReversibleEmbedding):

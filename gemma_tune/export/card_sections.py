@@ -1,0 +1,178 @@
+"""The sections of a model card, from what is known of a model."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gemma_tune.config import Config
+from gemma_tune.data.chat_template import template_for
+from gemma_tune.export.origin import Origin
+from gemma_tune.export.usage import usage_of
+
+TERMS = "https://ai.google.dev/gemma/terms"
+NOTICE_TEXT = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+# In result.json, as Hugging Face calls the metric, and as people do.
+METRICS = (
+    ("loss", "loss", "Loss"),
+    ("perplexity", "perplexity", "Perplexity"),
+    ("token_accuracy", "accuracy", "Token accuracy"),
+)
+_UNKNOWN = "Not known: what was exported says nothing of it."
+_SETTINGS = ("method", "qat", "num_epochs", "num_train_steps", "batch_size", "grad_accum_steps")
+_PACKAGES = ("gemma-tune", "keras-hub", "jax")
+_ALWAYS_COUNTED = ("num_train", "num_heldout")
+_QUESTION = "How do I reset my phone?"
+_NUM_SAMPLES = 3
+
+
+class About(NamedTuple):
+    """What is to be said of an export.
+
+    Attributes:
+        name: Of its folder.
+        kind: How it is used, as `usage_of` takes it.
+        library: The card's `library_name`.
+        notes: Sentences.
+        family, num_params: Of the model.
+        languages, datasets: Of the data, where a user said them.
+    """
+
+    name: str
+    kind: str
+    library: str
+    notes: list[str]
+    family: str
+    num_params: int
+    languages: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+
+
+def license_of(family: str, origin: Origin) -> str:
+    """Returns Hugging Face's name of a model's terms. Gemma 4 is under Apache 2.0; tiny models are ours."""
+    return "apache-2.0" if family == "gemma4" or origin.is_tiny else "gemma"
+
+
+def summary(about: About, origin: Origin) -> str:
+    """Returns what it is, in a sentence or two."""
+    what = _named_base(origin)
+    if origin.config:
+        what += f", fine-tuned with gemma_tune on `{Path(origin.data_source).name}`"
+    return "\n".join([f"{what}. {about.num_params:,} parameters, family {about.family}, text only.", *about.notes])
+
+
+def use(about: About, origin: Origin) -> str:
+    """Returns how to load it, program by program."""
+    samples = origin.result.get("samples") or []
+    question = samples[0]["question"] if samples else _QUESTION
+    usages = usage_of(about.kind, about.name, question, template_for(about.family))
+    return "\n\n".join(f"With {one.program}:\n\n```{one.language}\n{one.code}\n```" for one in usages)
+
+
+def base(about: About, origin: Origin) -> str:
+    """Returns the base model and its terms."""
+    lines = [f"The base model is {_named_base(origin)}." if origin.base else f"The base model: {_UNKNOWN}"]
+    if fingerprint := origin.adapter.get("base_fingerprint"):
+        lines.append(f"gemma_tune's fingerprint of its weights is `{fingerprint}`.")
+    if origin.is_tiny:
+        lines.append("It has random weights, and is for trying things out.")
+    elif license_of(about.family, origin) == "gemma":
+        lines += [
+            f"{NOTICE_TEXT.strip()} ([terms]({TERMS})).",
+            "They hold for this model too, and whoever passes it on passes them on, with the "
+            "[prohibited uses](https://ai.google.dev/gemma/prohibited_use_policy).",
+        ]
+        if origin.config:
+            lines.append("The weights were modified by fine-tuning.")
+    else:
+        lines.append("It is under the Apache License 2.0.")
+    return "\n".join(lines)
+
+
+def data(origin: Origin) -> str:
+    """Returns what it learnt from, counted and hashed."""
+    if not origin.config:
+        return _UNKNOWN
+    counts = origin.result.get("data") or {}
+    rows = [("source", f"`{origin.data_source}`")]
+    rows += [
+        (name.removeprefix("num_").replace("_", " "), f"{count:,}")
+        for name, count in counts.items()
+        if name.startswith("num_") and (count or name in _ALWAYS_COUNTED)
+    ]
+    if lengths := counts.get("length_tokens"):
+        rows.append(("length in tokens", ", ".join(f"{name} {value:g}" for name, value in lengths.items())))
+    if key := origin.versions.get("data"):
+        rows.append(("hash of the data and of how it was cleaned and split", f"`{key}`"))
+    rows += [(f"SHA-256 of `{name}`, at export", f"`{digest}`") for name, digest in origin.data_files.items()]
+    return _table(("data", ""), rows)
+
+
+def training(origin: Origin) -> str:
+    """Returns method and settings."""
+    if not origin.config:
+        return _UNKNOWN
+    config, chosen = Config.from_dict(origin.config), origin.config["training"]
+    rows: list[tuple[str, Any]] = [(name, chosen[name]) for name in _SETTINGS if chosen[name]]
+    if config.training.method != "full":
+        rows += [
+            (f"lora.{name}", value) for name, value in {**origin.config["lora"], "alpha": config.lora_alpha}.items()
+        ]
+    if origin.scheme:
+        rows.append(("base held in", origin.scheme))
+    optimizer = {**origin.config["optimizer"], "learning_rate": config.learning_rate}
+    rows += [(f"optimizer.{name}", value) for name, value in optimizer.items()]
+    rows += [("max_length", config.data.max_length), ("precision", config.model.precision), ("seed", config.seed)]
+    if origin.result:
+        rows.append(("steps", origin.result["best_step"]))
+        rows.append(("trained parameters", f"{origin.result['num_trainable_parameters']:,}"))
+    rows += [(name, origin.versions[name]) for name in _PACKAGES if name in origin.versions]
+    shown = [(name, ", ".join(value) if isinstance(value, (list, tuple)) else f"{value}") for name, value in rows]
+    return "The loss is of the model's turns alone.\n\n" + _table(("setting", "value"), shown)
+
+
+def results(origin: Origin) -> str:
+    """Returns held-out values before and after, and some answers."""
+    before, after = (origin.result.get(f"heldout_{when}") or {} for when in ("before", "after"))
+    if not after:
+        return "Nothing was held out." if origin.result else _UNKNOWN
+    rows = [
+        (title.lower(), f"{before[name]:.4f}" if name in before else "", f"{after[name]:.4f}")
+        for name, _, title in METRICS
+        if name in after
+    ]
+    parts = [_table(("held-out questions", "base model", "tuned model"), rows)]
+    if count := origin.result.get("num_answers_scored"):
+        parts.append(f"{origin.result['num_answers_right']} of {count} held-out questions got their own answer.")
+    precision = origin.config["model"]["precision"] + (f", on a base held in {origin.scheme}" if origin.scheme else "")
+    parts.append(f"Measured by gemma_tune at the end of training ({precision}), before the export.")
+    samples = [
+        (sample["question"], sample["reference"], sample["tuned_answer"])
+        for sample in (origin.result.get("samples") or [])[:_NUM_SAMPLES]
+    ]
+    return "\n\n".join([*parts, *([_table(("question", "wanted", "written"), samples)] if samples else [])])
+
+
+def limits(origin: Origin) -> str:
+    """Returns what it is for, and what not."""
+    purpose = "answers like those of its training data, to questions like those" if origin.config else "writing text"
+    measured = "It was tuned and measured on these alone: on others it may do worse than its base. "
+    return (
+        f"Meant for {purpose}. {measured if origin.config else ''}It can be wrong where it sounds sure. Nothing was "
+        "done to make it safe beyond what its base is, whose limits and biases it has. Try it on your own questions "
+        "before you rely on it, and leave no decision on people to it alone."
+    )
+
+
+def _named_base(origin: Origin) -> str:
+    if origin.hugging_face:
+        return f"[{origin.hugging_face}](https://huggingface.co/{origin.hugging_face})"
+    return f"`{Path(origin.base).name}`" if origin.base else "A Gemma"
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(_cell(value) for value in line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Returns a text in one line that doesn't end a table's cell."""
+    return " ".join(str(text).replace("\\", "\\\\").replace("|", "\\|").split())
