@@ -1,121 +1,135 @@
 """Writes a Gemma as a GGUF file, for llama.cpp, Ollama, LM Studio and their like.
 
-Tensors are made, rounded and written some rows at a time, so that memory stays near the model's. `models/gguf_file.py`
-reads such files.
+Tensors are those of the Hugging Face export under GGUF's names, with norms as 1 + scale (llama.cpp's
+conversion/gemma.py). They are made, rounded and written one after the other, so that memory stays near the model's.
+`models/gguf_file.py` reads such files.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from gemma_tune import progress
+from gemma_tune.data.chat_template import template_for
 from gemma_tune.errors import ModelError, did_you_mean
-from gemma_tune.export.gguf_metadata import add_origin, add_sizes, add_tokenizer, context_length, family_for_gguf
-from gemma_tune.export.gguf_tensors import GgufTensor, gguf_tensors
+from gemma_tune.export.gguf_metadata import add_origin, add_sizes, add_tokenizer, family_for_gguf
 from gemma_tune.export.gguf_types import SCHEMES, num_bytes, to_type, type_of
+from gemma_tune.export.hf_config import hf_config
+from gemma_tune.export.hf_tensors import Tensor, tensors_of
 from gemma_tune.export.modelfile import modelfile
 from gemma_tune.files import write_text
+from gemma_tune.models.gguf_checkpoint import gguf_name
+from gemma_tune.models.lora import lora_layers, merge_lora
+from gemma_tune.models.shared_copy import shared_copy
 from gemma_tune.models.tokenizer import tokenizer_of
 
-_SLACK_PER_TOKEN = 40  # Bytes in the vocabulary: the piece and its length, score and type.
+_BYTES_PER_TOKEN = 40  # Of the vocabulary: a piece and its length, score and type.
 _CONTEXT_OF_MODELFILE = 8192  # What Ollama reserves memory for; a user may raise it.
 
 
-def write_gguf(
-    model: Any,
-    file: str | os.PathLike,
-    scheme: str = "f16",
-    *,
-    name: str = "",
-    base: str = "",
-    chat_template: str = "",
-) -> dict[str, int]:
+class _Entry(NamedTuple):
+    """A tensor as it is written. kind: Its number format."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    tensor: Tensor
+
+
+def write_gguf(model: Any, file: str | os.PathLike, scheme: str = "f16", *, name: str = "", base: str = "") -> Path:
     """Writes one GGUF file, and an Ollama `Modelfile` beside it.
 
     Args:
         model: A CausalLM of Gemma 1, 2 or 3 with its tokenizer. LoRA counts as merged, and codes as the floats that
             they stand for; the model stays as it is.
-        file: Where to. Something that is there is overwritten.
+        file: Where to. What is there is overwritten.
         scheme: A key of `gguf_types.SCHEMES`: `f32`, `f16`, `bf16`, `q8_0`, `q4_k_m`, `q4_0`.
         name: What programs show of it; '' for the file's name.
-        base: The model that it was made of, such as `google/gemma-3-270m-it`.
-        chat_template: Jinja, for programs that render conversations.
+        base: The model that it was made of, such as `gemma3_270m` or `hf://google/gemma-3-270m-it`.
 
     Returns:
-        How many weights are in each number format.
+        The file.
 
     Raises:
         ModelError: llama.cpp has no such model, there is no such scheme, or a value doesn't fit the format.
     """
     import gguf
 
-    path = Path(file)
-    backbone = model.backbone
-    family = family_for_gguf(backbone)
-    kinds = _kinds(model, scheme)
+    if lora_layers(model.backbone):
+        model = shared_copy(model)
+        merge_lora(model.backbone)
+    path, tokenizer = Path(file), tokenizer_of(model)
+    family = family_for_gguf(model.backbone)
+    config = hf_config(model, tokenizer, "float32")
+    entries = _entries(model, config, scheme)
     writer = gguf.GGUFWriter(path, family)
     try:
-        add_origin(writer, family, sum(size for size, _ in kinds.values()), name or path.stem, base)
-        add_sizes(writer, backbone, family)
+        add_origin(writer, family, sum(num_bytes(e.shape, "F32") // 4 for e in entries), name or path.stem, base)
+        add_sizes(writer, config, family)
         writer.add_file_type(SCHEMES[scheme].file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        num_tokens = add_tokenizer(writer, tokenizer_of(model), family, chat_template)
-        tensors = list(gguf_tensors(backbone, family, num_tokens))
-        _write(writer, [(tensor, kinds[tensor.name][1]) for tensor in tensors])
+        add_tokenizer(writer, tokenizer, template_for(family))
+        _write_tensors(writer, entries)
     finally:
         writer.close()
-    longest = min(_CONTEXT_OF_MODELFILE, context_length(backbone, family))
-    write_text(path.with_name("Modelfile"), modelfile(path.name, family, longest))
-    counts: dict[str, int] = {}
-    for size, kind in kinds.values():
-        counts[kind] = counts.get(kind, 0) + size
-    return counts
+    context = min(_CONTEXT_OF_MODELFILE, config["max_position_embeddings"])
+    write_text(path.with_name("Modelfile"), modelfile(path.name, template_for(family), context))
+    return path
 
 
 def estimate_gguf(model: Any, scheme: str = "f16") -> int:
-    """Returns about how many bytes `write_gguf` will write; the errors are its own."""
+    """Returns about how many bytes `write_gguf` will write; raises what it would."""
     family_for_gguf(model.backbone)
-    tensors = _tensors(model)
-    kinds = _kinds(model, scheme)
-    size = sum(num_bytes(tensor.shape, kinds[tensor.name][1]) for tensor in tensors)
-    return size + tokenizer_of(model).vocabulary_size * _SLACK_PER_TOKEN
+    tokenizer = tokenizer_of(model)
+    entries = _entries(model, hf_config(model, tokenizer, "float32"), scheme)
+    return sum(num_bytes(e.shape, e.kind) for e in entries) + tokenizer.vocabulary_size * _BYTES_PER_TOKEN
 
 
-def _kinds(model: Any, scheme: str) -> dict[str, tuple[int, str]]:
-    """Returns each tensor's number of weights and its format."""
+def _entries(model: Any, config: dict[str, Any], scheme: str) -> list[_Entry]:
     if scheme not in SCHEMES:
         raise ModelError(
             f"There is no GGUF scheme {scheme!r}.{did_you_mean(scheme, SCHEMES)} Known: {', '.join(SCHEMES)}."
         )
-    num_layers = model.backbone.num_layers
-    return {
-        tensor.name: (num_bytes(tensor.shape, "F32") // 4, type_of(tensor, scheme, num_layers))
-        for tensor in _tensors(model)
-    }
+    num_tokens = tokenizer_of(model).vocabulary_size
+    entries = []
+    for tensor in tensors_of(model.backbone, config):
+        name, shape = gguf_name(tensor.name, config["model_type"]), tensor.shape
+        if name == "token_embd.weight":
+            # llama.cpp wants a row for each token, and no others.
+            if shape[0] < num_tokens:
+                raise ModelError(f"The embedding has {shape[0]} rows for a tokenizer of {num_tokens} tokens.")
+            shape = (num_tokens, *shape[1:])
+        entries.append(_Entry(name, shape, type_of(name, shape, scheme, config["num_hidden_layers"]), tensor))
+    return entries
 
 
-def _tensors(model: Any) -> list[GgufTensor]:
-    """The tensors of a model; one is only made when its rows are asked for."""
-    return list(gguf_tensors(model.backbone, family_for_gguf(model.backbone), tokenizer_of(model).vocabulary_size))
-
-
-def _write(writer: Any, tensors: list[tuple[GgufTensor, str]]) -> None:
+def _write_tensors(writer: Any, entries: list[_Entry]) -> None:
     import gguf
-    import numpy as np
 
-    for tensor, kind in tensors:
-        size = num_bytes(tensor.shape, kind)
-        writer.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=gguf.GGMLQuantizationType[kind]
-        )
+    for name, shape, kind, _ in entries:
+        quantization = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes(shape, kind), raw_dtype=quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    out: BinaryIO = writer.fout[0]
-    for tensor, kind in tensors:
-        writer.write_padding(out, out.tell())
-        for start in range(0, tensor.shape[0], tensor.rows_at_once):
-            stop = min(start + tensor.rows_at_once, tensor.shape[0])
-            to_type(tensor.rows(start, stop), kind, tensor.name).tofile(out)
+    out = writer.fout[0]
+    with progress.counting("tensors written", len(entries)) as advance:
+        for entry in entries:
+            writer.write_padding(out, out.tell())
+            for values in _values(entry):
+                to_type(values, entry.kind, entry.name).tofile(out)
+            advance(1)
     writer.write_padding(out, out.tell())
-    out.flush()
-    os.fsync(out.fileno())
+
+
+def _values(entry: _Entry) -> Iterator[np.ndarray]:
+    """Yields the values as llama.cpp takes them, float32, some rows at a time."""
+    left = entry.shape[0]
+    for rows in entry.tensor.chunks(np.dtype(np.float32)):
+        values = rows[:left]
+        left -= len(values)
+        if len(values):
+            yield values + 1 if entry.name.endswith("norm.weight") else values

@@ -5,14 +5,14 @@ Keys are those that llama.cpp's src/models/gemma.cpp, gemma2.cpp and gemma3.cpp 
 
 from typing import Any
 
-from gemma_tune.data.chat_template import template_for
+from gemma_tune.data.chat_template import ChatTemplate
 from gemma_tune.errors import ModelError
+from gemma_tune.export.chat_template import jinja_template
+from gemma_tune.export.origin import hugging_face_name
 from gemma_tune.models.family import family_of
 from gemma_tune.models.gguf_checkpoint import ARCHITECTURES, LAYERS_OF_27B
 from gemma_tune.models.tokenizer import TextTokenizer
 
-_CONTEXT = {"gemma": 8192, "gemma2": 8192, "gemma3": 131_072}
-_CONTEXT_OF_SMALL_GEMMA3, _WIDTH_OF_SMALL = 32_768, 1152  # Gemma 3 up to 1B (arXiv:2503.19786).
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 # SentencePiece holds these as user-defined, llama.cpp as control tokens: they aren't shown, and a text makes them only
 # where a program allows it.
@@ -29,44 +29,47 @@ def family_for_gguf(backbone: Any) -> str:
     family = family_of(backbone)
     if family not in ARCHITECTURES:
         raise ModelError(
-            f"GGUF export knows {', '.join(ARCHITECTURES)}; this is {family}, whose layers differ from one another in "
-            "what they share. Export it as hf, and convert that with llama.cpp's convert_hf_to_gguf.py."
+            f"GGUF export writes {', '.join(ARCHITECTURES)}, not {family}. Export to --format=hf, and convert that with "
+            "llama.cpp's convert_hf_to_gguf.py."
         )
     for problem in _problems(backbone, family):
-        raise ModelError(f"llama.cpp's {family} can't be this model: {problem}. Export it as hf or keras.")
+        raise ModelError(f"llama.cpp's {family} can't be this model: {problem}. Export to --format=hf or keras.")
     return family
 
 
-def add_sizes(writer: Any, backbone: Any, family: str) -> None:
-    """Adds the hyperparameters."""
-    head = backbone.head_dim
-    writer.add_context_length(context_length(backbone, family))
-    writer.add_embedding_length(backbone.hidden_dim)
-    writer.add_block_count(backbone.num_layers)
-    writer.add_feed_forward_length(int(backbone.transformer_layers[0].ffw_linear.kernel.shape[0]))
-    writer.add_head_count(backbone.num_query_heads)
-    writer.add_head_count_kv(backbone.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(backbone.layer_norm_epsilon)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
-    if family == "gemma2":
-        writer.add_attn_logit_softcapping(backbone.attention_logit_soft_cap)
-        writer.add_final_logit_softcapping(backbone.final_logit_soft_cap)
-        writer.add_sliding_window(backbone.sliding_window_size)
-    if family == "gemma3":
-        import gguf
+def add_sizes(writer: Any, config: dict[str, Any], family: str) -> None:
+    """Adds the hyperparameters.
 
-        writer.add_rope_freq_base(1_000_000.0)
-        writer.add_rope_freq_base_swa(10_000.0)
-        writer.add_sliding_window(backbone.sliding_window_size)
-        if backbone.final_logit_soft_cap:
-            writer.add_final_logit_softcapping(backbone.final_logit_soft_cap)
-        if backbone.global_rope_scaling_factor != 1.0:
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(backbone.global_rope_scaling_factor)
-    else:
-        writer.add_rope_freq_base(10_000.0)
+    Args:
+        writer: A GGUFWriter.
+        config: As `hf_config` gives it.
+        family: `gemma`, `gemma2` or `gemma3`.
+    """
+    import gguf
+
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    if "rope_theta" in config:
+        writer.add_rope_freq_base(config["rope_theta"])
+    if "rope_local_base_freq" in config:
+        writer.add_rope_freq_base_swa(config["rope_local_base_freq"])
+    if config.get("rope_scaling"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
+    if family != "gemma":
+        writer.add_sliding_window(config["sliding_window"])
+    if config.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    if config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
 
 
 def add_origin(writer: Any, family: str, num_weights: int, name: str, base: str) -> None:
@@ -77,7 +80,7 @@ def add_origin(writer: Any, family: str, num_weights: int, name: str, base: str)
         family: Such as `gemma3`.
         num_weights: Parameters.
         name: Of the model.
-        base: The base model, as `google/gemma-3-270m`, an address, or anything; '' for none.
+        base: The base model, as `gemma3_270m` or `hf://google/gemma-3-270m`; '' if it isn't known.
     """
     import gguf
 
@@ -87,20 +90,17 @@ def add_origin(writer: Any, family: str, num_weights: int, name: str, base: str)
     writer.add_license("gemma")
     writer.add_license_link("https://ai.google.dev/gemma/terms")
     writer.add_tags([family, "gemma", "text-generation"])
-    if base:
+    there = hugging_face_name(base)
+    if there:
+        owner, repository = there.split("/", 1)
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, base.rsplit("/", 1)[-1])
-        if base.count("/") == 1 and not base.startswith((".", "/", "~")):
-            writer.add_base_model_organization(0, base.split("/", 1)[0])
-            writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+        writer.add_base_model_name(0, repository)
+        writer.add_base_model_organization(0, owner)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{there}")
 
 
-def add_tokenizer(writer: Any, tokenizer: TextTokenizer, family: str, chat_template: str) -> int:
-    """Adds vocabulary, special tokens and chat template.
-
-    Returns:
-        The number of tokens.
-    """
+def add_tokenizer(writer: Any, tokenizer: TextTokenizer, template: ChatTemplate) -> None:
+    """Adds vocabulary, special tokens and chat template."""
     from sentencepiece import sentencepiece_model_pb2
 
     schema: Any = sentencepiece_model_pb2
@@ -122,20 +122,11 @@ def add_tokenizer(writer: Any, tokenizer: TextTokenizer, family: str, chat_templ
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_unk_token_id(trainer.unk_id)
     writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_eot_token_id(tokenizer.id_of(template_for(family).end_of_turn))
+    writer.add_eot_token_id(tokenizer.id_of(template.end_of_turn))
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-    if chat_template:
-        writer.add_chat_template(chat_template)
-    return len(model.pieces)
-
-
-def context_length(backbone: Any, family: str) -> int:
-    """Returns how many tokens the published models of this kind read; KerasHub's don't say."""
-    if family == "gemma3" and backbone.hidden_dim <= _WIDTH_OF_SMALL:
-        return _CONTEXT_OF_SMALL_GEMMA3
-    return _CONTEXT[family]
+    writer.add_chat_template(jinja_template(template))
 
 
 def _kind(piece: Any) -> int:

@@ -12,7 +12,6 @@ import numpy as np
 
 from gemma_tune.errors import ModelError
 from gemma_tune.export import k_quants
-from gemma_tune.export.gguf_tensors import GgufTensor
 
 _LARGER = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 _LARGEST_FLOAT16 = 65504.0
@@ -37,17 +36,24 @@ SCHEMES = {
 }
 
 
-def type_of(tensor: GgufTensor, scheme: str, num_layers: int) -> str:
-    """Returns the name of the format that a tensor is written in."""
-    if len(tensor.shape) == 1:
+def type_of(name: str, shape: tuple[int, ...], scheme: str, num_layers: int) -> str:
+    """Returns the name of the format that a tensor is written in.
+
+    Args:
+        name: GGUF's.
+        shape: In NumPy's order.
+        scheme: A key of SCHEMES.
+        num_layers: Of the model.
+    """
+    if len(shape) == 1:
         return "F32"
     chosen = SCHEMES[scheme]
-    is_embedding = tensor.name == "token_embd.weight"
+    is_embedding = name == "token_embd.weight"
     kind = chosen.embedding if is_embedding else chosen.weights
-    match = re.fullmatch(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight", tensor.name)
+    match = re.fullmatch(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight", name)
     if scheme == "q4_k_m" and match and _has_more_bits(int(match[1]), num_layers):
         kind = "Q6_K"
-    return fitting(kind, tensor.shape[-1])
+    return fitting(kind, shape[-1])
 
 
 def fitting(kind: str, row_length: int) -> str:

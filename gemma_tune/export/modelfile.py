@@ -1,6 +1,6 @@
 """The Modelfile with which Ollama takes over a GGUF file: https://docs.ollama.com/modelfile."""
 
-from gemma_tune.data.chat_template import template_for
+from gemma_tune.data.chat_template import ChatTemplate
 
 # Go's text/template over the conversation. A system text opens the first user turn, as in our own template.
 _TEMPLATE = """{{- $system := .System }}
@@ -16,15 +16,14 @@ _TEMPLATE = """{{- $system := .System }}
 """
 
 
-def modelfile(gguf_name: str, family: str, context_length: int) -> str:
+def modelfile(gguf_name: str, template: ChatTemplate, context_length: int) -> str:
     """Returns the text of a Modelfile.
 
     Args:
         gguf_name: Of the file beside it.
-        family: Whose turns to write.
+        template: Of turns.
         context_length: Tokens that a conversation may have.
     """
-    template = template_for(family)
     turns = _TEMPLATE.replace("START_OF_TURN", template.start_of_turn).replace("END_OF_TURN", template.end_of_turn)
     return (
         f"# ollama create NAME -f Modelfile && ollama run NAME\n"
