@@ -29,8 +29,8 @@ def family_for_gguf(backbone: Any) -> str:
     family = family_of(backbone)
     if family not in ARCHITECTURES:
         raise ModelError(
-            f"GGUF export writes {', '.join(ARCHITECTURES)}, not {family}. Export to --format=hf, and convert that with "
-            "llama.cpp's convert_hf_to_gguf.py."
+            f"GGUF export writes {', '.join(ARCHITECTURES)}, not {family}. Export to --format=hf, and convert that "
+            "with llama.cpp's convert_hf_to_gguf.py."
         )
     for problem in _problems(backbone, family):
         raise ModelError(f"llama.cpp's {family} can't be this model: {problem}. Export to --format=hf or keras.")
