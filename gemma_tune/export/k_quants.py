@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _BLOCK = 256
+_SINGULAR = 1e-4  # Of a determinant of float32, against its terms.
 _TRIALS = 21  # Scales tried around the one that just covers a group's range.
 
 
@@ -83,10 +84,15 @@ def _affine(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Least squares of groups = scale·codes + offset, under the weights.
         w, x, y = jnp.sum(weights, -1), jnp.sum(weights * codes, -1), jnp.sum(weights * groups, -1)
         xx, xy = jnp.sum(weights * codes**2, -1), jnp.sum(weights * codes * groups, -1)
-        scale = _divide(w * xy - x * y, w * xx - x * x)
-        offset = _divide(xx * y - x * xy, w * xx - x * x)
-        # Beyond 0 the offset can't be written: then the line goes through 0.
-        scale, offset = jnp.where(offset > 0, _divide(xy, xx), scale), jnp.minimum(offset, 0)
+        determinant = w * xx - x * x
+        scale = _divide(w * xy - x * y, determinant)
+        offset = _divide(xx * y - x * xy, determinant)
+        # An offset above 0 can't be written, and equal codes don't tell scale and offset apart: the line goes through
+        # 0, or, where all codes are 0, is flat.
+        through_zero = (offset > 0) | (determinant < _SINGULAR * w * xx)
+        scale = jnp.where(through_zero, _divide(xy, xx), scale)
+        offset = jnp.where(xx == 0, _divide(y, w), jnp.where(through_zero, 0, offset))
+        offset = jnp.minimum(offset, 0)
         return _better(best, groups, weights, codes, jnp.maximum(scale, 0), offset)
 
     start = (span / 15, lowest, jnp.full(span.shape, jnp.inf))
