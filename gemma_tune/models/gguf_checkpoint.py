@@ -14,7 +14,7 @@ import numpy as np
 from gemma_tune.errors import ModelError
 from gemma_tune.models.gguf_file import GgufFile
 
-_ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}  # GGUF's name -> model_type.
+ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}  # GGUF's name -> model_type.
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -38,7 +38,7 @@ _NORM_NAMES = {
 _NORM_NAMES["gemma3_text"] = _NORM_NAMES["gemma2"]
 # The only published sizes whose attention scale is not 1/sqrt(head width): layers of Gemma 2 27B and Gemma 3 27B.
 # GGUF doesn't store the scale; llama.cpp goes by the number of layers too.
-_LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
+LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 
 
 class GgufCheckpoint:
@@ -54,11 +54,11 @@ class GgufCheckpoint:
     def __init__(self, path: Path):
         self._file = GgufFile(path)
         architecture = self._file.text("general.architecture")
-        if architecture not in _ARCHITECTURES:
+        if architecture not in ARCHITECTURES:
             raise ModelError(
                 f"{path} holds a model of the architecture {architecture or 'unknown'!r}. Gemma files of these can be "
                 "read: "
-                f"{', '.join(_ARCHITECTURES)}."
+                f"{', '.join(ARCHITECTURES)}."
             )
         self.path = path
         self.config = self._config(architecture)
@@ -78,14 +78,7 @@ class GgufCheckpoint:
         return sentencepiece_proto(self._file)
 
     def _name(self, key: str) -> str:
-        fixed = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", key)
-        if match:
-            layer, part = match.groups()
-            names = {**_LAYER_NAMES, **_NORM_NAMES[self.config["model_type"]]}
-            name = f"blk.{layer}.{names.get(part, part)}.weight"
-        else:
-            name = fixed.get(key, key)
+        name = gguf_name(key, self.config["model_type"])
         if name not in self._file.tensors:
             raise ModelError(
                 f"{self.path} has no tensor {name!r} ({key}). Tensors: {', '.join(list(self._file.tensors)[:8])}, …"
@@ -93,7 +86,7 @@ class GgufCheckpoint:
         return name
 
     def _config(self, architecture: str) -> dict[str, Any]:
-        model_type = _ARCHITECTURES[architecture]
+        model_type = ARCHITECTURES[architecture]
         width, layers = self._entry(architecture, "embedding_length"), self._entry(architecture, "block_count")
         heads, head_width = (
             self._entry(architecture, "attention.head_count"),
@@ -111,7 +104,7 @@ class GgufCheckpoint:
             "rms_norm_eps": self._entry(architecture, "attention.layer_norm_rms_epsilon", 1e-6),
             "max_position_embeddings": self._entry(architecture, "context_length", 8192),
         }
-        is_27b = layers == _LAYERS_OF_27B.get(model_type)
+        is_27b = layers == LAYERS_OF_27B.get(model_type)
         config["query_pre_attn_scalar"] = width // heads if is_27b else head_width
         if model_type == "gemma2":
             config["sliding_window"] = self._entry(architecture, "attention.sliding_window", 4096)
@@ -138,6 +131,22 @@ class GgufCheckpoint:
                 f"{self.path} has an output head of its own (output.weight); every Gemma ties it to the embedding."
             )
         return self._file.tensors["token_embd.weight"].shape[0]
+
+
+def gguf_name(key: str, model_type: str) -> str:
+    """Returns what GGUF calls a tensor of Hugging Face's name; a name that isn't known, as it is.
+
+    Args:
+        key: Such as `model.layers.0.mlp.up_proj.weight`.
+        model_type: `gemma`, `gemma2` or `gemma3_text`.
+    """
+    fixed = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", key)
+    if not match:
+        return fixed.get(key, key)
+    layer, part = match.groups()
+    names = {**_LAYER_NAMES, **_NORM_NAMES[model_type]}
+    return f"blk.{layer}.{names.get(part, part)}.weight"
 
 
 def sentencepiece_proto(file: GgufFile) -> bytes:
