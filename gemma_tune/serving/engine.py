@@ -33,7 +33,7 @@ _PROMPT_TOKENS_A_STEP = 4 * CHUNK  # So that a long prompt holds the answers und
 _num_compilations = 0
 
 
-def _count_compilation(event: str, duration: float, **named: object) -> None:
+def _count_compilation(event: str, duration_secs: float, **kwargs: str | int) -> None:
     global _num_compilations
     _num_compilations += event == "/jax/core/compile/backend_compile_duration"
 

@@ -48,8 +48,8 @@ class Regions:
     def allocate(
         self, num_tokens: int, prompt: Sequence[int], adapter: int
     ) -> tuple[Region, Region | None, int] | None:
-        """Returns a region, the one to copy the beginning of the prompt from, and how many tokens of it; None when there
-        is no room until a request is done.
+        """Returns a region, the one to copy the beginning of the prompt from, and how many tokens of it; None when
+        there is no room until a request is done.
 
         Regions that no request uses make room, the longest unused first, the one to copy from last.
 
