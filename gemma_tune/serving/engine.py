@@ -212,17 +212,18 @@ class Engine:
 
     def _admit(self) -> None:
         """Gives slots and regions to those who have waited longest, and lets go of those who have gone."""
-        for answer in [*filter(None, self._slots), *self._queue]:
-            if answer.handle.is_cancelled:
-                answer.end("cancelled")
-                self._release(answer)
+        with self._changed:
+            gone = [answer for answer in (*self._slots, *self._queue) if answer and answer.handle.is_cancelled]
+        for answer in gone:
+            answer.end("cancelled")
+            self._release(answer)
         while self._queue and None in self._slots:
             answer = self._queue[0]
             prompt = answer.request.prompt_ids
-            room = self._regions.allocate(len(prompt) + answer.request.max_new_tokens, prompt[:-1], answer.adapter)
-            if room is None:
-                return
-            with self._changed:
+            with self._changed:  # `stats` looks at all of this.
+                room = self._regions.allocate(len(prompt) + answer.request.max_new_tokens, prompt[:-1], answer.adapter)
+                if room is None:
+                    return
                 self._queue.popleft()
                 answer.slot = self._slots.index(None)
                 self._slots[answer.slot] = answer
