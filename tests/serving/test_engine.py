@@ -251,7 +251,7 @@ def wait_until(condition, seconds=20):
 
 def test_cancelling_frees_the_slot_for_the_next(engine):
     pieces = []
-    handles = [engine.submit(Request(PROMPTS[0], 250), pieces.append) for _ in range(4)]
+    handles = [engine.submit(Request(PROMPTS[0], 180), pieces.append) for _ in range(4)]
     waiting = []
     last = engine.submit(Request(PROMPTS[2], 3), waiting.append)
     wait_until(lambda: engine.stats.slots_in_use == 4 and len(pieces) > 8)
@@ -281,11 +281,11 @@ def test_whoever_fails_to_listen_harms_nobody_else(engine, greedy):
         (Request((), 1), "needs a token of a prompt"),
         (Request((2,), 0), "one of an answer"),
         (Request((10**6,), 1), "none of the vocabulary's"),
-        (Request((2,), 1, Sampling(-1.0)), "temperature=-1.0"),
-        (Request((2,), 1, Sampling(float("nan"))), "temperature=nan"),
-        (Request((2,), 1, Sampling(top_k=1025)), "top_k=1025"),
-        (Request((2,), 1, Sampling(top_p=0.0)), "top_p=0.0"),
-        (Request((2,), 1, Sampling(repetition_penalty=0.0)), "repetition_penalty=0.0"),
+        (Request((2,), 1, Sampling(-1.0)), "temperature must be at least 0, got -1.0"),
+        (Request((2,), 1, Sampling(float("nan"))), "temperature must be at least 0, got nan"),
+        (Request((2,), 1, Sampling(top_k=1025)), "top_k must be from 0 to 1024, got 1025"),
+        (Request((2,), 1, Sampling(top_p=0.0)), "top_p must be above 0 and at most 1, got 0.0"),
+        (Request((2,), 1, Sampling(repetition_penalty=0.0)), "repetition_penalty must be above 0, got 0.0"),
         (Request((2,), 1, num_logprobs=21), "At most 20"),
     ],
 )
