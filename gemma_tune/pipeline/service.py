@@ -11,6 +11,7 @@ from rich.console import Console
 from gemma_tune.config import Config, GenerationConfig
 from gemma_tune.data import template_for
 from gemma_tune.errors import ConfigError
+from gemma_tune.http_config import HttpConfig
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.family import family_of
 from gemma_tune.models.files import read_json
@@ -21,7 +22,6 @@ from gemma_tune.models.source import Source, parse_source
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.progress import counting
 from gemma_tune.quantization.scheme import Grid
-from gemma_tune.http_config import HttpConfig
 from gemma_tune.serving.engine import Engine
 from gemma_tune.serving.generate import stop_ids
 from gemma_tune.serving.http.service import Defaults, ServedModel, Service

@@ -20,7 +20,7 @@ def page_routes(service: Service, store: FeedbackStore | None) -> APIRouter:
     """Returns the routes. store: Where feedback goes; None: the page doesn't ask."""
     router, page = APIRouter(), Page()
 
-    @router.get("/", include_in_schema=False)
+    @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index(http: HttpRequest) -> Response:
         return _found(page.response(http, "index.html"))
 
