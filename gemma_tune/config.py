@@ -176,12 +176,17 @@ class GenerationConfig:
         temperature: 0: greedy. Higher: bolder sampling.
         top_k: Sample from the k likeliest tokens; 0: from all.
         top_p: Sample from the smallest set of tokens that holds this much probability; 1: from all.
+        min_p: Leave out tokens that are less than this times as likely as the likeliest; 0: none.
+        repetition_penalty: Divides the positive logits of tokens that have occurred, in prompt or answer, and
+            multiplies the negative ones; 1: no change.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

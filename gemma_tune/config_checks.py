@@ -16,6 +16,7 @@ ON_BAD_STEP = ("stop", "skip")
 REMAT = ("none", "blocks", "full")
 PROGRAMS = ("auto", "whole", "blocks")
 ATTENTION = ("auto", "blocks", "cudnn", "splash", "keras")
+MOST_CANDIDATES = 1024  # Sampling looks at so many of the likeliest tokens: sorting all takes longer than the model.
 
 
 def check_values(config: Any) -> None:
@@ -79,7 +80,12 @@ def _check_ranges(config: Any) -> None:
         raise ConfigError(f"training.loss_spike_factor must be 0 or above 1, got {training.loss_spike_factor}.")
     _at_least("generation.max_new_tokens", generation.max_new_tokens, 1)
     _at_least("generation.temperature", generation.temperature, 0)
-    _at_least("generation.top_k", generation.top_k, 0)
+    if not 0 <= generation.top_k <= MOST_CANDIDATES:
+        raise ConfigError(f"generation.top_k must lie between 0 and {MOST_CANDIDATES}, got {generation.top_k}.")
+    if not 0 <= generation.min_p <= 1:
+        raise ConfigError(f"generation.min_p must lie between 0 and 1, got {generation.min_p}.")
+    if not 0 < generation.repetition_penalty < float("inf"):
+        raise ConfigError(f"generation.repetition_penalty must be above 0, got {generation.repetition_penalty}.")
     if not 0 < data.eval_fraction < 1:
         raise ConfigError(f"data.eval_fraction must lie between 0 and 1, got {data.eval_fraction}.")
     if not 0 < generation.top_p <= 1:

@@ -32,6 +32,18 @@ class TrainingError(GemmaTuneError, RuntimeError):
     """A run can't start, go on or be resumed."""
 
 
+class ServingError(GemmaTuneError, RuntimeError):
+    """A request can't be answered."""
+
+
+class EngineFull(ServingError):
+    """As many requests are waiting as may; later there is room again."""
+
+
+class EngineClosed(ServingError):
+    """The engine takes no requests: it hasn't been started, is being drained, or is closed."""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Returns ' Did you mean X?' for the closest choices, or '' when nothing is close.
 

@@ -64,10 +64,13 @@ _FLAGS = {
     "temperature": ("generation.temperature", "0: the likeliest token each time. Higher: bolder."),
     "top_k": ("generation.top_k", "Sample from the k likeliest tokens; 0: from all."),
     "top_p": ("generation.top_p", "Sample from the fewest tokens that hold this probability."),
+    "min_p": ("generation.min_p", "Leave out tokens that are less than this times as likely as the likeliest."),
+    "repetition_penalty": ("generation.repetition_penalty", "Above 1: tokens that have occurred get less likely."),
     "seed": ("seed", "Of everything random."),
 }
 _FOR_ANSWERS = (
-    "model", "max_new_tokens", "temperature", "top_k", "top_p", "precision", "quantize", "block_size", "mesh", "seed",
+    "model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "precision", "quantize",
+    "block_size", "mesh", "seed",
 )  # fmt: skip
 _WITHOUT_DEFAULT = ("calibration",)  # Given, where it is needed.
 _DEFINITIONS: dict[type, Callable[..., Any]] = {

@@ -18,7 +18,7 @@ from gemma_tune.keras_runtime import keras
 from gemma_tune.models.functional import Params, bound, parameters
 from gemma_tune.models.qat import rounded_params, weights_are_rounded
 from gemma_tune.processes import to_host
-from gemma_tune.serving.sampling import GREEDY, Sampling, sample
+from gemma_tune.serving.sampling import GREEDY, RowSampling, Sampling, rows_alike, sample
 
 _PROMPT_BUCKET = 32
 _CACHE_BUCKET = 128
@@ -30,8 +30,8 @@ class Decoder:
 
     def __init__(self, model: keras.Model):
         self._model = model
-        self._prefill = jax.jit(self._prefill_fn, static_argnames=("cache_length", "sampling"))
-        self._step = jax.jit(self._step_fn, static_argnames=("sampling",), donate_argnames=("cache",))
+        self._prefill = jax.jit(self._prefill_fn, static_argnames=("cache_length",))
+        self._step = jax.jit(self._step_fn, donate_argnames=("cache", "seen"))
 
     def generate(
         self,
@@ -49,7 +49,7 @@ class Decoder:
             max_new_tokens: Of each row.
             stop_ids: A row stops at the first of these, which is not yielded.
             sampling: How tokens are picked.
-            seed: Of the sampling.
+            seed: Of the first row's sampling; the others' follow it.
             params: The model's arrays; None: its current ones.
         """
         num_rows = len(prompts)
@@ -66,9 +66,12 @@ class Decoder:
             groups = parameters(self._model)
             params = {**groups.trainable, **groups.frozen}
         params = rounded_params(self._model, params)  # Once, and not for every token.
-        key = jax.random.key(seed)
+        rows = rows_alike(sampling, padded_rows, seed)
+        seen = np.zeros((padded_rows, self._model.backbone.token_embedding.input_dim), bool)
+        for row, prompt in enumerate(prompts):
+            seen[row, list(prompt)] = True
 
-        tokens, cache = self._prefill(params, token_ids, positions, key, cache_length=cache_length, sampling=sampling)
+        tokens, cache = self._prefill(params, token_ids, positions, rows, seen, cache_length=cache_length)
         stopped = [False] * num_rows
         for step in range(max_new_tokens):
             made = to_host(tokens)[:num_rows].tolist()
@@ -77,12 +80,11 @@ class Decoder:
                 return
             yield [None if done else token for done, token in zip(stopped, made, strict=True)]
             if step + 1 < max_new_tokens:
-                tokens, cache = self._step(
-                    params, tokens, positions + step, cache, jax.random.fold_in(key, step), sampling=sampling
-                )
+                rows = rows._replace(index=rows.index + np.int32(1))
+                tokens, cache, seen = self._step(params, tokens, positions + step, cache, rows, seen)
 
     def _prefill_fn(
-        self, params: Params, token_ids: Any, lengths: Any, key: Any, *, cache_length: int, sampling: Sampling
+        self, params: Params, token_ids: Any, lengths: Any, rows: RowSampling, seen: Any, *, cache_length: int
     ):
         """Reads the prompts. Padding stands behind each, where causality hides it until decoding overwrites it."""
         with bound(self._model, params), weights_are_rounded():
@@ -92,9 +94,9 @@ class Decoder:
             _, hidden, cache = self._model.call_with_cache(token_ids, cache, 0)
             last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
             logits = self._model.backbone.token_embedding(last, reverse=True)[:, 0]
-        return sample(logits, sampling, key), cache
+        return sample(logits.astype(jnp.float32), rows, seen), cache
 
-    def _step_fn(self, params: Params, tokens: Any, positions: Any, cache: Any, key: Any, *, sampling: Sampling):
+    def _step_fn(self, params: Params, tokens: Any, positions: Any, cache: Any, rows: RowSampling, seen: Any):
         """Reads one token a row, [B], each at its own position, [B]."""
 
         def one_row(token, position, row_cache):
@@ -102,9 +104,10 @@ class Decoder:
             logits, _, row_cache = self._model.call_with_cache(token[None, None], row_cache, position)
             return logits[0, 0], jax.tree.map(lambda leaf: leaf[0], row_cache)
 
+        seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
         with bound(self._model, params), weights_are_rounded():
             logits, cache = jax.vmap(one_row)(tokens, positions, cache)
-        return sample(logits, sampling, key), cache
+        return sample(logits.astype(jnp.float32), rows, seen), cache, seen
 
     def _cache_spec(self, num_rows: int, cache_length: int) -> Any:
         """Returns shapes and dtypes of the family's cache, from its own `_build_cache`."""

@@ -24,6 +24,8 @@ def generate(
     temperature: float = _DEFAULTS.temperature,
     top_k: int = _DEFAULTS.top_k,
     top_p: float = _DEFAULTS.top_p,
+    min_p: float = _DEFAULTS.min_p,
+    repetition_penalty: float = _DEFAULTS.repetition_penalty,
     seed: int = 0,
     params: Params | None = None,
 ) -> str | list[str]:
@@ -33,7 +35,7 @@ def generate(
         model: From `load_model` or `train`.
         prompts: A question; or a list of questions, or of conversations that end with the user's turn.
         max_new_tokens: Longest answer, in tokens.
-        temperature, top_k, top_p: As in `config.GenerationConfig`.
+        temperature, top_k, top_p, min_p, repetition_penalty: As in `config.GenerationConfig`.
         seed: Of the sampling.
         params: Arrays to use in place of the model's own.
 
@@ -54,7 +56,7 @@ def generate(
             [encoded[i] for i in chosen],
             max_new_tokens,
             stop_ids(model, tokenizer),
-            Sampling(temperature, top_k, top_p),
+            Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
             seed,
             params,
         )
@@ -75,6 +77,8 @@ def stream(
     temperature: float = _DEFAULTS.temperature,
     top_k: int = _DEFAULTS.top_k,
     top_p: float = _DEFAULTS.top_p,
+    min_p: float = _DEFAULTS.min_p,
+    repetition_penalty: float = _DEFAULTS.repetition_penalty,
     seed: int = 0,
 ) -> Iterator[str]:
     """Yields an answer piece by piece, as it is made.
@@ -86,7 +90,7 @@ def stream(
         [encode_prompt(model, tokenizer, prompt)],
         max_new_tokens,
         stop_ids(model, tokenizer),
-        Sampling(temperature, top_k, top_p),
+        Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
         seed,
     )
     made: list[int] = []

@@ -1,4 +1,4 @@
-"""What is asked of a serving engine, and what comes back: the values between `serving/engine.py` and `serving/http/`."""
+"""What is asked of a serving engine, and what comes back: the values between `engine` and `http`."""
 
 from typing import NamedTuple
 

@@ -1,0 +1,293 @@
+"""The compiled programs of a serving engine: reading a piece of a prompt, and one step of all answers.
+
+They run KerasHub's own layers, with attention to the shared cache (`cached_attention`), products in the forms that are
+fast for few tokens (`products`) and each row's adapter (`adapters`) in their named places. Every shape is fixed when
+the engine starts; what changes from step to step is in small arrays.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gemma_tune.errors import ModelError
+from gemma_tune.keras_runtime import keras
+from gemma_tune.models.blocks import calls
+from gemma_tune.models.functional import bound, hidden_states, parameters
+from gemma_tune.models.qat import rounded_params, weights_are_rounded
+from gemma_tune.models.quantized import QuantizedEinsumDense, quantized_product
+from gemma_tune.serving.adapters import Factors, low_rank_rows
+from gemma_tune.serving.cached_attention import LayerCache, Place, attention_to, empty_cache
+from gemma_tune.serving.products import Matrix, apply, head_of, is_fake_quantized, matrix_of, product
+from gemma_tune.serving.sampling import MOST_LOGPROBS, Logprobs, RowSampling, log_probabilities, sample
+
+CHUNK = 64  # Tokens of a prompt that are read at once.
+_TAILS = (16, 32, CHUNK)  # What the last of them are filled up to.
+_SHORTEST_LENGTH = 128
+_LENGTH_FACTOR = 4
+
+
+class Arrays(NamedTuple):
+    """What the programs compute with.
+
+    params: The model's arrays by variable path, but for kernels that are in `matrices`. matrices: Layer path -> the
+        kernel as it is multiplied with. head: The same of the tied embedding, or None. factors: Layer path -> LoRA.
+    """
+
+    params: dict[str, Any]
+    matrices: dict[str, Matrix]
+    head: Matrix | None
+    factors: dict[str, Factors]
+
+
+class Rows(NamedTuple):
+    """One step's rows, as arrays [B] of int32, `seed` uint32 and four float32.
+
+    tokens: The last of each answer or prompt. starts, positions: Where they stand: of the region, and in it. slots:
+    Which row of `seen`. adapters: Index. wants_logprobs: 0 or 1. sampling: RowSampling's fields.
+    """
+
+    tokens: Any
+    starts: Any
+    positions: Any
+    slots: Any
+    adapters: Any
+    wants_logprobs: Any
+    sampling: RowSampling
+
+
+class Made(NamedTuple):
+    """What a step made: tokens [B], whether each row's logits were numbers [B], and Logprobs, where asked for."""
+
+    tokens: Any
+    are_finite: Any
+    logprobs: Logprobs
+
+
+class Programs:
+    """Compiled functions of one model, with the cache that they read and write."""
+
+    def __init__(
+        self, model: keras.Model, factors: dict[str, Factors], num_positions: int, max_length: int, num_slots: int
+    ):
+        self._model = model
+        self._layers = _called_layers(model)
+        self._arrays = _arrays_of(model, self._layers, factors)
+        self._lengths = _lengths_up_to(max_length)
+        # One chunk that rows without a request write to, and as many positions as a look from the last one may see.
+        self._unused_start = num_positions
+        self._cache = empty_cache(model.backbone, num_positions + CHUNK + self._lengths[-1])
+        self._num_slots = num_slots
+        self.vocabulary_size: int = model.backbone.token_embedding.input_dim
+        self._seen = jnp.zeros((num_slots + 1, self.vocabulary_size), bool)
+        self._decode = jax.jit(self._decode_fn, donate_argnums=(1, 2))
+        self._prefill = jax.jit(self._prefill_fn, donate_argnums=(1,))
+        self._copy = jax.jit(_copy_chunks, donate_argnums=(0,))
+        self._mark = jax.jit(lambda seen, slot, row: seen.at[slot].set(row), donate_argnums=(0,))
+
+    def start(self, row_counts: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
+        """Compiles everything, by running it once.
+
+        Args:
+            row_counts: How many rows a step may have.
+            progress: Called with how many programs are ready, and how many there are.
+        """
+        todo: list[Callable[[], Any]] = []
+        for size in _TAILS:
+            todo.append(functools.partial(self.prefill, [0] * size, self._unused_start, 0, 0))
+        for count in row_counts:
+            todo.append(functools.partial(self.decode, self.no_rows(count)))
+        todo.append(functools.partial(self.copy, self._unused_start, self._unused_start, 1))
+        todo.append(functools.partial(self.mark_seen, self._num_slots, ()))
+        for done, run in enumerate(todo):
+            if progress:
+                progress(done, len(todo))
+            run()
+        jax.block_until_ready((self._cache, self._seen))
+        if progress:
+            progress(len(todo), len(todo))
+
+    def prefill(self, token_ids: Sequence[int], start: int, first: int, adapter: int) -> None:
+        """Reads up to CHUNK tokens of a prompt, from position `first` of the region at `start` on."""
+        size = next(size for size in _TAILS if size >= len(token_ids))
+        padded = np.zeros((1, size), np.int32)
+        padded[0, : len(token_ids)] = token_ids
+        place = np.array([start, first, adapter], np.int32)
+        self._cache = self._prefill(self._arrays, self._cache, padded, place)
+
+    def decode(self, rows: Rows) -> Made:
+        """Makes each row's next token. Rows beyond the requests come from `no_rows`."""
+        self._cache, self._seen, made = self._decode(self._arrays, self._cache, self._seen, rows)
+        return jax.device_get(made)
+
+    def copy(self, source: int, target: int, num_chunks: int) -> None:
+        """Copies whole chunks of the cache from one place to another."""
+        self._cache = self._copy(self._cache, np.array([source, target, num_chunks], np.int32))
+
+    def mark_seen(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Says which tokens a slot's repetition penalty is for, until now."""
+        row = np.zeros(self._seen.shape[1], bool)
+        row[list(token_ids)] = True
+        self._seen = self._mark(self._seen, np.int32(slot), row)
+
+    def no_rows(self, count: int) -> Rows:
+        """Returns rows that nothing is asked of: greedy, and written where nothing is read."""
+        zeros = np.zeros(count, np.int32)
+        sampling = RowSampling(
+            temperature=np.zeros(count, np.float32),
+            top_k=zeros.copy(),
+            top_p=np.ones(count, np.float32),
+            min_p=np.zeros(count, np.float32),
+            repetition_penalty=np.ones(count, np.float32),
+            seed=np.zeros(count, np.uint32),
+            index=zeros.copy(),
+        )
+        starts, slots = np.full(count, self._unused_start, np.int32), np.full(count, self._num_slots, np.int32)
+        return Rows(zeros.copy(), starts, zeros.copy(), slots, zeros.copy(), zeros.copy(), sampling)
+
+    def _prefill_fn(self, arrays: Arrays, cache: list[LayerCache], token_ids: Any, place: Any) -> list[LayerCache]:
+        where = Place(place[:1], place[1:2], self._lengths)
+        with self._running(arrays, cache, where, place[2:]) as updated:
+            self._hidden(token_ids)
+        return updated
+
+    def _decode_fn(self, arrays: Arrays, cache: list[LayerCache], seen: Any, rows: Rows) -> tuple[Any, Any, Made]:
+        seen = seen.at[rows.slots, rows.tokens].set(True)
+        with self._running(arrays, cache, Place(rows.starts, rows.positions, self._lengths), rows.adapters) as updated:
+            logits = self._logits(arrays.head, self._hidden(rows.tokens[:, None])[:, 0])
+        penalized = jnp.any(rows.sampling.repetition_penalty != 1)
+        seen_here = lax.cond(penalized, lambda: seen[rows.slots], lambda: jnp.zeros(logits.shape, bool))
+        tokens = sample(logits, rows.sampling, seen_here)
+        logprobs = lax.cond(jnp.any(rows.wants_logprobs > 0), log_probabilities, _no_logprobs, logits, tokens)
+        return updated, seen, Made(tokens, jnp.isfinite(jnp.max(logits, axis=-1)), logprobs)
+
+    def _hidden(self, token_ids: Any) -> jax.Array:
+        ones = jnp.ones(token_ids.shape, jnp.int32)
+        positions = jnp.zeros(token_ids.shape, jnp.int32)  # Given to the rotation by `attention_to`.
+        return hidden_states(self._model.backbone, token_ids, ones, positions)
+
+    def _logits(self, head: Matrix | None, hidden: jax.Array) -> jax.Array:
+        """Returns [B, V] float32 of hidden states [B, D]."""
+        embedding = self._model.backbone.token_embedding
+        if head is None:
+            return embedding(hidden[:, None], reverse=True)[:, 0].astype(jnp.float32)
+        logits = product(hidden.astype(embedding.reverse_dtype or embedding.compute_dtype), head)
+        if embedding.logit_soft_cap:
+            logits = embedding.logit_soft_cap * jnp.tanh(logits / embedding.logit_soft_cap)
+        return logits.astype(jnp.float32)
+
+    @contextlib.contextmanager
+    def _running(self, arrays: Arrays, cache: list[LayerCache], place: Place, adapters: Any) -> Iterator[list]:
+        """Within it, the backbone computes with `arrays`; yields the cache that it leaves."""
+        swaps = [
+            (layer, _row_call(layer, arrays.matrices.get(path), arrays.factors.get(path), adapters))
+            for path, layer in self._layers.items()
+            if path in arrays.matrices or path in arrays.factors
+        ]
+        computing = bound(self._model, arrays.params), weights_are_rounded(), calls(swaps)
+        with contextlib.ExitStack() as stack:
+            for each in computing:
+                stack.enter_context(each)
+            yield stack.enter_context(attention_to(cache, self._model.backbone, place))
+
+
+def _called_layers(model: keras.Model) -> dict[str, Any]:
+    """Returns path -> linear layer of those that are called. Gemma 4's blocks take some layers' kernels instead."""
+    called = {}
+
+    def noticed(layer: Any) -> Callable:
+        def call(inputs: Any, training: Any = None) -> Any:
+            called[layer.path] = layer
+            return type(layer).call(layer, inputs)
+
+        return call
+
+    layers = model.backbone._flatten_layers(include_self=False)
+    linear = [layer for layer in layers if isinstance(layer, keras.layers.EinsumDense)]
+    tokens = jnp.ones((1, 2), jnp.int32)
+    with calls([(layer, noticed(layer)) for layer in linear]):
+        jax.eval_shape(lambda: hidden_states(model.backbone, tokens, tokens, tokens))
+    return called
+
+
+def _row_call(layer: Any, matrix: Matrix | None, factors: Factors | None, adapters: Any) -> Callable:
+    """What a linear layer computes for rows of several adapters."""
+
+    def call(inputs: Any, training: Any = None) -> Any:
+        del training
+        if matrix is not None:
+            outputs = apply(layer.equation, _kernel_shape(layer), inputs, matrix)
+        elif isinstance(layer, QuantizedEinsumDense):
+            quantized, shape = layer.quantized(), layer._float_kernel.shape
+            outputs = quantized_product(layer.equation, shape, layer.scheme.rounds_inputs, inputs, quantized)
+        else:
+            outputs = jnp.einsum(layer.equation, inputs, jnp.asarray(layer._kernel.value, inputs.dtype))
+        if factors is not None:
+            outputs += low_rank_rows(layer.equation, inputs, factors, adapters)
+        if layer.bias is not None:
+            outputs = keras.ops.add(outputs, layer.bias)
+        return outputs if layer.activation is None else layer.activation(outputs)
+
+    return call
+
+
+def _kernel_shape(layer: Any) -> tuple[int, ...]:
+    return tuple(layer._float_kernel.shape if isinstance(layer, QuantizedEinsumDense) else layer._kernel.shape)
+
+
+def _arrays_of(model: keras.Model, layers: dict[str, Any], factors: dict[str, Factors]) -> Arrays:
+    groups = parameters(model)
+    params = rounded_params(model, {**groups.trainable, **groups.frozen})
+    matrices = {}
+    for path, layer in layers.items():
+        kernel = None if isinstance(layer, QuantizedEinsumDense) else params[layer._kernel.path]
+        matrix = matrix_of(layer, kernel)
+        if matrix is not None:
+            matrices[path] = matrix
+    embedding = model.backbone.token_embedding
+    head = head_of(embedding, params.get(embedding._embeddings.path))
+    kept = {path: value for path, value in params.items() if not _is_elsewhere(path, layers, matrices)}
+    by_row = {path: each for path, each in factors.items() if path in layers and not is_fake_quantized(layers[path])}
+    inside = [path for path in factors if path not in layers and factors[path].a.shape[0] > 1]
+    if inside:
+        raise ModelError(
+            f"An adapter has factors on {inside[0]}, which {type(model.backbone).__name__} computes with in a way that "
+            "rows can't differ in. Merge it into the base (gemma-tune merge), and serve the merged model."
+        )
+    return Arrays(kept, matrices, head, by_row)
+
+
+def _is_elsewhere(path: str, layers: dict[str, Any], matrices: dict[str, Matrix]) -> bool:
+    layer = path.rsplit("/", 1)[0]
+    return layer in matrices and layer in layers and not path.endswith("/bias")
+
+
+def _no_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
+    num_rows = logits.shape[0]
+    some = jnp.zeros((num_rows, MOST_LOGPROBS))
+    return Logprobs(jnp.zeros(num_rows), some.astype(jnp.int32), some)
+
+
+def _copy_chunks(cache: list[LayerCache], numbers: jax.Array) -> list[LayerCache]:
+    source, target, num_chunks = numbers
+
+    def copy_chunk(index: Any, cache: list[LayerCache]) -> list[LayerCache]:
+        def of_array(array: jax.Array) -> jax.Array:
+            chunk = lax.dynamic_slice_in_dim(array, source + index * CHUNK, CHUNK)
+            return lax.dynamic_update_slice_in_dim(array, chunk, target + index * CHUNK, 0)
+
+        return jax.tree.map(of_array, cache)
+
+    return lax.fori_loop(0, num_chunks, copy_chunk, cache)
+
+
+def _lengths_up_to(max_length: int) -> tuple[int, ...]:
+    lengths = [_SHORTEST_LENGTH]
+    while lengths[-1] < max_length:
+        lengths.append(min(lengths[-1] * _LENGTH_FACTOR, -(-max_length // CHUNK) * CHUNK))
+    return tuple(lengths)
