@@ -30,13 +30,20 @@ def check_values(config: Any) -> None:
     _check_combinations(config)
 
 
-def check_http_values(config: Any) -> None:
-    """Looks at every setting of an `http_config.HttpConfig`. Errors as in `check_values`."""
+def check_serve_values(config: Any) -> None:
+    """Looks at every setting of a `serve_config.ServeConfig`. Errors as in `check_values`."""
     if not config.host:
         raise ConfigError("host must be an address such as 127.0.0.1, or 0.0.0.0 for all of this machine's; got none.")
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"port must lie between 0 and 65535, got {config.port}.")
-    _at_least("max_answers", config.max_answers, 1)
+    for name in ("max_concurrent", "max_queued", "max_answers"):
+        _at_least(name, getattr(config, name), 1)
+    _at_least("max_length", config.max_length, 16)
+    if config.max_tokens_in_flight < config.max_length:
+        raise ConfigError(
+            f"max_tokens_in_flight must be at least max_length={config.max_length}, or the longest request would never "
+            f"fit; got {config.max_tokens_in_flight}."
+        )
     _at_least("max_body_bytes", config.max_body_bytes, 1024)
     _at_least("drain_seconds", config.drain_seconds, 0)
     if not config.request_timeout_seconds > 0:

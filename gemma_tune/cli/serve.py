@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 from gemma_tune.cli import flags
 from gemma_tune.cli.output import Output
 from gemma_tune.errors import ConfigError
-from gemma_tune.http_config import HttpConfig
+from gemma_tune.serve_config import ServeConfig
 
 USAGE = "--model=… [--adapter=NAME=PATH …] [--port=8000]"
 DESCRIPTION = """Answers over HTTP as OpenAI's API does, for several clients at once, and shows a page to chat on.
@@ -26,14 +26,18 @@ EXAMPLES = (
 )
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _MODEL_FLAGS = (
-    "model", "max_new_tokens", "temperature", "top_k", "top_p", "precision", "quantize", "block_size", "seed",
-    "max_concurrent", "max_tokens_in_flight", "max_length", "max_queued",
+    "model", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "precision", "quantize",
+    "block_size", "seed",
 )  # fmt: skip
-# What each means stands at HttpConfig; here is what fits on a line.
+# What each means stands at ServeConfig; here is what fits on a line.
 _HELP = {
     "host": "Address to listen at; 0.0.0.0: all of this machine's.",
     "port": "Port to listen at; 0: a free one.",
     "name": "The model's name in requests; if not given, the last part of --model.",
+    "max_concurrent": "Answers that are written at once.",
+    "max_tokens_in_flight": "Size of the key/value cache: tokens of prompts and longest answers of all at once.",
+    "max_length": "Longest prompt and answer together, in tokens.",
+    "max_queued": "Answers that may wait; beyond that, requests get 429.",
     "max_answers": "Largest n of a request.",
     "max_body_bytes": "Longest body of a request.",
     "request_timeout_seconds": "Longest time for a request.",
@@ -53,7 +57,7 @@ def define_flags(values: absl_flags.FlagValues) -> None:
         "adapter", [], "NAME=PATH of a LoRA adapter, or of a run with one, to ask for by NAME",
         flag_values=values,
     )  # fmt: skip
-    for field in dataclasses.fields(HttpConfig):
+    for field in dataclasses.fields(ServeConfig):
         flags.define_setting(values, field.name, field.default, _HELP[field.name])
 
 
@@ -63,7 +67,7 @@ def run(
     """Serves until a signal ends it."""
     del positional
     _check_packages()
-    settings = HttpConfig(**{name: value for name in _HELP if (value := values[name].value) is not None})
+    settings = ServeConfig(**{name: value for name in _HELP if (value := values[name].value) is not None})
     config = flags.to_config(values, overrides)
     from gemma_tune.serving.http.gates import read_keys
     from gemma_tune.serving.http.server import open_socket
@@ -79,7 +83,7 @@ def run(
         store = FeedbackStore(settings.feedback_db) if settings.feedback_db else None
         is_local = _is_loopback(settings.host)
         hosts = settings.allowed_hosts or (("localhost", "127.0.0.1", "[::1]") if is_local and not keys else ())
-        service = start_service(config, settings, values["adapter"].value, output.console)
+        service = start_service(config, settings, values["adapter"].value or [], output.console)
         try:
             log = _request_log(output) if settings.log_requests else None
             app = make_app(service, settings, keys=keys, hosts=hosts, store=store, log=log)

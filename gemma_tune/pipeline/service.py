@@ -1,6 +1,5 @@
 """Starts what a server serves: loads a model, names it and its adapters, and compiles the engine's programs."""
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from rich.console import Console
 from gemma_tune.config import Config, GenerationConfig
 from gemma_tune.data import template_for
 from gemma_tune.errors import ConfigError
-from gemma_tune.http_config import HttpConfig
 from gemma_tune.keras_runtime import keras
 from gemma_tune.models.family import family_of
 from gemma_tune.models.files import read_json
@@ -22,6 +20,7 @@ from gemma_tune.models.source import Source, parse_source
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.progress import counting
 from gemma_tune.quantization.scheme import Grid
+from gemma_tune.serve_config import ServeConfig
 from gemma_tune.serving.engine import Engine
 from gemma_tune.serving.generate import stop_ids
 from gemma_tune.serving.http.service import Defaults, ServedModel, Service
@@ -38,7 +37,7 @@ class Base(NamedTuple):
     adapters: Mapping[str, Path]
 
 
-def start_service(config: Config, settings: HttpConfig, adapters: Sequence[str], console: Console) -> Service:
+def start_service(config: Config, settings: ServeConfig, adapters: Sequence[str], console: Console) -> Service:
     """Loads, names and compiles what is to be served.
 
     Args:
@@ -61,7 +60,10 @@ def start_service(config: Config, settings: HttpConfig, adapters: Sequence[str],
     engine = Engine(
         model,
         adapters=paths,
-        **dataclasses.asdict(config.serving),
+        max_concurrent=settings.max_concurrent,
+        max_tokens_in_flight=settings.max_tokens_in_flight,
+        max_length=settings.max_length,
+        max_queued=settings.max_queued,
     )
     with counting("compiled programs") as advance:
         engine.start(lambda done, total: advance(1))

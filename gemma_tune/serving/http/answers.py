@@ -20,9 +20,9 @@ _SECONDS_OF_SILENCE = 15.0  # Proxies close connections over which nothing comes
 
 
 class Delivered(NamedTuple):
-    """A piece, and of which of the requests. None: nothing came for a while."""
+    """A piece, and of which of the requests, counted from 0. None: nothing came for a while."""
 
-    index: int
+    number: int
     piece: Piece | None
 
 
@@ -88,7 +88,7 @@ class Answers:
                     is_first = False
                 self._metrics.generated_tokens.labels(self._model).inc(len(piece.token_ids))
                 if piece.finish_reason:
-                    self._unfinished.pop(delivered.index, None)
+                    self._unfinished.pop(delivered.number, None)
                 if piece.finish_reason == "error":
                     raise failed(piece.error)
                 if piece.finish_reason == "cancelled":

@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from gemma_tune.http_config import HttpConfig
+from gemma_tune.serve_config import ServeConfig
 from gemma_tune.serving.feedback import FeedbackStore
 from gemma_tune.serving.http import errors
 from gemma_tune.serving.http.answers import Answers, ClientLeft, unless_client_leaves
@@ -36,7 +36,7 @@ _ANSWERING = documented(400, 401, 404, 408, 413, 415, 429, 500, 503, 504, events
 
 def make_app(
     service: Service,
-    settings: HttpConfig,
+    settings: ServeConfig,
     *,
     keys: Sequence[str] = (),
     hosts: Sequence[str] = (),
@@ -69,7 +69,7 @@ def make_app(
     return app
 
 
-def _openai_routes(service: Service, settings: HttpConfig, metrics: Metrics) -> APIRouter:
+def _openai_routes(service: Service, settings: ServeConfig, metrics: Metrics) -> APIRouter:
     router = APIRouter(prefix="/v1")
 
     async def reply(

@@ -19,22 +19,27 @@ class Metrics:
     """
 
     def __init__(self, running: Callable[[], float], queued: Callable[[], float]):
-        self.registry = CollectorRegistry()
-        here = {"registry": self.registry}
-        self.requests = Counter("gemma_tune_requests", "Requests by path and status.", ["path", "status"], **here)
+        self.registry = here = CollectorRegistry()
+        self.requests = Counter(
+            "gemma_tune_requests", "Requests by path and status.", ["path", "status"], registry=here
+        )
         self.request_seconds = Histogram(
-            "gemma_tune_request_seconds", "From a request to the end of its reply.", ["path"], buckets=_WHOLE, **here
+            "gemma_tune_request_seconds",
+            "From a request to the end of its reply.",
+            ["path"],
+            buckets=_WHOLE,
+            registry=here,
         )
         self.first_token_seconds = Histogram(
-            "gemma_tune_first_token_seconds", "From a request to its first token.", buckets=_FIRST_TOKEN, **here
+            "gemma_tune_first_token_seconds", "From a request to its first token.", buckets=_FIRST_TOKEN, registry=here
         )
-        self.prompt_tokens = Counter("gemma_tune_prompt_tokens", "Tokens of prompts.", ["model"], **here)
-        self.generated_tokens = Counter("gemma_tune_generated_tokens", "Tokens of answers.", ["model"], **here)
+        self.prompt_tokens = Counter("gemma_tune_prompt_tokens", "Tokens of prompts.", ["model"], registry=here)
+        self.generated_tokens = Counter("gemma_tune_generated_tokens", "Tokens of answers.", ["model"], registry=here)
         self.cancelled = Counter(
-            "gemma_tune_cancelled_answers", "Answers that ended early: the client left, or time was up.", **here
+            "gemma_tune_cancelled_answers", "Answers that ended early: the client left, or time was up.", registry=here
         )
-        Gauge("gemma_tune_running_answers", "Answers that are written.", **here).set_function(running)
-        Gauge("gemma_tune_queued_answers", "Answers that wait.", **here).set_function(queued)
+        Gauge("gemma_tune_running_answers", "Answers that are written.", registry=here).set_function(running)
+        Gauge("gemma_tune_queued_answers", "Answers that wait.", registry=here).set_function(queued)
 
     def text(self) -> bytes:
         """Returns all of it as Prometheus reads it."""

@@ -72,8 +72,8 @@ def turns_of(messages: Sequence[Message], control_tokens: Sequence[str]) -> tupl
 def _prompts(asked: CompletionRequest) -> Sequence[str | Sequence[int]]:
     prompt = asked.prompt
     if isinstance(prompt, str) or isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]
-    return prompt  # type: ignore[return-value]
+        return [prompt]
+    return prompt
 
 
 def _encoded(service: Service, prompt: str | Sequence[int]) -> list[int]:

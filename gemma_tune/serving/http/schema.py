@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from gemma_tune.serving.sampling import MOST_CANDIDATES, MOST_LOGPROBS
+from gemma_tune.config_checks import MOST_CANDIDATES
+from gemma_tune.serving.sampling import MOST_LOGPROBS
 
 _MAX_CHARACTERS_OF_STOP = 256
 # What is known but can't be done -> the values that ask for nothing.

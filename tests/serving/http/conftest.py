@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 
 from gemma_tune.errors import EngineClosed, EngineFull
-from gemma_tune.http_config import HttpConfig
+from gemma_tune.serve_config import ServeConfig
 
 SHORT = {"max_concurrent": 4, "max_tokens_in_flight": 1024, "max_length": 160, "max_queued": 16}
 
@@ -42,7 +42,7 @@ def adapter_folder(tmp_path_factory):
     from gemma_tune.models.lora import lora_layers
 
     model = load_model("tiny:gemma3")
-    enable_lora(model.backbone, rank=2, alpha=2.0, target_layers=["query", "value"], seed=1)
+    enable_lora(model.backbone, rank=2, alpha=2.0, target_layers=["all-linear"], seed=1)
     rng = np.random.default_rng(7)
     for layer in lora_layers(model.backbone):
         layer.lora_kernel_b.assign(rng.normal(size=layer.lora_kernel_b.shape) * 0.5)
@@ -60,8 +60,9 @@ def service(adapter_folder):
     from gemma_tune.pipeline.service import start_service
 
     settings = {"model.source": "tiny:gemma3", "generation.max_new_tokens": 12}
-    config = Config().replace({**settings, **{f"serving.{name}": value for name, value in SHORT.items()}})
-    service = start_service(config, HttpConfig(), [f"tuned={adapter_folder}"], Console(quiet=True))
+    service = start_service(
+        Config().replace(settings), ServeConfig(**SHORT), [f"tuned={adapter_folder}"], Console(quiet=True)
+    )
     yield service
     service.engine.close()
 
@@ -73,7 +74,7 @@ def url(service, tmp_path_factory):
     from gemma_tune.serving.http.app import make_app
 
     store = FeedbackStore(tmp_path_factory.mktemp("feedback") / "feedback.db")
-    with listening(make_app(service, HttpConfig(), store=store)) as address:
+    with listening(make_app(service, ServeConfig(), store=store)) as address:
         yield address
 
 
@@ -133,7 +134,7 @@ def scripted():
         service = Service(
             engine, models, tokenizer, template_for(family), (106, 1), 64, Defaults(8, Sampling(temperature=0.5))
         )
-        app = make_app(service, HttpConfig(**settings), keys=keys, hosts=hosts, store=store, log=log)
+        app = make_app(service, ServeConfig(**settings), keys=keys, hosts=hosts, store=store, log=log)
         client = TestClient(app, raise_server_exceptions=False)
         client.engine, client.asgi = engine, app
         return client

@@ -145,7 +145,7 @@ WRONG = [
     ({"top_logprobs": 2}, 400, "top_logprobs", "invalid_value", "logprobs=true"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value", "20"),
     ({"stream_options": {}}, 400, "stream_options", "invalid_value", "stream=true"),
-    ({"\ud800": 1}, 400, "\\ud800", "unknown_parameter", "no such argument"),
+    ({"\ud800": 1}, 400, None, "invalid_value", ""),
 ]  # fmt: skip
 
 

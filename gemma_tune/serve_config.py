@@ -1,20 +1,25 @@
-"""The settings of the HTTP server, their defaults, and their check: what config.py is to a run."""
+"""The settings of a server, their defaults, and their check: what config.py is to a run."""
 
 import dataclasses
 
-from gemma_tune.config_checks import check_http_values
+from gemma_tune.config_checks import check_serve_values
 from gemma_tune.settings import check_types
 
 
 @dataclasses.dataclass(frozen=True)
-class HttpConfig:
-    """How the server is reached and what it lets in. Each setting is a flag of `gemma-tune serve`; how many answers it
-    writes at once stands in `config.ServingConfig`.
+class ServeConfig:
+    """How a server is reached, what it lets in, and how much it does at once. Each setting is a flag of `gemma-tune
+    serve`.
 
     Attributes:
         host: Address to listen at. The default is reached from this machine alone.
         port: 0: a free one.
         name: The model's name in requests. Empty: the last part of `--model`.
+        max_concurrent: Answers that are written at once; others wait.
+        max_tokens_in_flight: Size of the key/value cache: prompts and longest answers of all that are written, in
+            tokens.
+        max_length: Longest prompt and answer together, in tokens.
+        max_queued: Answers that may wait. When as many do, further requests get 429.
         max_answers: Largest `n` of a request.
         max_body_bytes: Longest body of a request; longer ones get 413.
         request_timeout_seconds: A request that takes longer is ended with 504.
@@ -31,6 +36,10 @@ class HttpConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     name: str = ""
+    max_concurrent: int = 8
+    max_tokens_in_flight: int = 8192
+    max_length: int = 2048
+    max_queued: int = 64
     max_answers: int = 8
     max_body_bytes: int = 1_000_000
     request_timeout_seconds: float = 300.0
@@ -43,4 +52,4 @@ class HttpConfig:
 
     def __post_init__(self):
         check_types(self, "")
-        check_http_values(self)
+        check_serve_values(self)
