@@ -55,7 +55,7 @@ class Server:
 
     def __init__(self, model: str, *arguments: str):
         command = [sys.executable, "-m", "gemma_tune", "serve", f"--model={model}", "--port=0", "--json"]
-        command += ["--feedback_db=", *arguments]
+        command += arguments
         environment = {"JAX_PLATFORMS": "cpu", **os.environ}
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -65,7 +65,7 @@ class Server:
         if not line.startswith("{"):
             raise SystemExit(f"The server ended with exit code {self._process.wait()}; its last words are above.")
         about = json.loads(line)
-        self.url, self.model = about["url"], about["models"][0]
+        self.url, self.models, self.model = about["url"], about["models"], about["models"][0]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -211,8 +211,8 @@ def shortfalls(figures: dict[str, Any]) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     """Prints the table; exits with 1 when something falls short."""
-    del arguments
-    with Server(_MODEL.value, f"--max_queued={_NUM_CLIENTS.value}", "--max_length=512") as server:
+    arguments = [f"--max_queued={_NUM_CLIENTS.value}", "--max_length=512", "--feedback_db="]
+    with Server(_MODEL.value, *arguments) as server:
         figures = asyncio.run(load(server, _NUM_REQUESTS.value, _NUM_CLIENTS.value, _MAX_TOKENS.value, _SEED.value))
     wrong, memory = shortfalls(figures), figures["memory_bytes"]
     table = Table(title=f"{_MODEL.value}, {figures['num_clients']} clients; {describe()['machine']}", show_header=False)

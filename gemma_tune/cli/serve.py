@@ -81,14 +81,19 @@ def run(
         from gemma_tune.serving.http.server import serve
 
         store = FeedbackStore(settings.feedback_db) if settings.feedback_db else None
-        is_local = _is_loopback(settings.host)
-        hosts = settings.allowed_hosts or (("localhost", "127.0.0.1", "[::1]") if is_local and not keys else ())
+        hosts = _allowed_hosts(settings, bool(keys))
         service = start_service(config, settings, values["adapter"].value or [], output.console)
         try:
             log = _request_log(output) if settings.log_requests else None
             app = make_app(service, settings, keys=keys, hosts=hosts, store=store, log=log)
             about = _about(settings.host, bound.getsockname()[1], list(service.models), bool(keys))
-            serve(app, service.engine, bound, settings.drain_seconds, lambda: _say(output, about, is_local))
+            serve(
+                app,
+                service.engine,
+                bound,
+                settings.drain_seconds,
+                lambda: _say(output, about, _is_loopback(settings.host)),
+            )
         finally:
             service.engine.close()
     return about
@@ -105,6 +110,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _allowed_hosts(settings: ServeConfig, has_keys: bool) -> tuple[str, ...]:
+    """Returns the names by which the server may be addressed; none: by any."""
+    if settings.allowed_hosts or has_keys or not _is_loopback(settings.host):
+        return settings.allowed_hosts
+    own = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return ("localhost", "127.0.0.1", "[::1]", own)
 
 
 def _about(host: str, port: int, models: Sequence[str], has_keys: bool) -> dict[str, Any]:

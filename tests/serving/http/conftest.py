@@ -128,11 +128,17 @@ def scripted():
 
     tokenizer, family = load_tokenizer("tiny")
 
-    def make(keys=(), hosts=(), store=None, log=None, **settings):
+    def make(keys=(), hosts=(), store=None, log=None, max_length=64, **settings):
         engine = ScriptedEngine()
         models = {"m": ServedModel("m", "", "", "v1"), "t": ServedModel("t", "t", "m", "v1+a")}
         service = Service(
-            engine, models, tokenizer, template_for(family), (106, 1), 64, Defaults(8, Sampling(temperature=0.5))
+            engine,
+            models,
+            tokenizer,
+            template_for(family),
+            (106, 1),
+            max_length,
+            Defaults(8, Sampling(temperature=0.5)),
         )
         app = make_app(service, ServeConfig(**settings), keys=keys, hosts=hosts, store=store, log=log)
         client = TestClient(app, raise_server_exceptions=False)

@@ -176,6 +176,14 @@ def test_where_others_reach_it_without_a_key_a_warning_is_printed(capfd):
     ] * 2
 
 
+def test_a_server_for_this_machine_alone_is_addressed_as_such_unless_it_asks_for_keys():
+    from gemma_tune.cli.serve import _allowed_hosts
+
+    assert set(_allowed_hosts(ServeConfig(host="127.0.0.2"), False)) == {"localhost", "127.0.0.1", "[::1]", "127.0.0.2"}
+    assert _allowed_hosts(ServeConfig(), True) == _allowed_hosts(ServeConfig(host="0.0.0.0"), False) == ()
+    assert _allowed_hosts(ServeConfig(allowed_hosts="chat.example"), True) == ("chat.example",)
+
+
 def test_settings_that_are_lists_are_given_with_commas():
     assert ServeConfig(cors_origins="https://a,https://b").cors_origins == ("https://a", "https://b")
     with pytest.raises(ConfigError, match="max_body_bytes must be at least 1024"):

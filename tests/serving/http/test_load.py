@@ -10,7 +10,7 @@ def test_a_thousand_requests_of_32_clients():
     """Every well-formed one gets the answer it gets alone; nothing is left of the others; memory stays."""
     from benchmarks.serving_load import Server, load, shortfalls
 
-    with Server("tiny", "--max_queued=32", "--max_length=512") as server:
+    with Server("tiny", "--max_queued=32", "--max_length=512", "--feedback_db=") as server:
         figures = asyncio.run(load(server, num_requests=1000, num_clients=32, max_tokens=24, seed=0))
     assert shortfalls(figures) == []
     assert figures["num_requests"] == 1000

@@ -72,7 +72,7 @@ def open_page(browser, listen):
             return opened
 
         yield open_one
-    assert [error for error in errors if "401" not in error] == []
+    assert [error for error in errors if not error.startswith("Failed to load resource")] == []
 
 
 def answering(client, *texts):
@@ -133,7 +133,9 @@ def test_a_conversation_side_by_side_is_judged_and_stored(scripted, open_page, t
 def test_whatever_a_model_writes_is_shown_and_not_run(scripted, open_page):
     from playwright.sync_api import expect
 
-    opened = open_page(answering(scripted(), f"{EVIL}\n\n```\n{EVIL}\n```\n- {EVIL}\n\n[b](https://example.com/?a=1)"))
+    opened = open_page(
+        answering(scripted(max_length=1024), f"{EVIL}\n\n```\n{EVIL}\n```\n- {EVIL}\n\n[b](https://example.com/?a=1)")
+    )
     ask(opened, EVIL)
     expect(opened.locator(".asked")).to_have_text(EVIL)
     text = opened.locator(".text")
@@ -205,10 +207,10 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(scripted, open_page):
     opened = open_page(answering(scripted(keys=["secret"]), "Hi"))
     dialog = opened.get_by_role("dialog", name="This server asks for a key")
     expect(dialog).to_be_visible()
-    opened.get_by_label("Key").fill("wrong")
+    dialog.get_by_role("textbox").fill("wrong")
     opened.keyboard.press("Enter")
     expect(dialog).to_be_visible()
-    opened.get_by_label("Key").fill("secret")
+    dialog.get_by_role("textbox").fill("secret")
     opened.keyboard.press("Enter")
     expect(dialog).to_be_hidden()
     ask(opened, "Hello")
@@ -231,7 +233,9 @@ def test_errors_are_said_where_the_answer_would_be(scripted, open_page):
 def test_it_fits_and_can_be_read(scripted, open_page, width, scheme):
     """Nothing sticks out sideways, everything has a name, and text stands out from its ground (WCAG 2: 4.5 to 1)."""
     opened = open_page(
-        answering(scripted(store=object()), "Long" * 80 + "\n\n```\n" + "x" * 300 + "\n```"), width, color_scheme=scheme
+        answering(scripted(store=object(), max_length=1024), "Long" * 80 + "\n\n```\n" + "x" * 300 + "\n```"),
+        width,
+        color_scheme=scheme,
     )
     opened.get_by_label("beside").select_option("t")
     ask(opened, "W" * 200)
