@@ -4,14 +4,15 @@
 
 Starts `gemma-tune serve` as a process of its own, asks every question once alone, and then all clients ask at once. Of
 the requests 5 % are cut off after their first piece, and 5 % are malformed. Must: each answer is the one that the same
-question got alone; each malformed request gets 400, 404 or 413; at the end no slot is taken and nothing waits; memory
-has not grown by more than 5 % since a quarter of the requests were done.
+question got alone; each malformed request gets 400, 404 or 413; at the end no slot is taken, nothing waits and
+nothing was compiled; memory has not grown by more than 5 % since a quarter of the requests were done.
 """
 
 import asyncio
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -178,7 +179,10 @@ async def _idle(client: Any) -> dict[str, Any]:
         if health["running"] == health["queued"] == 0:
             break
         await asyncio.sleep(0.05)
-    return {"slots_left": health["running"], "queued_left": health["queued"]}
+    (compilations,) = re.findall(
+        r"^gemma_tune_compilations_since_start (\S+)", (await client.get("/metrics")).text, re.M
+    )
+    return {"slots_left": health["running"], "queued_left": health["queued"], "compilations": float(compilations)}
 
 
 def _figures(outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
@@ -202,6 +206,8 @@ def shortfalls(figures: dict[str, Any]) -> list[str]:
     found = [f"{each['kind']}: status {each['status']}, or another answer than alone" for each in figures["wrong"]]
     if figures["slots_left"] or figures["queued_left"]:
         found.append(f"{figures['slots_left']} slots are taken and {figures['queued_left']} requests wait at the end")
+    if figures["compilations"]:
+        found.append(f"{figures['compilations']:.0f} programs were compiled after the start")
     memory = figures["memory_bytes"]
     settled = max(memory[: max(len(memory) // 4, 1)])
     if max(memory) > settled * (1 + _MEMORY_GROWTH):

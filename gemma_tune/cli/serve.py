@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import ipaddress
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -135,7 +136,7 @@ def _say(output: Output, about: dict[str, Any], is_local: bool) -> None:
     for line in (
         f"  page    {url}/",
         f"  API     {url}/v1   (OpenAI's), {url}/health, {url}/metrics",
-        f"  curl    curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        f"  curl    curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}",
         f'  Python  openai.OpenAI(base_url="{url}/v1", api_key="{"KEY" if key else "none"}")'
         f'.chat.completions.create(model="{model}", messages=[…])',
     ):

@@ -53,7 +53,7 @@ def make_app(
         store: Where the page's feedback goes; None: nowhere.
         log: Called with a line for each request.
     """
-    metrics = Metrics(lambda: service.engine.stats.slots_in_use, lambda: service.engine.stats.queued)
+    metrics = Metrics(lambda: _now(service))
     app = FastAPI(title="gemma_tune", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.include_router(_openai_routes(service, settings, metrics), dependencies=[Depends(HTTPBearer(auto_error=False))])
     app.include_router(_operation_routes(service, metrics))
@@ -67,6 +67,11 @@ def make_app(
         )
     app.add_middleware(Counted, metrics=metrics, paths=_COUNTED_PATHS, log=log)
     return app
+
+
+def _now(service: Service) -> tuple[float, float, float]:
+    stats = service.engine.stats
+    return stats.slots_in_use, stats.queued, stats.compilations_since_start
 
 
 def _openai_routes(service: Service, settings: ServeConfig, metrics: Metrics) -> APIRouter:

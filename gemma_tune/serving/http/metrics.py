@@ -1,5 +1,6 @@
 """Counts for Prometheus, and what every request goes through to be counted."""
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -14,11 +15,11 @@ class Metrics:
     """The server's counts, in a registry of their own.
 
     Args:
-        running: Answers that are written.
-        queued: Answers that wait.
+        now: Called for what changes by itself: answers that are written, answers that wait, and compilations since the
+            start, of which there should be none.
     """
 
-    def __init__(self, running: Callable[[], float], queued: Callable[[], float]):
+    def __init__(self, now: Callable[[], tuple[float, float, float]]):
         self.registry = here = CollectorRegistry()
         self.requests = Counter(
             "gemma_tune_requests", "Requests by path and status.", ["path", "status"], registry=here
@@ -38,8 +39,14 @@ class Metrics:
         self.cancelled = Counter(
             "gemma_tune_cancelled_answers", "Answers that ended early: the client left, or time was up.", registry=here
         )
-        Gauge("gemma_tune_running_answers", "Answers that are written.", registry=here).set_function(running)
-        Gauge("gemma_tune_queued_answers", "Answers that wait.", registry=here).set_function(queued)
+        for index, (name, text) in enumerate(
+            (
+                ("gemma_tune_running_answers", "Answers that are written."),
+                ("gemma_tune_queued_answers", "Answers that wait."),
+                ("gemma_tune_compilations_since_start", "Programs compiled since the server was ready."),
+            )
+        ):
+            Gauge(name, text, registry=here).set_function(functools.partial(lambda at: now()[at], index))
 
     def text(self) -> bytes:
         """Returns all of it as Prometheus reads it."""

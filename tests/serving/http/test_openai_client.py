@@ -115,32 +115,30 @@ def test_completions_of_several_prompts_in_their_order(client):
 
 
 def test_log_probabilities_are_the_model_s(client, service):
-    """The same as from a forward pass through the model on prompt and answer."""
+    """The same as from one forward pass through the model, on the prompt with the answer behind it."""
     import jax
     import numpy as np
 
     from gemma_tune.data import Turn
     from gemma_tune.serving.generate import encode_prompt
+    from gemma_tune.serving.request import Request
 
     reply = client.chat.completions.create(
         model=BASE, messages=USER, temperature=0, max_tokens=4, logprobs=True, top_logprobs=3
     )
     model = load_model("tiny:gemma3")
     prompt = encode_prompt(model, service.tokenizer, [Turn("user", QUESTION)])
+    made = [token for piece in service.engine.stream(Request(tuple(prompt), 4)) for token in piece.token_ids]
+    ids = np.array([[*prompt, *made[:-1]]])
+    logits = model({"token_ids": ids, "padding_mask": np.ones_like(ids)})[0, -4:]
+    logprobs = np.asarray(jax.nn.log_softmax(np.asarray(logits, np.float32)))
     content = reply.choices[0].logprobs.content
-    for step, entry in enumerate(content):
-        ids = np.array([prompt])
-        logits = np.asarray(model({"token_ids": ids, "padding_mask": np.ones_like(ids)}))[0, -1]
-        logprobs = np.asarray(jax.nn.log_softmax(logits.astype(np.float32)))
-        token = int(logprobs.argmax())
+    assert [entry.token for entry in content] == [service.tokenizer.decode([token]) for token in made]
+    for entry, token, row in zip(content, made, logprobs, strict=True):
         # float32 through two programs that add in different orders.
-        assert entry.logprob == pytest.approx(float(logprobs[token]), abs=2e-4)
-        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(
-            np.sort(logprobs)[:-4:-1].tolist(), abs=2e-4
-        )
-        assert entry.token == entry.top_logprobs[0].token == service.tokenizer.decode([token]), step
-        prompt.append(token)
-    assert len(content) == 4
+        assert entry.logprob == pytest.approx(float(row[token]), abs=2e-4)
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(np.sort(row)[:-4:-1].tolist(), abs=2e-4)
+        assert entry.token == entry.top_logprobs[0].token
     texts = client.completions.create(model=BASE, prompt="Hi", max_tokens=3, temperature=0, logprobs=2).choices[0]
     assert "".join(texts.logprobs.tokens) == texts.text
     assert texts.logprobs.text_offset == [0, len(texts.logprobs.tokens[0]), len("".join(texts.logprobs.tokens[:2]))]
@@ -150,7 +148,7 @@ def test_errors_are_the_client_s_own(client):
     with pytest.raises(openai.NotFoundError) as error:
         client.chat.completions.create(model="gpt-4o", messages=USER)
     assert (error.value.code, error.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.BadRequestError, match="context_length_exceeded"):
+    with pytest.raises(openai.BadRequestError, match="together they may have 160"):
         client.chat.completions.create(model=BASE, messages=USER, max_tokens=1000)
     with pytest.raises(openai.BadRequestError, match="tools: can't be used with this server"):
         client.chat.completions.create(
@@ -196,4 +194,21 @@ def test_clients_that_leave_free_their_places(service, client):
         time.sleep(0.01)
     assert (stats.slots_in_use, stats.queued, stats.positions_in_use) == (0, 0, 0)
     assert stats.requests["cancelled"] >= 1
-    assert stats.compilations_since_start == 0
+
+
+def test_what_the_server_prints_of_itself_works(url, wanted, capfd):
+    """The lines for curl and Python, as they are printed when it starts, give the answer."""
+    import json
+    import shutil
+    import subprocess
+
+    from gemma_tune.cli.output import Output
+    from gemma_tune.cli.serve import _about, _say
+
+    _say(Output(False), _about("127.0.0.1", int(url.rsplit(":", 1)[1]), [TUNED, BASE], False), True)
+    lines = dict(line.split(maxsplit=1) for line in capfd.readouterr().out.splitlines() if line.startswith("  "))
+    reply = eval(lines["Python"].replace("…", json.dumps(USER[0])), {"openai": openai})
+    assert reply.choices[0].message.content.strip() == wanted[TUNED]
+    if shutil.which("curl"):
+        done = subprocess.run(["bash", "-c", lines["curl"]], capture_output=True, text=True)
+        assert json.loads(done.stdout)["choices"][0]["message"]["content"], done.stderr

@@ -147,6 +147,22 @@ def test_whatever_a_model_writes_is_shown_and_not_run(scripted, open_page):
 
 
 @pytest.mark.browser
+def test_no_text_takes_long_to_show(scripted, open_page):
+    """What a model may write when it goes astray: 8,000 times the same sign."""
+    opened = open_page(scripted().asgi)
+    for sign in ("*", "**", "`", "```\n", "[", "[a](", "> ", "#", "- ", "_ ", "*a", "**a", "`a ", "\n", "***", "* *"):
+        text = (sign * 8000)[:8000]
+        script = """async text => {
+            const { render } = await import("/page/markdown.js");
+            const started = performance.now();
+            const nodes = render(text);
+            return [performance.now() - started, nodes.map(node => node.textContent).join("").length];
+        }"""
+        milliseconds, _ = opened.locator("html").evaluate(script.replace("text =>", "(_, text) =>"), text)
+        assert milliseconds < 100, (sign, milliseconds)
+
+
+@pytest.mark.browser
 def test_stop_and_again_by_keyboard(scripted, open_page):
     from playwright.sync_api import expect
 
