@@ -2,17 +2,22 @@
 fast.
 
 A decoding step multiplies one token of each row with every weight, so that its time is that of reading them. Measured
-on two cores with a [65,536, 640] matrix, in GB/s of weights:
+on one core with a [65,536, 640] matrix, in GB/s of weights:
 
-- one row, float32: `x @ W.T` 25. int8: the same with the conversion inside, which XLA fuses into the product, 30; with
-  the matrix the other way round it is not fused, 0.5.
-- two to sixteen rows, float32: `W @ x.T` 19 to 25, `x @ W.T` 6 to 9. int8: blocks of 1,024 rows of W are made floats,
-  which stay in the cache, 6 to 9; all at once 0.8.
+- one row: `x @ W.T` 27 in float32; with int8 weights the conversion is fused into the product, 20, but only with
+  outputs as the first axis: the other way round it is 0.5. XLA computes it with one core, so the matrix is cut into
+  parts.
+- XLA also fuses what makes x into it, and then makes x anew for each few outputs: a feed-forward layer took three times
+  as long. `set_down` keeps it from that.
+- two to sixteen rows, float32: `W @ x.T` 19 to 25, `x @ W.T` 6 to 9. int8: blocks of up to 1,024 rows of W are made
+  floats, which stay in the processor's cache, 6 to 9; all at once 0.8.
 
 So weights are held [outputs, inputs] here. Other devices choose layouts by themselves.
 """
 
+import functools
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +28,8 @@ from gemma_tune.keras_runtime import keras, on_one_cpu
 from gemma_tune.models.qat import FakeQuantEinsumDense
 from gemma_tune.models.quantized import QuantizedEinsumDense, QuantizedEmbedding
 
-_BLOCK = 1024
+_MOST_ROWS = 1024
+_NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Matrix(NamedTuple):
@@ -36,30 +42,51 @@ class Matrix(NamedTuple):
     scales: Any = None
 
 
-def product(x: jax.Array, matrix: Matrix) -> jax.Array:
-    """Returns x [M, inputs] times the matrix: [M, outputs], in x's dtype."""
+def product(x: jax.Array, matrix: Matrix, one: jax.Array) -> jax.Array:
+    """Returns x [M, inputs] times the matrix: [M, outputs], in x's dtype.
+
+    Args:
+        x: Inputs.
+        matrix: Weights.
+        one: int32 1, which the compiler must not know.
+    """
     values, scales = matrix
     if x.shape[0] == 1:
-        outputs = x @ values.astype(x.dtype).T
+        outputs = _by_parts(set_down(x, one), values)
     elif values.dtype == jnp.int8:
         outputs = _by_blocks(x, values)
     else:
-        outputs = (values.astype(x.dtype) @ x.T).T
+        # Without the barrier XLA turns it into x @ values.T.
+        outputs = lax.optimization_barrier(values.astype(x.dtype) @ x.T).T
     return outputs if scales is None else (outputs * scales).astype(x.dtype)
 
 
+def set_down(x: jax.Array, one: jax.Array) -> jax.Array:
+    """Returns x, computed before it is used: XLA fuses nothing over the borders of a loop, once around though it is."""
+    return lax.fori_loop(0, one, lambda _, zeros: zeros + x, jnp.zeros_like(x))
+
+
+def _by_parts(x: jax.Array, values: jax.Array) -> jax.Array:
+    num_parts = _NUM_CORES if values.shape[0] % _NUM_CORES == 0 else 1
+    size = values.shape[0] // num_parts
+    parts = [lax.slice_in_dim(values, index * size, (index + 1) * size) for index in range(num_parts)]
+    return jnp.concatenate(lax.optimization_barrier([x @ part.astype(x.dtype).T for part in parts]), axis=1)
+
+
 def _by_blocks(x: jax.Array, codes: jax.Array) -> jax.Array:
-    num_blocks, transposed = codes.shape[0] // _BLOCK, x.T
+    block, transposed = _block_size(codes.shape[0]), x.T
 
     def of_block(index: Any) -> jax.Array:
-        return lax.dynamic_slice_in_dim(codes, index * _BLOCK, _BLOCK).astype(x.dtype) @ transposed
+        return lax.dynamic_slice_in_dim(codes, index * block, block).astype(x.dtype) @ transposed
 
-    parts = []
-    if num_blocks:
-        parts.append(lax.map(of_block, jnp.arange(num_blocks)).reshape(num_blocks * _BLOCK, -1))
-    if codes.shape[0] % _BLOCK:
-        parts.append(codes[num_blocks * _BLOCK :].astype(x.dtype) @ transposed)
-    return jnp.concatenate(parts).T
+    outputs = lax.map(of_block, jnp.arange(codes.shape[0] // block))
+    return lax.optimization_barrier(outputs.reshape(codes.shape[0], -1)).T
+
+
+@functools.cache
+def _block_size(num_rows: int) -> int:
+    """Returns the largest divisor that makes two blocks at least: of a single one XLA makes no loop."""
+    return next(size for size in range(min(_MOST_ROWS, max(num_rows // 2, 1)), 0, -1) if num_rows % size == 0)
 
 
 def matrix_of(layer: Any, kernel: Any) -> Matrix | None:
@@ -100,11 +127,11 @@ def head_of(embedding: Any, rows: Any) -> Matrix | None:
     return Matrix(rows) if embedding.quantization_mode is None else None
 
 
-def apply(equation: str, kernel_shape: tuple[int, ...], x: jax.Array, matrix: Matrix) -> jax.Array:
+def apply(equation: str, kernel_shape: tuple[int, ...], x: jax.Array, matrix: Matrix, one: jax.Array) -> jax.Array:
     """Returns what a layer with this equation and kernel returns for x [B, L, …], without bias and activation."""
     _, axes, outputs = equation.replace("->", ",").split(",")
     sizes = [size for size, axis in zip(kernel_shape, axes, strict=True) if axis in outputs]
-    return product(x.reshape(-1, matrix.values.shape[1]), matrix).reshape(*x.shape[:2], *sizes)
+    return product(x.reshape(-1, matrix.values.shape[1]), matrix, one).reshape(*x.shape[:2], *sizes)
 
 
 def _is_known(equation: str) -> bool:

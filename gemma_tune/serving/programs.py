@@ -159,7 +159,7 @@ class Programs:
     def _decode_fn(self, arrays: Arrays, cache: list[LayerCache], seen: Any, rows: Rows) -> tuple[Any, Any, Made]:
         seen = seen.at[rows.slots, rows.tokens].set(True)
         with self._running(arrays, cache, Place(rows.starts, rows.positions, self._lengths), rows.adapters) as updated:
-            logits = self._logits(arrays.head, self._hidden(rows.tokens[:, None])[:, 0])
+            logits = self._logits(arrays.head, self._hidden(rows.tokens[:, None])[:, 0], _one(rows.starts))
         penalized = jnp.any(rows.sampling.repetition_penalty != 1)
         seen_here = lax.cond(penalized, lambda: seen[rows.slots], lambda: jnp.zeros(logits.shape, bool))
         tokens = sample(logits, rows.sampling, seen_here)
@@ -171,12 +171,12 @@ class Programs:
         positions = jnp.zeros(token_ids.shape, jnp.int32)  # Given to the rotation by `attention_to`.
         return hidden_states(self._model.backbone, token_ids, ones, positions)
 
-    def _logits(self, head: Matrix | None, hidden: jax.Array) -> jax.Array:
+    def _logits(self, head: Matrix | None, hidden: jax.Array, one: jax.Array) -> jax.Array:
         """Returns [B, V] float32 of hidden states [B, D]."""
         embedding = self._model.backbone.token_embedding
         if head is None:
             return embedding(hidden[:, None], reverse=True)[:, 0].astype(jnp.float32)
-        logits = product(hidden.astype(embedding.reverse_dtype or embedding.compute_dtype), head)
+        logits = product(hidden.astype(embedding.reverse_dtype or embedding.compute_dtype), head, one)
         if embedding.logit_soft_cap:
             logits = embedding.logit_soft_cap * jnp.tanh(logits / embedding.logit_soft_cap)
         return logits.astype(jnp.float32)
@@ -184,8 +184,9 @@ class Programs:
     @contextlib.contextmanager
     def _running(self, arrays: Arrays, cache: list[LayerCache], place: Place, adapters: Any) -> Iterator[list]:
         """Within it, the backbone computes with `arrays`; yields the cache that it leaves."""
+        one = _one(place.starts)
         swaps = [
-            (layer, _row_call(layer, arrays.matrices.get(path), arrays.factors.get(path), adapters))
+            (layer, _row_call(layer, arrays.matrices.get(path), arrays.factors.get(path), adapters, one))
             for path, layer in self._layers.items()
             if path in arrays.matrices or path in arrays.factors
         ]
@@ -215,13 +216,13 @@ def _called_layers(model: keras.Model) -> dict[str, Any]:
     return called
 
 
-def _row_call(layer: Any, matrix: Matrix | None, factors: Factors | None, adapters: Any) -> Callable:
+def _row_call(layer: Any, matrix: Matrix | None, factors: Factors | None, adapters: Any, one: Any) -> Callable:
     """What a linear layer computes for rows of several adapters."""
 
     def call(inputs: Any, training: Any = None) -> Any:
         del training
         if matrix is not None:
-            outputs = apply(layer.equation, _kernel_shape(layer), inputs, matrix)
+            outputs = apply(layer.equation, _kernel_shape(layer), inputs, matrix, one)
         elif isinstance(layer, QuantizedEinsumDense):
             quantized, shape = layer.quantized(), layer._float_kernel.shape
             outputs = quantized_product(layer.equation, shape, layer.scheme.rounds_inputs, inputs, quantized)
@@ -265,6 +266,11 @@ def _arrays_of(model: keras.Model, layers: dict[str, Any], factors: dict[str, Fa
 def _is_elsewhere(path: str, layers: dict[str, Any], matrices: dict[str, Matrix]) -> bool:
     layer = path.rsplit("/", 1)[0]
     return layer in matrices and layer in layers and not path.endswith("/bias")
+
+
+def _one(starts: jax.Array) -> jax.Array:
+    """Returns 1 in a way that the compiler can't see."""
+    return (starts[0] >= 0).astype(jnp.int32)
 
 
 def _no_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:

