@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from benchmarks.serving_load import Server
+from benchmarks.server import Server
 
 _MODEL = flags.DEFINE_string("model", "runs/quickstart", "The workdir of a run, or another model.")
 _QUESTION = flags.DEFINE_string("question", "What is the simplest way to transfer data from an old phone?", "To ask.")

@@ -10,16 +10,12 @@ nothing was compiled; memory has not grown by more than 5 % since a quarter of t
 
 import asyncio
 import json
-import os
 import random
 import re
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import app, flags
@@ -27,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
+from benchmarks.server import Server
 
 _MODEL = flags.DEFINE_string("model", "tiny", "The model that is served.")
 _NUM_REQUESTS = flags.DEFINE_integer("num_requests", 1000, "Requests in all.", lower_bound=20)
@@ -49,34 +46,6 @@ class Outcome(NamedTuple):
     seconds: float
     first_token_seconds: float = 0.0
     num_tokens: int = 0
-
-
-class Server:
-    """`gemma-tune serve` as a process of its own. Use as a context manager."""
-
-    def __init__(self, model: str, *arguments: str):
-        command = [sys.executable, "-m", "gemma_tune", "serve", f"--model={model}", "--port=0", "--json"]
-        command += arguments
-        environment = {"JAX_PLATFORMS": "cpu", **os.environ}
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-
-    def __enter__(self) -> "Server":
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.startswith("{"):
-            raise SystemExit(f"The server ended with exit code {self._process.wait()}; its last words are above.")
-        about = json.loads(line)
-        self.url, self.models, self.model = about["url"], about["models"], about["models"][0]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait()
-
-    @property
-    def memory_bytes(self) -> int:
-        """Memory that the process holds now."""
-        return int(Path(f"/proc/{self._process.pid}/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
 
 
 def bodies(model: str, max_tokens: int) -> list[dict[str, Any]]:

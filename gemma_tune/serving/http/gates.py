@@ -1,9 +1,10 @@
 """What a request must get past before anything reads it: the name it asks for, its key, its length, its time.
 
-ASGI middleware, so that a body is not even received from who may not send it.
+ASGI middleware, so that a body is neither kept nor read from who may not send it.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from gemma_tune.errors import ConfigError
 from gemma_tune.serving.http.errors import ApiError
 
 _SECONDS_FOR_A_BODY = 30.0
+_FORGOTTEN_BODIES = 10  # As long as so many of the longest that is let in.
 
 
 def read_keys(path: str | Path) -> tuple[str, ...]:
@@ -61,6 +63,7 @@ class Gates:
             return
         headers = Headers(scope=scope)
         if error := self._reason(scope, headers):
+            await self._forget(receive)
             await error.response()(scope, receive, send)
             return
         await self._app(scope, self._limited(receive), send)
@@ -81,6 +84,19 @@ class Gates:
         if not length.isdecimal() or int(length[:20]) > self._max_body_bytes:
             return ApiError(413, self._too_long, code="body_too_large", headers={"Connection": "close"})
         return None
+
+    async def _forget(self, receive: Receive) -> None:
+        """Receives the rest of a body that isn't wanted, as far as it is not absurd: a client that still sends
+        when the connection is closed would not see the reply.
+        """
+        received = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SECONDS_FOR_A_BODY):
+                while received < _FORGOTTEN_BODIES * self._max_body_bytes:
+                    message = await receive()
+                    received += len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
 
     def _is_open(self, path: str) -> bool:
         return path in self._open_paths or any(
@@ -111,6 +127,8 @@ class Gates:
             received += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if received > self._max_body_bytes:
+                if not is_whole:
+                    await self._forget(receive)
                 raise HTTPException(413, self._too_long.rstrip("."), headers={"Connection": "close"})
             return message
 

@@ -124,6 +124,11 @@ _ERRORS = {
     503: "The server is shutting down",
     504: "The answer took too long",
 }
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "JSON of a piece or an error; [DONE] at the end."}},
+    "required": ["data"],
+}
 
 
 def documented(*statuses: int, events: bool = False) -> dict[int | str, dict[str, Any]]:
@@ -132,5 +137,5 @@ def documented(*statuses: int, events: bool = False) -> dict[int | str, dict[str
         status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses
     }
     if events:
-        found[200] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+        found[200] = {"content": {"text/event-stream": {"schema": _EVENT}}}
     return found

@@ -4,8 +4,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 OPERATIONS = [
-    ("POST", "/v1/chat/completions", 150),
-    ("POST", "/v1/completions", 150),
+    ("POST", "/v1/chat/completions", 300),
+    ("POST", "/v1/completions", 300),
     ("POST", "/feedback", 80),
     ("GET", "/v1/models", 5),
     ("GET", "/v1/models/{name}", 40),

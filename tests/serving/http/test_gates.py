@@ -105,6 +105,19 @@ def test_a_body_that_is_too_long_is_413_whether_or_not_it_says_so(scripted):
     assert not client.engine.asked
 
 
+def test_a_client_that_sends_much_too_much_still_sees_why_it_is_refused(scripted, listen):
+    """Over a real connection, where closing it while the client sends would lose the reply."""
+    import httpx2
+
+    body, headers = b"x" * 5_000_000, {"content-type": "application/json"}
+    for status, client in ((413, scripted()), (401, scripted(keys=["k"]))):
+        with listen(client.asgi) as url:
+            for _ in range(5):
+                assert httpx2.post(f"{url}{CHAT}", content=body, headers=headers).status_code == status
+                pieces = (body[i : i + 100_000] for i in range(0, len(body), 100_000))
+                assert httpx2.post(f"{url}{CHAT}", content=pieces, headers=headers).status_code == status
+
+
 def test_a_body_that_does_not_come_is_408(scripted, listen, monkeypatch):
     import socket
 
