@@ -68,8 +68,8 @@ def learn(model: str, scheme: str, block_size: int, steps: int, rank: int, point
     after = setup.evaluate(state.trainable)["loss"]
     assert point is not None
     assign(setup.model, state.trainable)  # The step took over the model's own buffers.
-    loss_of_hidden = make_loss_of_hidden(setup.model, setup.batches.most_targets)
-    gradients, _ = Blockwise(setup.model, "blocks").make_gradients(loss_of_hidden)(
+    most = setup.batches.most_targets
+    gradients, _ = Blockwise(setup.model, "blocks").make_gradients({most: make_loss_of_hidden(setup.model, most)})(
         {path: jax.numpy.asarray(value) for path, value in point.items()}, setup.frozen, None, setup.batches[0]
     )
     return Learnt(point, {path: np.asarray(value) for path, value in gradients.items()}, before, after)

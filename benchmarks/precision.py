@@ -61,7 +61,7 @@ def train(precision: str) -> dict[str, Any]:
     schedule = make_schedule("constant", _LEARNING_RATE.value, 10, len(batches))
     optimizer = make_optimizer("adamw", schedule, weight_decay=0.01, b1=0.9, b2=0.999, epsilon=1e-8, clip_norm=1.0)
     blockwise = Blockwise(model, "blocks") if program == "blocks" else None
-    step = make_train_step(model, optimizer, batches.most_targets, 1, blockwise)
+    step = make_train_step(model, optimizer, batches.target_sizes, 1, blockwise)
     frozen, state = parameters(model).frozen, init_state(model, optimizer, take_over=True)
     losses, seconds = [], []
     for index in range(len(batches)):

@@ -15,12 +15,8 @@ from safetensors.numpy import load_file
 
 from gemma_tune.cli.main import run as run_here
 
-FEW = (
-    "--model=tiny", "--max_length=64", "--batch_size=8", "--learning_rate=0.005", "--config.training.num_train_steps=10",
-    "--config.training.checkpoint_every_steps=2", "--config.training.eval_every_steps=5",
-    "--config.training.num_sample_answers=1", "--config.training.num_scored_answers=1",
-    "--config.generation.max_new_tokens=2", "--config.training.program=whole",
-)  # fmt: skip
+FEW = (f"--config={Path(__file__).parents[1] / 'configs/two_processes.py'}",)
+ALONE = (*FEW, "--mesh=")
 WORKER = Path(__file__).parent / "mesh/rows_worker.py"
 
 
@@ -74,7 +70,7 @@ def losses(workdir):
 def alone(tmp_path_factory):
     """The same run by one process, on one device."""
     workdir = tmp_path_factory.mktemp("alone") / "w"
-    assert run_here(["train", *FEW, f"--workdir={workdir}"]) == 0
+    assert run_here(["train", *ALONE, f"--workdir={workdir}"]) == 0
     return workdir
 
 
@@ -138,7 +134,7 @@ def test_a_signal_to_one_stops_all_and_one_process_goes_on(tmp_path, alone):
     started[1].send_signal(signal.SIGTERM)
     assert wait(started) == [143, 143]
     assert "and saved. Run the same command again to go on." in said(tmp_path, 0)
-    assert run_here(["train", *FEW, f"--workdir={tmp_path / 'w'}"]) == 0
+    assert run_here(["train", *ALONE, f"--workdir={tmp_path / 'w'}"]) == 0
     assert_same(tmp_path / "w", alone)
 
 
@@ -167,5 +163,5 @@ def test_written_wrongly(tmp_path, capfd, text, message):
 
 
 def test_it_needs_a_mesh(tmp_path, capfd):
-    assert run_here(["train", *FEW, f"--workdir={tmp_path / 'w'}", "--distributed=auto"]) == 2
+    assert run_here(["train", *ALONE, f"--workdir={tmp_path / 'w'}", "--distributed=auto"]) == 2
     assert "--distributed needs --mesh=auto" in capfd.readouterr().err

@@ -73,7 +73,7 @@ def train(model: keras.Model, batches: TrainingBatches, todo: Job, blockwise: Bl
     evaluate = make_eval_step(model, batches.most_targets, blockwise)
     sums = [evaluate(groups.trainable, groups.frozen, batches[index]) for index in range(len(batches))]
     loss = float(sum(s.loss_sum for s in sums) / sum(s.weight_sum for s in sums))
-    step = make_train_step(model, optimizer, batches.most_targets, 1, blockwise)
+    step = make_train_step(model, optimizer, batches.target_sizes, 1, blockwise)
     state = init_state(model, optimizer, take_over=True, guarded=True)
     frozen = groups.frozen
     del groups

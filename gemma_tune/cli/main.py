@@ -20,6 +20,7 @@ VERBS = {
     "quickstart": "Fine-tune a real Gemma on the shipped support data and see the difference.",
     "doctor": "Check this machine: devices, memory, packages, tokens.",
     "models": "List the Gemma models, and which fit into your memory.",
+    "plan": "Predict memory, time and cost of a run on devices that you don't have yet.",
     "data": "Look at a data set: rendered examples, lengths, what is dropped and why.",
     "train": "Fine-tune a model.",
     "eval": "Compare base and tuned model on held-out data.",

@@ -118,7 +118,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         seed=config.seed,
         num_epochs=training.num_epochs,
         num_train_steps=training.num_train_steps,
-        num_parts=num_parts * training.grad_accum_steps if layout else 1,
+        num_parts=num_parts * training.grad_accum_steps,
     )
     heldout = HeldoutBatches(data.heldout, training.batch_size, config.row_length, config.data.packing)
     schedule = make_schedule(
@@ -140,7 +140,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         train_step=make_train_step(
             model,
             optimizer,
-            batches.most_targets,
+            batches.target_sizes,
             training.grad_accum_steps,
             blockwise,
             training.loss_spike_factor,

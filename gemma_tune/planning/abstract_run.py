@@ -34,7 +34,7 @@ class AbstractRun(NamedTuple):
     """A run before its first step, without arrays.
 
     model: A CausalLM whose variables have no values. num_targets: Positions with a loss in the rows that go through a
-        device at a time. state, frozen, batch: What the step takes.
+        device at a time; target_share: of all. state, frozen, batch: What the step takes.
     """
 
     config: Config
@@ -42,6 +42,7 @@ class AbstractRun(NamedTuple):
     layout: Layout | None
     optimizer: optax.GradientTransformation
     num_targets: int
+    target_share: float
     state: Shapes
     frozen: Shapes
     batch: Shapes
@@ -52,7 +53,7 @@ class AbstractRun(NamedTuple):
         return sum(device_bytes(leaf) for leaf in jax.tree.leaves((self.state, self.frozen, self.batch)))
 
     def compiled_memory(self) -> StepMemory:
-        """Compiles the step, and returns what it takes on each device, as XLA counts it. The mesh must be of devices."""
+        """Compiles the step, and returns what it takes on each device, as XLA counts it. The mesh must have devices."""
         training = self.config.training
         step = make_train_step(
             self.model,
@@ -71,21 +72,21 @@ def abstract_run(config: Config, shape: MeshShape, target_share: float, mesh: Me
 
     Args:
         config: The run; `training.mesh` is not read.
-        shape: Parts along each axis of the mesh.
+        shape: Parts along each axis of the mesh; they cut the rows of a micro-batch evenly.
         target_share: Of all positions, those with a loss.
         mesh: Of devices; None: of none.
 
     Raises:
-        ModelError: The model's sizes aren't known, or the rows of a batch can't be cut as the mesh asks.
+        ModelError: The model's sizes aren't known.
     """
     training = config.training
     layout = None
     if shape.num_devices > 1:
         types = (AxisType.Auto,) * len(shape)
-        layout = Layout(mesh or AbstractMesh(tuple(shape), MeshShape._fields, axis_types=types))
+        places: Any = mesh or AbstractMesh(tuple(shape), MeshShape._fields, axis_types=types)
+        layout = Layout(places)
     model = _model(config, layout)
     rows_at_a_time = training.batch_size // training.grad_accum_steps // shape.num_row_shards
-    num_targets = max(1, round(target_share * rows_at_a_time * config.row_length))
     trainable, frozen = _parameters(model)
     optimizer = _optimizer(config)
     return AbstractRun(
@@ -93,11 +94,27 @@ def abstract_run(config: Config, shape: MeshShape, target_share: float, mesh: Me
         model=model,
         layout=layout,
         optimizer=optimizer,
-        num_targets=num_targets,
+        num_targets=_num_targets(target_share, rows_at_a_time * config.row_length),
+        target_share=target_share,
         state=_state(model, optimizer, trainable, layout),
         frozen=frozen,
         batch=_batch(training.batch_size, config.row_length, layout),
     )
+
+
+def with_batch_size(run: AbstractRun, batch_size: int) -> AbstractRun:
+    """Returns the same run with so many rows in a batch: a multiple of what its mesh and micro-batches cut it into."""
+    config = run.config.replace({"training.batch_size": batch_size})
+    parts = config.training.grad_accum_steps * (run.layout.shape.num_row_shards if run.layout else 1)
+    return run._replace(
+        config=config,
+        num_targets=_num_targets(run.target_share, batch_size // parts * config.row_length),
+        batch=_batch(batch_size, config.row_length, run.layout),
+    )
+
+
+def _num_targets(share: float, num_positions: int) -> int:
+    return max(1, round(share * num_positions))
 
 
 def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
@@ -162,8 +179,9 @@ def _placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
 
 def _batch(num_rows: int, row_length: int, layout: Layout | None) -> Batch:
     shape, place = (num_rows, row_length), layout.rows if layout else None
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
-    return Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place))
+    ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    return Batch(ids, ids, ids, ids, weights)
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:

@@ -20,7 +20,6 @@ class Hardware(NamedTuple):
             multiplies it by default: on TPU and in TensorFloat32 on GPUs that have it.
         memory_bytes, memory_bandwidth: And what it reads a second.
         link_bandwidth: Bytes a second that a chip sends to its neighbours.
-        chips_per_host: That are linked so; more hosts go by TPU's links too, but on GPUs by a network.
         dollars_per_hour: Of one chip, with its share of the host.
         share: Of `flops` that training is assumed to reach; calibrate it.
     """
@@ -41,10 +40,10 @@ _GIB, _TERA, _GIGA = 2.0**30, 1e12, 1e9
 HARDWARE = {
     hardware.name: hardware
     for hardware in (
-        Hardware("v4", 275 * _TERA, 275 * _TERA, 32 * _GIB, 1228 * _GIGA, 150 * _GIGA, 3.22, _TPU_SHARE),
+        Hardware("v4", 275 * _TERA, 275 * _TERA, 32 * _GIB, 1228 * _GIGA, 300 * _GIGA, 3.22, _TPU_SHARE),
         Hardware("v5e", 197 * _TERA, 197 * _TERA, 16 * _GIB, 819 * _GIGA, 200 * _GIGA, 1.20, _TPU_SHARE),
         Hardware("v5p", 459 * _TERA, 459 * _TERA, 95 * _GIB, 2765 * _GIGA, 600 * _GIGA, 4.20, _TPU_SHARE),
-        Hardware("v6e", 918 * _TERA, 918 * _TERA, 32 * _GIB, 1638 * _GIGA, 400 * _GIGA, 2.70, _TPU_SHARE),
+        Hardware("v6e", 918 * _TERA, 918 * _TERA, 32 * _GIB, 1638 * _GIGA, 448 * _GIGA, 2.70, _TPU_SHARE),
         Hardware("t4", 65 * _TERA, 8.1 * _TERA, 16 * _GIGA, 320 * _GIGA, 16 * _GIGA, 0.54, _GPU_SHARE),
         Hardware("l4", 121 * _TERA, 60 * _TERA, 24 * _GIGA, 300 * _GIGA, 32 * _GIGA, 0.71, _GPU_SHARE),
         Hardware("a100", 312 * _TERA, 156 * _TERA, 40 * _GIGA, 1555 * _GIGA, 300 * _GIGA, 3.67, _GPU_SHARE),

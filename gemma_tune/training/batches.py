@@ -25,7 +25,8 @@ class TrainingBatches:
         num_parts: Parts of a batch's rows, each of which goes through a device on its own.
 
     Attributes:
-        most_targets: Largest number of positions to score in any part of any batch of the run.
+        target_sizes: Largest number of positions to score in any part of any batch of the run, last; before it, what a
+            third and two thirds of the parts don't exceed.
     """
 
     def __init__(
@@ -46,7 +47,12 @@ class TrainingBatches:
         self._epoch, self._rows = -1, Rows(np.empty(0, np.int64), np.zeros(1, np.int64))
         self.steps_per_epoch = -(-self._plan.num_rows // batch_size)  # Each epoch begins a new batch.
         self.num_steps = num_train_steps or num_epochs * self.steps_per_epoch
-        self.most_targets = self._most_targets(batch_size // num_parts)
+        self.target_sizes = self._target_sizes(batch_size // num_parts)
+
+    @property
+    def most_targets(self) -> int:
+        """Returns the largest number of positions to score in any part of any batch of the run."""
+        return self.target_sizes[-1]
 
     def __len__(self) -> int:
         return self.num_steps
@@ -75,15 +81,18 @@ class TrainingBatches:
             self._epoch, self._rows = epoch, self._plan.rows(epoch)
         return self._rows
 
-    def _most_targets(self, num_rows: int) -> int:
-        most = 0
+    def _target_sizes(self, num_rows: int) -> tuple[int, ...]:
+        most, usual = 0, np.empty(0)
         for first_step in range(0, self.num_steps, self.steps_per_epoch):
             rows = self._epoch_rows(first_step // self.steps_per_epoch)
             per_row = np.zeros(self.steps_per_epoch * self.batch_size, np.int64)
             per_row[: len(rows)] = rows.sums(self._examples.counts.num_targets)
             per_batch = per_row.reshape(-1, self.batch_size // num_rows, num_rows).sum(axis=2)
-            most = max(most, int(per_batch[: self.num_steps - first_step].max()))
-        return most
+            per_batch = per_batch[: self.num_steps - first_step]
+            most = max(most, int(per_batch.max()))
+            if not first_step:
+                usual = np.quantile(per_batch, (1 / 3, 2 / 3), method="higher")
+        return tuple(sorted({most, *(int(size) for size in usual if size > 0)}))
 
 
 class HeldoutBatches(Sequence[Batch]):

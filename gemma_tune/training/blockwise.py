@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_tune.data import Batch
 from gemma_tune.keras_runtime import keras
@@ -31,6 +32,7 @@ from gemma_tune.training.losses import LossSums
 
 Arrays = list[jax.Array]
 LossOfHidden = Callable[[Params, Params, jax.Array, Batch], LossSums]
+LossesOfHidden = dict[int, LossOfHidden]  # Most positions with a loss -> for batches that have no more of them.
 
 
 class _Forward(NamedTuple):
@@ -46,9 +48,14 @@ class _Forward(NamedTuple):
 
 
 class _Backward(NamedTuple):
-    """Compiled for one shape of batch. begin is None where nothing before the blocks is trained."""
+    """Compiled for one shape of batch. begin is None where nothing before the blocks is trained.
 
-    finish: Callable
+    finish: By the most positions with a loss; smaller ones are added when a batch first asks for them. of_finish: The
+        shapes of what they take.
+    """
+
+    finish: dict[int, Callable]
+    of_finish: tuple
     blocks: dict[int, Callable]
     begin: Callable | None
     temporary_bytes: int
@@ -91,9 +98,9 @@ class Blockwise:
 
         return loss
 
-    def make_gradients(self, loss_of_hidden: LossOfHidden) -> "BlockwiseGradients":
+    def make_gradients(self, losses_of_hidden: LossesOfHidden) -> "BlockwiseGradients":
         """Returns (trainable, frozen, scale, batch) -> (gradients of scale · loss_sum by path, LossSums)."""
-        return BlockwiseGradients(self, loss_of_hidden)
+        return BlockwiseGradients(self, losses_of_hidden)
 
     def _outer(self, params: Params) -> dict[str, jax.Array]:
         return {path: value for path, value in params.items() if path not in self._inside}
@@ -195,11 +202,12 @@ class Blockwise:
 class BlockwiseGradients:
     """Gradients by the programs of a `Blockwise`: (trainable, frozen, scale, batch) -> (by path, LossSums).
 
-    scale: [] float32, what the loss is multiplied with, or None.
+    scale: [] float32, what the loss is multiplied with, or None. Of the losses the smallest that holds a batch's
+    positions is taken: the head is most of a small Gemma's arithmetic, and reads padded positions too.
     """
 
-    def __init__(self, blockwise: Blockwise, loss_of_hidden: LossOfHidden):
-        self._of, self._loss_of_hidden = blockwise, loss_of_hidden
+    def __init__(self, blockwise: Blockwise, losses_of_hidden: LossesOfHidden):
+        self._of, self._losses_of_hidden = blockwise, dict(sorted(losses_of_hidden.items()))
         self._backward = OncePerShape("train_step", self._compile, keeps_memory=True)
 
     def __call__(
@@ -214,7 +222,7 @@ class BlockwiseGradients:
         for index, kind in enumerate(of._kinds):
             before, (x, kept) = x, forward.blocks[kind](*of._of_block(index, trainable, frozen), x, named)
             saved.append((before, kept))
-        (_, sums), (gradients, gradient) = backward.finish(*outer, x, scale, batch)
+        (_, sums), (gradients, gradient) = self._finish(backward, batch)(*outer, x, scale, batch)
         del x
         for index, kind in reversed(list(enumerate(of._kinds))):
             before, kept = saved.pop()
@@ -243,14 +251,8 @@ class BlockwiseGradients:
         forward = of._forward(trainable, frozen, batch)
         outer = of._outer(trainable), of._outer(frozen)
 
-        def loss_and_sums(
-            trainable: Params, frozen: Params, x: jax.Array, scale: jax.Array | None, batch: Batch
-        ) -> tuple[Any, LossSums]:
-            sums = of._finish_fn(self._loss_of_hidden, trainable, frozen, x, batch)
-            return sums.loss_sum if scale is None else sums.loss_sum * scale, sums
-
-        finish_fn = jax.value_and_grad(loss_and_sums, argnums=(0, 2), has_aux=True)
-        finish = jax.jit(finish_fn).trace(*outer, forward.x, scale, batch)
+        of_finish = (*outer, forward.x, scale, batch)
+        finish = self._trace_finish(self._most_targets, of_finish)
         of_outer, gradient = finish.out_info[1]
         blocks = {}
         for kind, kept in forward.kept.items():
@@ -263,4 +265,27 @@ class BlockwiseGradients:
         memories = [memory_of(program) for program in jax.tree.leaves((forward.blocks, finish, blocks, begin))]
         held = sum(num_bytes((forward.x, forward.kept[kind])) for kind in of._kinds) + num_bytes(trainable)
         most = max(memory.total_bytes - memory.argument_bytes for memory in memories)
-        return _Backward(finish, blocks, begin, held + most)
+        of_finish = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), of_finish)
+        return _Backward({self._most_targets: finish}, of_finish, blocks, begin, held + most)
+
+    def _finish(self, backward: _Backward, batch: Batch) -> Callable:
+        """Returns the end of the forward pass for a batch: of the programs that are wide enough, the narrowest."""
+        count = np.count_nonzero(batch.loss_weights)
+        size = next((size for size in self._losses_of_hidden if size >= count), None)
+        assert size is not None, f"a batch has {count} positions with a loss, and was to have {self._most_targets}"
+        if size not in backward.finish:
+            backward.finish[size] = self._trace_finish(size, backward.of_finish).lower().compile()
+        return backward.finish[size]
+
+    @property
+    def _most_targets(self) -> int:
+        return max(self._losses_of_hidden)
+
+    def _trace_finish(self, size: int, inputs: tuple) -> Any:
+        def loss_and_sums(
+            trainable: Params, frozen: Params, x: jax.Array, scale: jax.Array | None, batch: Batch
+        ) -> tuple[Any, LossSums]:
+            sums = self._of._finish_fn(self._losses_of_hidden[size], trainable, frozen, x, batch)
+            return sums.loss_sum if scale is None else sums.loss_sum * scale, sums
+
+        return jax.jit(jax.value_and_grad(loss_and_sums, argnums=(0, 2), has_aux=True)).trace(*inputs)

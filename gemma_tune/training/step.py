@@ -1,7 +1,7 @@
 """The training and evaluation steps: pure functions of state, frozen weights and batch, compiled once."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -88,7 +88,7 @@ def make_loss_of_hidden(
 def make_train_step(
     model: keras.Model,
     optimizer: optax.GradientTransformation,
-    num_targets: int,
+    num_targets: int | Sequence[int],
     grad_accum_steps: int,
     blockwise: Blockwise | None = None,
     spike_factor: float = 0.0,
@@ -99,7 +99,8 @@ def make_train_step(
     Args:
         model: A CausalLM.
         optimizer: From `make_optimizer`.
-        num_targets: Most positions with a weight in any batch; on a mesh, in the part of one device.
+        num_targets: Most positions with a weight in any micro-batch; on a mesh, in the part of one device. Of several
+            numbers, the largest is that; with `blockwise`, a micro-batch takes the smallest that holds it.
         grad_accum_steps: Micro-batches in a batch.
         blockwise: Computes by one program for each kind of decoder block; None by one for the whole step.
         spike_factor: With a guard in the state, a loss so many times the usual one is bad; 0: only one that is no
@@ -109,12 +110,13 @@ def make_train_step(
     Gradients of the summed loss are added up over the micro-batches and divided once by all their weights: with unequal
     token counts the mean of means would be another number.
     """
-    num_summed = num_targets * (layout.shape.num_row_shards if layout else 1)
+    sizes = [num_targets] if isinstance(num_targets, int) else num_targets
+    num_summed = max(sizes) * grad_accum_steps * (layout.shape.num_row_shards if layout else 1)
     update = make_update(optimizer, num_summed, spike_factor)
     if blockwise:
-        gradients = blockwise.make_gradients(make_loss_of_hidden(model, num_targets))
-        return BlockwiseTrainStep(gradients, update, num_targets, grad_accum_steps)
-    loss_fn = make_loss_fn(model, num_targets, layout)
+        gradients = blockwise.make_gradients({size: make_loss_of_hidden(model, size) for size in sizes})
+        return BlockwiseTrainStep(gradients, update, num_summed, grad_accum_steps)
+    loss_fn = make_loss_fn(model, max(sizes), layout)
 
     def sum_gradients(trainable: Params, frozen: Params, batch: Batch, scale: Any) -> tuple[dict, LossSums]:
         def loss_and_sums(trainable: Params, micro: Batch):
@@ -163,7 +165,7 @@ def make_update(optimizer: optax.GradientTransformation, num_targets: int, spike
         grad_norm = optax.tree.norm(grads) * scale
         grads = {path: gradient * scale for path, gradient in grads.items()}
 
-        def updated(trainable: Params, opt_state: Any, grads: Params) -> tuple[Params, Any]:
+        def updated(trainable: Params, opt_state: Any, grads: Params) -> tuple[dict[str, jax.Array], Any]:
             masters = as_float32(trainable)
             updates, opt_state = optimizer.update(grads, opt_state, masters, grad_norm=grad_norm)
             updated = optax.apply_updates(masters, updates)

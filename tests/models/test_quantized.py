@@ -96,7 +96,8 @@ def test_blockwise_is_the_whole_program(grid, rng):
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (40, 20, 30), 3, 64))
     loss_fn = make_loss_fn(model, num_targets(batch))
     wanted = jax.jit(jax.grad(lambda t: loss_fn(t, frozen, batch).loss_sum))(factors)
-    gradients = Blockwise(model, "none").make_gradients(make_loss_of_hidden(model, num_targets(batch)))
+    count = num_targets(batch)
+    gradients = Blockwise(model, "none").make_gradients({count: make_loss_of_hidden(model, count)})
     for path, gradient in gradients(factors, frozen, None, batch)[0].items():
         np.testing.assert_allclose(gradient, wanted[path], atol=1e-4 * np.abs(wanted[path]).max(), err_msg=path)
 

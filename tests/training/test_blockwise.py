@@ -67,6 +67,24 @@ def test_accumulation_is_the_same(tiny, rng):
     assert_same(*both_steps(model, batch, "blocks", grad_accum_steps=2))
 
 
+def test_a_batch_with_few_targets_takes_a_smaller_head(tiny, rng):
+    """Padded positions of the head have no loss: with fewer of them the step is the same, with the largest bit for bit."""
+    model, trainable, _ = lora_model(tiny, "gemma3", rng)
+    for variable in model.backbone.trainable_variables:
+        variable.assign(trainable[variable.path])
+    batch, optimizer, blockwise = random_batch(rng), sgd(), Blockwise(model, "blocks")
+    count, frozen = num_targets(batch), parameters(model).frozen
+    padded, sized, exact = (
+        make_train_step(model, optimizer, sizes, 1, blockwise)(init_state(model, optimizer), frozen, batch)
+        for sizes in (count + 50, (count // 2, count, count + 50), count)
+    )
+    assert_same(padded, sized)
+    for path, value in exact[0].trainable.items():
+        np.testing.assert_array_equal(sized[0].trainable[path], value)
+    with pytest.raises(AssertionError, match=f"has {count} positions"):
+        make_train_step(model, optimizer, count - 1, 1, blockwise)(init_state(model, optimizer), frozen, batch)
+
+
 def test_the_held_out_loss_is_the_same(tiny, rng):
     model, batch = tiny("gemma2"), random_batch(rng)
     groups = parameters(model)
