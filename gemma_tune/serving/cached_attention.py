@@ -134,7 +134,7 @@ def _attend_within(length: int, shape: AttentionShape, cache: LayerCache) -> Any
         offset = jnp.maximum(first + num_new - length, 0)  # Not 0 with a window only.
         k, v = (lax.dynamic_slice_in_dim(each, start + offset, length) for each in cache)
         grouped = q.reshape(num_new, shape.num_kv_heads, groups, shape.head_width)
-        scores = jnp.einsum("tkgh,skh->kgts", grouped, k)
+        scores = _scores(grouped, k)
         if shape.soft_cap is not None:
             scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
         of_query, of_key = (first + jnp.arange(num_new))[:, None], (offset + jnp.arange(length))[None]
@@ -146,3 +146,13 @@ def _attend_within(length: int, shape: AttentionShape, cache: LayerCache) -> Any
         return outputs.reshape(num_new, shape.num_heads, shape.head_width)
 
     return attend_row
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Returns [K, G, T, length] of queries [T, K, G, H] and keys [length, K, H]."""
+    num_new, num_kv_heads, groups, _ = q.shape
+    if num_new > 1 or not on_one_cpu():
+        return jnp.einsum("tkgh,skh->kgts", q, k)
+    # Head by head, keys first: else XLA transposes all keys. The barrier keeps it from changing their order back.
+    heads = [lax.optimization_barrier(k[:, head] @ q[0, head].T).T for head in range(num_kv_heads)]
+    return jnp.stack(heads).reshape(num_kv_heads, groups, 1, -1)

@@ -367,8 +367,8 @@ class Engine:
 
 
 def _row_counts(most: int) -> tuple[int, ...]:
-    """Powers of two, and the most there can be."""
+    """One, four, and its doubles, up to the most there can be: two rows take about as long as four."""
     counts = [1]
     while counts[-1] < most:
-        counts.append(min(2 * counts[-1], most))
+        counts.append(min(max(2 * counts[-1], 4), most))
     return tuple(counts)

@@ -5,16 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_tune.serving.sampling import Sampling, sample
+from gemma_tune.serving.sampling import Sampling, first_largest, log_probabilities, rows_alike, sample
 
 LOGITS = jnp.log(jnp.asarray([0.4, 0.3, 0.15, 0.1, 0.05]))
 NUM_DRAWS = 20_000
+_sample = jax.jit(sample)
 
 
-def frequencies(sampling):
-    logits = jnp.broadcast_to(LOGITS, (NUM_DRAWS, 5))
-    drawn = np.asarray(sample(logits, sampling, jax.random.key(0)))
-    return np.bincount(drawn, minlength=5) / NUM_DRAWS
+def draw(logits, sampling, seen=None, seed=0):
+    seen = jnp.zeros(logits.shape, bool) if seen is None else seen
+    return np.asarray(_sample(logits, rows_alike(sampling, logits.shape[0], seed), seen))
+
+
+def frequencies(sampling, **named):
+    return np.bincount(draw(jnp.broadcast_to(LOGITS, (NUM_DRAWS, 5)), sampling, **named), minlength=5) / NUM_DRAWS
 
 
 def normalized(weights):
@@ -30,6 +34,8 @@ def normalized(weights):
         (Sampling(temperature=1.0, top_p=0.75), normalized([0.4, 0.3, 0.15, 0, 0])),
         (Sampling(temperature=1.0, top_p=0.39), [1, 0, 0, 0, 0]),
         (Sampling(temperature=1.0, top_k=4, top_p=0.8), normalized([0.4, 0.3, 0.15, 0, 0])),
+        (Sampling(temperature=1.0, min_p=0.3), normalized([0.4, 0.3, 0.15, 0, 0])),
+        (Sampling(temperature=1.0, top_k=4, min_p=0.5), normalized([0.4, 0.3, 0, 0, 0])),
         (Sampling(), [1, 0, 0, 0, 0]),
     ],
 )
@@ -38,6 +44,54 @@ def test_tokens_come_as_often_as_they_should(sampling, wanted):
     np.testing.assert_allclose(frequencies(sampling), wanted, atol=0.018)
 
 
+def test_a_large_vocabulary_is_drawn_from_as_a_small_one():
+    """Over the borders of blocks, most tokens impossible."""
+    logits = jnp.full((NUM_DRAWS, 1300), -jnp.inf).at[:, jnp.array([3, 600, 601, 1100, 1299])].set(LOGITS)
+    drawn = draw(logits, Sampling(temperature=1.0))
+    shares = [np.mean(drawn == token) for token in (3, 600, 601, 1100, 1299)]
+    np.testing.assert_allclose(shares, [0.4, 0.3, 0.15, 0.1, 0.05], atol=0.018)
+
+
 def test_rows_are_drawn_independently():
-    drawn = np.asarray(sample(jnp.zeros((64, 1000)), Sampling(temperature=1.0), jax.random.key(0)))
+    drawn = draw(jnp.zeros((64, 1000)), Sampling(temperature=1.0))
     assert len(set(drawn.tolist())) > 50
+
+
+def test_a_row_draws_the_same_in_any_company(rng):
+    """Its own settings, seed and index decide, not the rows beside it."""
+    logits = jnp.asarray(rng.standard_normal((6, 700)), jnp.float32)
+    settings = [
+        Sampling(1.0), Sampling(), Sampling(0.7, top_k=5), Sampling(1.2, top_p=0.8), Sampling(1.0, min_p=0.1),
+        Sampling(0.9, repetition_penalty=1.3),
+    ]  # fmt: skip
+    alone = [rows_alike(each, 1, seed=index, index=index) for index, each in enumerate(settings)]
+    together = jax.tree.map(lambda *rows: np.concatenate(rows), *alone)
+    seen = jnp.asarray(rng.random((6, 700)) < 0.5)
+    drawn = np.asarray(_sample(logits, together, seen))
+    for index, rows in enumerate(alone):
+        assert drawn[index] == np.asarray(_sample(logits[index : index + 1], rows, seen[index : index + 1]))[0]
+
+
+def test_seen_tokens_are_penalized_as_the_formula_says():
+    logits = jnp.asarray([[2.0, 1.9, -1.0, -1.1]])
+    assert draw(logits, Sampling(repetition_penalty=2.0), jnp.asarray([[True, False, False, False]]))[0] == 1
+    # Positive ones are divided, negative ones multiplied: exp(1), exp(1.9), exp(-2), exp(-1.1).
+    wanted = normalized(np.exp([1.0, 1.9, -2.0, -1.1]))
+    seen = jnp.broadcast_to(jnp.asarray([True, False, True, False]), (NUM_DRAWS, 4))
+    drawn = draw(jnp.broadcast_to(logits[0], (NUM_DRAWS, 4)), Sampling(1.0, repetition_penalty=2.0), seen)
+    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / NUM_DRAWS, wanted, atol=0.018)
+
+
+def test_first_largest_is_argmax(rng):
+    for width in (5, 512, 1300):
+        logits = rng.integers(0, 4, (7, width)).astype(np.float32)  # With many ties.
+        np.testing.assert_array_equal(first_largest(jnp.asarray(logits)), np.argmax(logits, axis=-1))
+
+
+def test_log_probabilities_are_those_of_softmax(rng):
+    logits = rng.standard_normal((3, 50)).astype(np.float32)
+    wanted = np.log(np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True))
+    found = log_probabilities(jnp.asarray(logits), jnp.asarray([4, 0, 49]))
+    np.testing.assert_allclose(found.chosen, wanted[[0, 1, 2], [4, 0, 49]], rtol=1e-5)
+    np.testing.assert_array_equal(found.top_ids, np.argsort(-logits, axis=-1)[:, :20])
+    np.testing.assert_allclose(found.top, -np.sort(-wanted, axis=-1)[:, :20], rtol=1e-5)
