@@ -2,15 +2,17 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
 
 from gemma_tune.cli import flags
 from gemma_tune.cli.output import Output
+from gemma_tune.config import Config
 
 USAGE = "--model=WORKDIR"
+_MOST_TOKENS = 2048  # Of a conversation and its next answer.
 DESCRIPTION = """A conversation in the terminal. The model sees all turns so far. /reset begins anew, /exit or Ctrl-D
 leaves; Ctrl-C stops an answer."""
 EXAMPLES = (
@@ -33,11 +35,12 @@ def run(
     config = flags.to_config(values, overrides)
     from gemma_tune.data import Turn
     from gemma_tune.models.load import load_configured
-    from gemma_tune.serving import stream
 
     console = output.console
     with console.status(f"Loading {config.model.source}…"):
         model = load_configured(config, values.adapter)
+    with console.status("Compiling…"):
+        fit, answer = _answering(model, config)
     console.print("Ask away. /reset begins anew, /exit leaves.", style="dim")
     beginning = [Turn("system", values.system)] if values.system else []
     turns = list(beginning)
@@ -47,9 +50,12 @@ def run(
             console.print("A new conversation.", style="dim")
             continue
         turns.append(Turn("user", line))
+        fitting = fit(turns)
+        if len(fitting) < len(turns):
+            console.print("The conversation is too long: its first turns are left out.", style="dim")
         pieces: list[str] = []
         try:
-            for piece in stream(model, turns, **dataclasses.asdict(config.generation), seed=config.seed + len(turns)):
+            for piece in answer(fitting, config.seed + len(turns)):
                 pieces.append(piece)
                 console.print(piece, end="", markup=False, soft_wrap=True)
         except KeyboardInterrupt:
@@ -59,6 +65,19 @@ def run(
     command = f"gemma-tune eval --model={config.model.source}"
     output.next(command)
     return {"turns": [turn._asdict() for turn in turns], "next": [command]}
+
+
+def _answering(model: Any, config: Config) -> tuple[Callable[[Any], Any], Callable[[Any, int], Iterator[str]]]:
+    """Returns what shortens turns to what fits, and what answers them with a seed."""
+    from gemma_tune.serving import stream
+    from gemma_tune.serving.conversation import Conversation
+    from gemma_tune.serving.sampling import Sampling
+
+    settings = dataclasses.asdict(config.generation)
+    if config.training.mesh:  # The engine computes on one device.
+        return lambda turns: turns, lambda turns, seed: stream(model, turns, **settings, seed=seed)
+    conversation = Conversation(model, _MOST_TOKENS, settings.pop("max_new_tokens"), Sampling(**settings))
+    return conversation.that_fit, conversation.answer
 
 
 def _read_line(output: Output) -> str | None:

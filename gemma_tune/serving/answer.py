@@ -1,8 +1,8 @@
 """One request under way: what was asked, how far its answer is, and what goes to the one who asked."""
 
+import queue
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gemma_tune.models.tokenizer import TextTokenizer
@@ -53,7 +53,6 @@ class Answer:
         self.region: Region | None = None
         self.last_token = request.prompt_ids[-1]
         self.finish_reason = ""
-        self.asked_at = time.monotonic()
         self._deliver, self._tokenizer = deliver, tokenizer
         self._stop_ids = frozenset(request.stop_ids)
         self._text = TextStream(tokenizer.decode, request.stop_strings)
@@ -107,3 +106,17 @@ class Answer:
 
     def _logprob(self, token: int, logprob: float) -> TokenLogprob:
         return TokenLogprob(int(token), self._tokenizer.decode([int(token)]), float(logprob))
+
+
+def pieces_of(submit: Callable[[Request, Deliver], Handle], request: Request) -> Iterator[Piece]:
+    """Yields the pieces of one answer as they come. Leaving the iterator cancels it."""
+    pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+    handle = submit(request, pieces.put)
+    try:
+        while True:
+            piece = pieces.get()
+            yield piece
+            if piece.finish_reason:
+                return
+    finally:
+        handle.cancel()

@@ -11,57 +11,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from gemma_tune.config_checks import MOST_CANDIDATES
 from gemma_tune.data import ChatTemplate, template_for
-from gemma_tune.errors import ConfigError, EngineClosed, EngineFull, did_you_mean
-from gemma_tune.keras_runtime import jax, keras
+from gemma_tune.errors import ConfigError, EngineClosed, EngineFull
+from gemma_tune.keras_runtime import keras
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import check_text_only
+from gemma_tune.models.sharding import layout_of
 from gemma_tune.models.tokenizer import tokenizer_of
 from gemma_tune.serving.adapters import stacked_factors
-from gemma_tune.serving.answer import Answer, Deliver, Handle
+from gemma_tune.serving.answer import Answer, Deliver, Handle, pieces_of
+from gemma_tune.serving.limits import check_request
 from gemma_tune.serving.programs import CHUNK, Programs, Rows
 from gemma_tune.serving.regions import Regions
 from gemma_tune.serving.request import BASE, Piece, Request
-from gemma_tune.serving.sampling import MOST_LOGPROBS
+from gemma_tune.serving.stats import EngineStats, num_compilations
 
 _PROMPT_TOKENS_A_STEP = 4 * CHUNK  # So that a long prompt holds the answers under way up for so long and no longer.
-_num_compilations = 0
-
-
-def _count_compilation(event: str, duration_secs: float, **kwargs: str | int) -> None:
-    global _num_compilations
-    _num_compilations += event == "/jax/core/compile/backend_compile_duration"
-
-
-jax.monitoring.register_event_duration_secs_listener(_count_compilation)
-
-
-class EngineStats(NamedTuple):
-    """What the engine is doing, and has done since it was made.
-
-    slots, slots_in_use: Requests that can be, and are being, answered at once. queued: Requests that wait.
-    positions, positions_in_use: Of the cache. requests: Finish reason -> how many. prompt_tokens: Asked with.
-    reused_tokens: Of these, those whose keys and values were there already. generated_tokens: Made. steps: Of all
-    answers under way together. seconds_computing: In steps and prompts. compilations_since_start: In this process.
-    """
-
-    slots: int
-    slots_in_use: int
-    queued: int
-    positions: int
-    positions_in_use: int
-    requests: dict[str, int]
-    prompt_tokens: int
-    reused_tokens: int
-    generated_tokens: int
-    steps: int
-    seconds_computing: float
-    compilations_since_start: int
 
 
 class Engine:
@@ -100,6 +68,8 @@ class Engine:
         if BASE in adapters:
             raise ConfigError("An adapter needs a name: --adapter=NAME=PATH.")
         check_text_only(model)
+        if layout_of(model.backbone) is not None:
+            raise ConfigError("The serving engine computes on one device. Load the model without a mesh.")
         self.tokenizer, self.family = tokenizer_of(model), family_of(model)
         self.template: ChatTemplate = template_for(self.family)
         self.adapters, self.max_length = tuple(adapters), max_length
@@ -132,7 +102,7 @@ class Engine:
         if self._state != "new":
             raise EngineClosed("The engine has been started already.")
         self._programs.start(self._row_counts, progress)
-        self._compilations_at_start = _num_compilations
+        self._compilations_at_start = num_compilations()
         self._state = "running"
         self._thread = threading.Thread(target=self._run, name="gemma_tune engine", daemon=True)
         self._thread.start()
@@ -150,7 +120,7 @@ class Engine:
             EngineClosed: No requests are taken.
             ConfigError: The request can't be answered whenever it is asked; says why.
         """
-        self._check(request)
+        check_request(request, self.adapters, self.max_length, self._programs.vocabulary_size)
         handle = Handle(self._wake)
         adapter = 0 if request.adapter == BASE else 1 + self.adapters.index(request.adapter)
         answer = Answer(request, adapter, deliver, handle, self.tokenizer)
@@ -165,26 +135,8 @@ class Engine:
         return handle
 
     def stream(self, request: Request) -> Iterator[Piece]:
-        """Yields the pieces of one answer; leaving the iterator cancels it. Arguments and errors as in `submit`."""
-        pieces: collections.deque[Piece] = collections.deque()
-        came = threading.Condition()
-
-        def deliver(piece: Piece) -> None:
-            with came:
-                pieces.append(piece)
-                came.notify()
-
-        handle = self.submit(request, deliver)
-        try:
-            while True:
-                with came:
-                    came.wait_for(lambda: pieces)
-                    piece = pieces.popleft()
-                yield piece
-                if piece.finish_reason:
-                    return
-        finally:
-            handle.cancel()
+        """Returns the pieces of one answer as they come; leaving them cancels it. Errors come with the first."""
+        return pieces_of(self.submit, request)
 
     def drain(self, timeout_seconds: float) -> bool:
         """Takes no more requests, and waits until those there are have been answered. Returns whether they have."""
@@ -222,36 +174,8 @@ class Engine:
                 generated_tokens=self._totals["generated"],
                 steps=self._totals["steps"],
                 seconds_computing=self._seconds,
-                compilations_since_start=_num_compilations - self._compilations_at_start,
+                compilations_since_start=num_compilations() - self._compilations_at_start,
             )
-
-    def _check(self, request: Request) -> None:
-        sampling, length = request.sampling, len(request.prompt_ids) + request.max_new_tokens
-        if not request.prompt_ids or request.max_new_tokens < 1:
-            raise ConfigError("A request needs a token of a prompt at least, and one of an answer.")
-        if length > self.max_length:
-            raise ConfigError(
-                f"The prompt has {len(request.prompt_ids)} tokens and the answer may have {request.max_new_tokens}; "
-                f"together at most {self.max_length} (max_length)."
-            )
-        if request.adapter != BASE and request.adapter not in self.adapters:
-            hint = did_you_mean(request.adapter, self.adapters)
-            raise ConfigError(f"There is no adapter {request.adapter!r}.{hint} Adapters: {', '.join(self.adapters)}.")
-        vocabulary = self._programs.vocabulary_size
-        if not all(0 <= token < vocabulary for token in request.prompt_ids):
-            raise ConfigError(f"The prompt has a token that is none of the vocabulary's {vocabulary}.")
-        bounds = {
-            "temperature": 0 <= sampling.temperature < float("inf"),
-            "top_k": 0 <= sampling.top_k <= MOST_CANDIDATES,
-            "top_p": 0 < sampling.top_p <= 1,
-            "min_p": 0 <= sampling.min_p <= 1,
-            "repetition_penalty": 0 < sampling.repetition_penalty < float("inf"),
-        }
-        for name, is_right in bounds.items():
-            if not is_right:
-                raise ConfigError(f"{name}={getattr(sampling, name)} is out of its bounds.")
-        if not 0 <= request.num_logprobs <= MOST_LOGPROBS:
-            raise ConfigError(f"At most {MOST_LOGPROBS} log-probabilities of each token can be had.")
 
     def _wake(self) -> None:
         with self._changed:
@@ -288,17 +212,18 @@ class Engine:
 
     def _admit(self) -> None:
         """Gives slots and regions to those who have waited longest, and lets go of those who have gone."""
-        for answer in [*filter(None, self._slots), *self._queue]:
-            if answer.handle.is_cancelled:
-                answer.end("cancelled")
-                self._release(answer)
+        with self._changed:
+            gone = [answer for answer in (*self._slots, *self._queue) if answer and answer.handle.is_cancelled]
+        for answer in gone:
+            answer.end("cancelled")
+            self._release(answer)
         while self._queue and None in self._slots:
             answer = self._queue[0]
             prompt = answer.request.prompt_ids
-            room = self._regions.allocate(len(prompt) + answer.request.max_new_tokens, prompt[:-1], answer.adapter)
-            if room is None:
-                return
-            with self._changed:
+            with self._changed:  # `stats` looks at all of this.
+                room = self._regions.allocate(len(prompt) + answer.request.max_new_tokens, prompt[:-1], answer.adapter)
+                if room is None:
+                    return
                 self._queue.popleft()
                 answer.slot = self._slots.index(None)
                 self._slots[answer.slot] = answer

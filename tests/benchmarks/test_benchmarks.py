@@ -200,3 +200,12 @@ def test_faults():
     result, _ = run("faults", "--model=tiny", "--num_seeds=1", "--pairs=1", "--window=2")
     assert result["kills"]["differing"] == [] and result["kills"]["num_kills"] > 0
     assert result["saving"]["bytes"] > 0 and result["resume"]["resume_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_serving_tiny():
+    arguments = ("--model=tiny", "--contenders=float32,int8,keras_hub", "--repeats=1", "--num_new=8")
+    result, _ = run("serving", *arguments, code=None)  # A tiny model's time says nothing of a real one's.
+    assert set(result["figures"]) == {"float32", "int8", "keras_hub"}
+    assert result["agreement"] and all(result["agreement"].values())
+    assert all(row["tokens_per_second"] > 0 for row in result["figures"].values())
