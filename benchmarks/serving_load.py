@@ -10,6 +10,7 @@ nothing was compiled; memory has not grown by more than 5 % since a quarter of t
 
 import asyncio
 import json
+import logging
 import random
 import re
 import statistics
@@ -186,6 +187,7 @@ def shortfalls(figures: dict[str, Any]) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     """Prints the table; exits with 1 when something falls short."""
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # A line for each request.
     arguments = [f"--max_queued={_NUM_CLIENTS.value}", "--max_length=512", "--feedback_db="]
     with Server(_MODEL.value, *arguments) as server:
         figures = asyncio.run(load(server, _NUM_REQUESTS.value, _NUM_CLIENTS.value, _MAX_TOKENS.value, _SEED.value))
