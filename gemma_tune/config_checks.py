@@ -31,6 +31,26 @@ def check_values(config: Any) -> None:
     _check_combinations(config)
 
 
+def check_serve_values(config: Any) -> None:
+    """Looks at every setting of a `serve_config.ServeConfig`. Errors as in `check_values`."""
+    if not config.host:
+        raise ConfigError("host must be an address such as 127.0.0.1, or 0.0.0.0 for all of this machine's; got none.")
+    if not 0 <= config.port <= 65535:
+        raise ConfigError(f"port must lie between 0 and 65535, got {config.port}.")
+    for name in ("max_concurrent", "max_queued", "max_answers"):
+        _at_least(name, getattr(config, name), 1)
+    _at_least("max_length", config.max_length, 16)
+    if config.max_tokens_in_flight < config.max_length:
+        raise ConfigError(
+            f"max_tokens_in_flight must be at least max_length={config.max_length}, or the longest request would never "
+            f"fit; got {config.max_tokens_in_flight}."
+        )
+    _at_least("max_body_bytes", config.max_body_bytes, 1024)
+    _at_least("drain_seconds", config.drain_seconds, 0)
+    if not config.request_timeout_seconds > 0:
+        raise ConfigError(f"request_timeout_seconds must be above 0, got {config.request_timeout_seconds}.")
+
+
 def _check_choices(config: Any) -> None:
     model, data, optimizer, training = config.model, config.data, config.optimizer, config.training
     _one_of("model.precision", model.precision, PRECISIONS)

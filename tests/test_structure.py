@@ -19,7 +19,7 @@ MODULES = sorted(
 # A module may import from its own layer and from those below it.
 LAYERS = (
     ("errors", "version", "settings", "process_memory", "imports", "files", "mesh", "quantization"),
-    ("config", "config_checks", "keras_runtime", "processes", "progress"),
+    ("config", "config_checks", "serve_config", "keras_runtime", "processes", "progress"),
     ("data", "models"),
     ("training", "serving"),
     ("evaluation", "export", "planning"),

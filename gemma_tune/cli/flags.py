@@ -87,6 +87,7 @@ _DEFINITIONS: dict[type, Callable[..., Any]] = {
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
     list: flags.DEFINE_string,
+    tuple: flags.DEFINE_string,
 }
 
 
@@ -109,10 +110,14 @@ def define_some(values: flags.FlagValues, *names: str) -> None:
     defaults = flatten(Config().to_dict())
     for name in names:
         path, text = _FLAGS[name]
-        default = defaults[path]
-        shown = ",".join(default) if isinstance(default, list) else default
-        text = f"{text} (default: {shown})" if shown != "" and name not in _WITHOUT_DEFAULT else text
-        _DEFINITIONS[type(default)](name, None, text, flag_values=values)
+        define_setting(values, name, defaults[path], text, name not in _WITHOUT_DEFAULT)
+
+
+def define_setting(values: flags.FlagValues, name: str, default: Any, text: str, shows_default: bool = True) -> None:
+    """Defines a flag of a setting's type, whose help says the default, and which is None if it isn't given."""
+    shown = ",".join(default) if isinstance(default, (list, tuple)) else default
+    text = f"{text} (default: {shown})" if shown != "" and shows_default else text
+    _DEFINITIONS[type(default)](name, None, text, flag_values=values)
 
 
 def needed(values: flags.FlagValues, name: str, what: str) -> str:

@@ -30,6 +30,7 @@ VERBS = {
     "compare": "Put models side by side: what each takes, and what it costs in answers.",
     "generate": "Answer questions.",
     "chat": "Talk to a model.",
+    "serve": "Answer over HTTP: OpenAI's API, and a page to chat on.",
 }
 _USAGE, _FAILED, _INTERRUPTED, _TERMINATED = 2, 1, 130, 143
 _WHEN_STOPPED = dict.fromkeys(("train", "quickstart"), " What was saved stays: run the same command again to go on.")

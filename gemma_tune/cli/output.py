@@ -22,6 +22,7 @@ class Output:
         self.console = Console(stderr=is_json, highlight=False, soft_wrap=False)
         self._json_fd: int | None = None
         self._is_first = True
+        self._has_written = False
 
     def __enter__(self) -> "Output":
         if self.is_json:
@@ -46,7 +47,7 @@ class Output:
         self._is_first = is_first
 
     def result(self, value: dict[str, Any]) -> None:
-        """Prints the verb's JSON object, if asked for."""
+        """Prints the verb's JSON object, if asked for and not yet done."""
         if self._is_first:
             self._write_json(value)
 
@@ -67,7 +68,8 @@ class Output:
             )
 
     def _write_json(self, value: dict[str, Any]) -> None:
-        if self._json_fd is not None:
+        if self._json_fd is not None and not self._has_written:
+            self._has_written = True
             os.write(self._json_fd, (json.dumps(value, ensure_ascii=False) + "\n").encode())
 
 

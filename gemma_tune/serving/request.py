@@ -1,4 +1,4 @@
-"""What is asked of a serving engine, and what comes back: the values between `engine` and `http`."""
+"""What is asked of a serving engine, and what comes back: the values between `serving/engine.py` and its callers."""
 
 from typing import NamedTuple
 

@@ -1,0 +1,68 @@
+"""The chat page's paths: its files, what it must know, and where feedback goes."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from gemma_tune.data import Turn
+from gemma_tune.serving.feedback import Exchange, FeedbackStore, RatedAnswer
+from gemma_tune.serving.http.errors import ApiError
+from gemma_tune.serving.http.page import Page
+from gemma_tune.serving.http.replies import Stored, documented
+from gemma_tune.serving.http.schema import FeedbackBody
+from gemma_tune.serving.http.service import Service
+
+
+def page_routes(service: Service, store: FeedbackStore | None) -> APIRouter:
+    """Returns the routes. store: Where feedback goes; None: the page doesn't ask."""
+    router, page = APIRouter(), Page()
+
+    @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def index(http: HttpRequest) -> Response:
+        return _found(page.response(http, "index.html"))
+
+    @router.get("/page/{name}", include_in_schema=False)
+    async def file(http: HttpRequest, name: str) -> Response:
+        return _found(page.response(http, name))
+
+    @router.get("/page-settings", include_in_schema=False)
+    async def settings() -> Any:
+        defaults = service.defaults
+        return {
+            "models": [service.describe(model) for model in service.models.values()],
+            "defaults": {"max_tokens": defaults.max_new_tokens, **defaults.sampling._asdict()},
+            "feedback": store is not None,
+        }
+
+    @router.post("/feedback", response_model=Stored, responses=documented(400, 401, 404, 408, 413, 415, 500))
+    def feedback(said: FeedbackBody) -> Any:  # No coroutine: it waits for the disk.
+        """Stores what a user says of answers."""
+        if store is None:
+            raise ApiError(404, "This server stores no feedback. Start it with --feedback_db=FILE.", code="no_feedback")
+        exchange = _exchange(said)
+        store.write(exchange)
+        return {"stored": exchange.says_something}
+
+    return router
+
+
+def _exchange(said: FeedbackBody) -> Exchange:
+    return Exchange(
+        id=said.id,
+        turns=tuple(Turn("model" if turn.role == "assistant" else turn.role, turn.content) for turn in said.messages),
+        answers=tuple(
+            RatedAnswer(answer.model, answer.version, answer.text, answer.verdict or "", answer.correction or "")
+            for answer in said.answers
+        ),
+        choice=said.choice,
+        sampling=said.sampling,
+    )
+
+
+def _found(response: Response | None) -> Response:
+    if response is None:
+        raise HTTPException(404)
+    return response
