@@ -11,6 +11,7 @@ _PUBLIC = {
     "save_adapter": "adapter",
     "read_adapter_metadata": "adapter",
     "enable_lora": "lora",
+    "convert_layout": "lora_layouts",
     "enable_packing": "packing",
     "presets": "presets",
     "tokenizer_of": "tokenizer",

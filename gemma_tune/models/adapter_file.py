@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma_tune.config_checks import LORA_LAYOUTS
 from gemma_tune.errors import ModelError
 from gemma_tune.files import write_whole
-from gemma_tune.models.low_rank import LAYOUTS, LowRank
+from gemma_tune.models.low_rank import LowRank
 
 FORMAT = "gemma_tune.adapter"
 _NEEDED = ("family", "base_model", "base_fingerprint", "base_values", "rank", "alpha", "target_layers")
@@ -121,4 +122,4 @@ def _what_is_wrong(metadata: Metadata, factors: Factors) -> str:
 def _is_possible(low_rank: LowRank) -> bool:
     layout, rank, alpha, *flags = low_rank
     numbers = isinstance(rank, int) and isinstance(alpha, (int, float)) and rank >= 1 and 0 < alpha < math.inf
-    return numbers and layout in LAYOUTS and all(isinstance(flag, bool) for flag in flags)
+    return numbers and layout in LORA_LAYOUTS and all(isinstance(flag, bool) for flag in flags)

@@ -23,7 +23,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-LAYOUTS = ("keras", "peft")
 _SMALLEST = 1e-30  # A column of zeros has the norm 1e-15, so that it can be divided by.
 
 

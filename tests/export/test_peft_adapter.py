@@ -137,6 +137,17 @@ def test_pefts_own_defaults_are_taken(tiny, adapter):
     load_adapter(tiny("gemma3"), change(adapter, **quiet, base_model_name_or_path="google/gemma-3-270m"))
 
 
+def test_factors_in_bfloat16_are_read(tiny, adapter):
+    import ml_dtypes
+
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(file).items()}, file)
+    model, exact = tiny("gemma3"), tiny("gemma3")
+    load_adapter(model, adapter)
+    assert {variable.dtype for variable in model.backbone.trainable_variables} == {"float32"}
+    assert np.abs(logits(model) - logits(exact)).max() > 0.1
+
+
 def test_another_base_is_refused(tiny, rng, adapter, tmp_path):
     with pytest.raises(
         ModelError,
