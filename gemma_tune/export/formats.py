@@ -55,6 +55,9 @@ FORMATS = {
         "one file, for llama.cpp, Ollama and LM Studio", "writers:write_gguf_folder", "merged", "writers:gguf_bytes",
         "gguf",
     ),
+    "litert": Format(
+        "TensorFlow Lite, for phones", "writers:write_litert_folder", "merged", "writers:litert_bytes", "litert",
+    ),
 }  # fmt: skip
 
 

@@ -16,7 +16,9 @@ class Options:
     """How a model is written.
 
     Attributes:
-        scheme: Number format of `gguf`, a key of gguf_types.SCHEMES.
+        scheme: Number format of `gguf` (a key of gguf_types.SCHEMES) or `litert` (one of litert.WEIGHTS). Empty: f16,
+            float32.
+        cache_length: Tokens that a conversation may have in `litert`; 0: litert.DEFAULTS.
         dtype: Of the weights of `hf`.
         max_shard_size: No file of `hf` gets larger, unless one tensor alone is: `5GB`, `500MB`.
         base_name: How the base is named, for those who read what was written.
@@ -24,7 +26,8 @@ class Options:
         datasets: Their names on Hugging Face, for the model card, with commas between.
     """
 
-    scheme: str = "f16"
+    scheme: str = ""
+    cache_length: int = 0
     dtype: str = "float32"
     max_shard_size: str = "5GB"
     base_name: str = ""

@@ -60,6 +60,30 @@ _OLLAMA = """\
 cd FOLDER
 ollama create mine -f Modelfile
 ollama run mine "QUESTION\""""
+_LITERT = """\
+import json
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+from sentencepiece import SentencePieceProcessor
+
+settings = json.load(open("FOLDER/litert.json"))
+tokenizer = SentencePieceProcessor(model_file="FOLDER/tokenizer.model")
+decode = Interpreter("FOLDER/model.tflite").get_signature_runner("decode")
+cache = {
+    name: np.zeros(one["shape"], np.float32)
+    for name, one in decode.get_input_details().items() if name.startswith("kv_cache")
+}
+prompt = "START_OF_TURNuser\\nQUESTIONEND_OF_TURN\\nSTART_OF_TURNmodel\\n"
+ids, answer = [settings["bos_id"], *tokenizer.encode(prompt)], []
+for position in range(settings["cache_length"]):
+    token = (ids + answer)[position]
+    cache = decode(tokens=np.array([[token]], np.int32), input_pos=np.array([position], np.int32), **cache)
+    following = int(cache.pop("logits").argmax())
+    if position >= len(ids) - 1:
+        if following in settings["stop_ids"]:
+            break
+        answer.append(following)
+print(tokenizer.decode(answer))"""
 _USAGES = {
     "keras": (Usage("KerasHub", "python", _KERAS), Usage("gemma_tune", "python", _GEMMA_TUNE)),
     "keras, quantized": (Usage("gemma_tune", "python", _GEMMA_TUNE),),
@@ -79,6 +103,7 @@ _USAGES = {
         Usage("Ollama", "sh", _OLLAMA),
         Usage("gemma_tune", "python", _GEMMA_TUNE.replace("FOLDER", "FOLDER/FILE")),
     ),
+    "litert": (Usage("LiteRT", "python", _LITERT),),
 }
 
 _NEXT = {
@@ -88,6 +113,7 @@ _NEXT = {
     "hf": "gemma-tune chat --model=FOLDER",
     "peft": "gemma-tune chat --model=NAMED --adapter=FOLDER",
     "gguf": "gemma-tune chat --model=FOLDER/FILE",
+    "litert": "less FOLDER/README.md",
 }
 
 

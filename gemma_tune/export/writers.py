@@ -1,13 +1,16 @@
-"""The writers of PEFT adapters and GGUF files, with what `formats.Format` calls them with."""
+"""The writers of PEFT adapters, GGUF files and LiteRT, with what `formats.Format` calls them with."""
 
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import ModelError
 from gemma_tune.export.gguf_file import estimate_gguf, write_gguf
+from gemma_tune.export.litert import DEFAULTS, WEIGHTS, Lengths, check_litert, estimate_litert, write_litert
 from gemma_tune.export.options import Options, Written
 from gemma_tune.export.origin import hugging_face_name
 from gemma_tune.export.peft_adapter import can_be_peft, peft_modules, write_peft_adapter
+
+_GGUF_SCHEME = "f16"
 
 
 def write_peft(model: Any, folder: Path, options: Options) -> Written:
@@ -31,10 +34,27 @@ def peft_bytes(model: Any, options: Options) -> int:
 
 def write_gguf_folder(model: Any, folder: Path, options: Options) -> Written:
     """Writes a GGUF file and a Modelfile. scheme and base_name are used."""
-    file = write_gguf(model, folder / f"model-{options.scheme}.gguf", options.scheme, base=options.base_name)
+    scheme = options.scheme or _GGUF_SCHEME
+    file = write_gguf(model, folder / f"model-{scheme}.gguf", scheme, base=options.base_name)
     return Written([], "gguf", {"FILE": file.name})
 
 
 def gguf_bytes(model: Any, options: Options) -> int:
     """Returns about what the file takes."""
-    return estimate_gguf(model, options.scheme)
+    return estimate_gguf(model, options.scheme or _GGUF_SCHEME)
+
+
+def write_litert_folder(model: Any, folder: Path, options: Options) -> Written:
+    """Writes a .tflite file with its tokenizer. scheme and cache_length are used."""
+    write_litert(model, folder, lengths=_lengths(options), weights=options.scheme or WEIGHTS[0])
+    return Written([], "litert")
+
+
+def litert_bytes(model: Any, options: Options) -> int:
+    """Returns about what converting takes."""
+    check_litert(model, _lengths(options), options.scheme or WEIGHTS[0])
+    return estimate_litert(model)
+
+
+def _lengths(options: Options) -> Lengths:
+    return DEFAULTS._replace(cache=options.cache_length) if options.cache_length else DEFAULTS
