@@ -26,7 +26,7 @@ EXAMPLES = (
 
 
 _FORMAT_FLAGS = {
-    "scheme": "Number format. Of gguf: f32, f16 (default), bf16, q8_0, q4_k_m or q4_0; of litert: float32 (default), int8.",
+    "scheme": "Of gguf: f32, f16 (default), bf16, q8_0, q4_k_m or q4_0. Of litert: float32 (default) or int8.",
     "cache_length": "Tokens that a conversation may have in litert. (default: 1024)",
     "dtype": "Of the weights in hf: float32, bfloat16 or float16.",
     "max_shard_size": "Largest file of weights in hf.",
