@@ -11,16 +11,23 @@ from gemma_tune.export.options import DEFAULTS, Options
 
 USAGE = "--model=WORKDIR --format=FORMAT --output=FOLDER [--adapter=FOLDER]"
 DESCRIPTION = """Writes a model in a format that other programs read, with a model card (README.md) that says where it
-comes from. keras: a KerasHub preset. hf: safetensors, config and tokenizer, for transformers and vLLM. LoRA is merged;
-with --nomerge, keras has it beside the base. The output appears whole or not at all."""
+comes from. keras: a KerasHub preset. hf: safetensors, config and tokenizer, for transformers and vLLM. gguf: one file,
+for llama.cpp and Ollama. litert: TensorFlow Lite, for phones. peft: LoRA factors alone, for
+peft and vLLM. Elsewhere LoRA is merged; with --nomerge, keras
+has it beside the base. The output appears whole or not at all."""
 EXAMPLES = (
     "gemma-tune export --model=runs/mine --format=hf --dtype=bfloat16 --output=runs/mine-hf",
+    "gemma-tune export --model=runs/mine --format=gguf --scheme=q4_k_m --output=runs/mine-gguf",
+    "gemma-tune export --model=runs/mine --format=litert --scheme=int8 --output=runs/mine-litert",
+    "gemma-tune export --model=runs/mine --format=peft --output=runs/mine-peft",
     "gemma-tune export --model=runs/mine --format=keras --output=runs/mine-keras",
     "gemma-tune export --model=demo --adapter=runs/mine/adapter --format=keras --nomerge --output=runs/mine-keras",
 )
 
 
 _FORMAT_FLAGS = {
+    "scheme": "Of gguf: f32, f16 (default), bf16, q8_0, q4_k_m or q4_0. Of litert: float32 (default) or int8.",
+    "cache_length": "Tokens that a conversation may have in litert. (default: 1024)",
     "dtype": "Of the weights in hf: float32, bfloat16 or float16.",
     "max_shard_size": "Largest file of weights in hf.",
     "language": "Of the data, for the model card: en, or en,de.",
@@ -31,7 +38,7 @@ _FORMAT_FLAGS = {
 def define_flags(values: absl_flags.FlagValues) -> None:
     """Defines the verb's flags."""
     flags.define_some(values, "model")
-    absl_flags.DEFINE_string("format", "", "keras or hf.", flag_values=values)
+    absl_flags.DEFINE_string("format", "", "keras, hf, peft, gguf or litert.", flag_values=values)
     absl_flags.DEFINE_string("output", "", "Folder for the export; must not exist.", flag_values=values)
     absl_flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
     absl_flags.DEFINE_bool("merge", None, "LoRA goes into the weights. (default: if it can)", flag_values=values)
@@ -39,7 +46,8 @@ def define_flags(values: absl_flags.FlagValues) -> None:
     for name, text in _FORMAT_FLAGS.items():
         default = getattr(DEFAULTS, name)
         text = f"{text} (default: {default})" if default else text
-        absl_flags.DEFINE_string(name, default, text, flag_values=values)
+        define = absl_flags.DEFINE_integer if isinstance(default, int) else absl_flags.DEFINE_string
+        define(name, default, text, flag_values=values)
     flags.define(values, "precision", "seed")
 
 
@@ -52,7 +60,6 @@ def run(
     name = flags.needed(values, "format", "what to write, such as hf")
     folder = flags.needed(values, "output", "where the export is to be written")
     from gemma_tune.export.model_export import export_model
-    from gemma_tune.export.usage import next_command
 
     chosen: dict[str, Any] = {name: values[name].value for name in _FORMAT_FLAGS}
     done = export_model(
@@ -71,6 +78,6 @@ def run(
     )
     for note in done.notes:
         output.console.print(note, markup=False)
-    commands = [next_command(done.kind, str(done.output))]
+    commands = [done.next]
     output.next(*commands)
     return {**done.to_dict(), "next": commands}

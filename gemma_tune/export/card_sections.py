@@ -1,5 +1,7 @@
 """The sections of a model card, from what is known of a model."""
 
+import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +31,7 @@ class About(NamedTuple):
 
     Attributes:
         name: Of its folder.
-        kind: How it is used, as `usage_of` takes it.
+        kind, words: How it is used, as `usage_of` takes them.
         library: The card's `library_name`.
         notes: Sentences.
         family, num_params: Of the model.
@@ -42,6 +44,7 @@ class About(NamedTuple):
     notes: list[str]
     family: str
     num_params: int
+    words: Mapping[str, str] = types.MappingProxyType({})
     languages: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
 
@@ -63,7 +66,7 @@ def use(about: About, origin: Origin) -> str:
     """Returns how to load it, program by program."""
     samples = origin.result.get("samples") or []
     question = samples[0]["question"] if samples else _QUESTION
-    usages = usage_of(about.kind, about.name, question, template_for(about.family))
+    usages = usage_of(about.kind, about.name, question, template_for(about.family), about.words)
     return "\n\n".join(f"With {one.program}:\n\n```{one.language}\n{one.code}\n```" for one in usages)
 
 

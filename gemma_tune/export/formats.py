@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.export.options import Options, Written
-from gemma_tune.models.quantize import num_weights
 
 
 class Format(NamedTuple):
@@ -18,38 +17,46 @@ class Format(NamedTuple):
         writer: `module:function` in this package; imported when it is needed. It is called with (model, an empty
             folder, Options) and returns Written.
         lora: `merged`: it holds weights alone. `either`. `alone`: it holds nothing but LoRA factors.
-        estimate: Of a model and Options, about how many bytes it takes.
+        estimate: As writer; of (model, Options), about how many bytes it takes.
         library: The model card's `library_name`.
     """
 
     what: str
     writer: str
     lora: str
-    estimate: Callable[[Any, Options], int]
+    estimate: str
     library: str
 
     def write(self, model: Any, folder: Path, options: Options) -> Written:
         """Writes a model."""
-        module, function = self.writer.split(":")
-        return getattr(importlib.import_module(f"gemma_tune.export.{module}"), function)(model, folder, options)
+        return _function(self.writer)(model, folder, options)
+
+    def num_bytes(self, model: Any, options: Options) -> int:
+        """Returns about how many bytes it will take; raises what writing would, as far as that is known before."""
+        return _function(self.estimate)(model, options)
 
 
-def _held_bytes(model: Any, options: Options) -> int:
-    """What the model's arrays take now."""
-    del options
-    return sum(variable.value.nbytes for variable in model.backbone.variables)
-
-
-def _float_bytes(model: Any, options: Options) -> int:
-    """What all weights take as floats of `dtype`."""
-    return (4 if options.dtype == "float32" else 2) * num_weights(model)
+def _function(place: str) -> Callable[..., Any]:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(f"gemma_tune.export.{module}"), name)
 
 
 FORMATS = {
-    "keras": Format("KerasHub preset, for Keras", "keras_preset:write_keras", "either", _held_bytes, "keras-hub"),
+    "keras": Format("KerasHub preset, for Keras", "keras_preset:write_keras", "either", "keras_preset:held_bytes",
+        "keras-hub",),
     "hf": Format(
         "safetensors with config and tokenizer, for transformers and vLLM", "hf_directory:write_hf", "merged",
-        _float_bytes, "transformers",
+        "hf_directory:float_bytes", "transformers",
+    ),
+    "peft": Format(
+        "LoRA factors alone, for peft and vLLM", "writers:write_peft", "alone", "writers:peft_bytes", "peft",
+    ),
+    "gguf": Format(
+        "one file, for llama.cpp, Ollama and LM Studio", "writers:write_gguf_folder", "merged", "writers:gguf_bytes",
+        "gguf",
+    ),
+    "litert": Format(
+        "TensorFlow Lite, for phones", "writers:write_litert_folder", "merged", "writers:litert_bytes", "litert",
     ),
 }  # fmt: skip
 

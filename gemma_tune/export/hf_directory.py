@@ -12,7 +12,7 @@ from gemma_tune.export.hf_tokenizer import write_tokenizer
 from gemma_tune.export.options import Options, Written
 from gemma_tune.export.safetensors_file import write_sharded
 from gemma_tune.models.family import family_of
-from gemma_tune.models.quantize import quantized_layers
+from gemma_tune.models.quantize import num_weights, quantized_layers
 from gemma_tune.models.tokenizer import tokenizer_of
 
 
@@ -42,6 +42,11 @@ def write_hf(model: Any, folder: Path, options: Options) -> Written:
         write_sharded(folder, tensors, options.dtype, options.max_shard_bytes, advance)
     notes = [f"Quantized weights were written as the {options.dtype} numbers that they stand for."]
     return Written(notes if quantized_layers(model.backbone) else [], "hf")
+
+
+def float_bytes(model: Any, options: Options) -> int:
+    """Returns what all weights take as floats of `dtype`."""
+    return (4 if options.dtype == "float32" else 2) * num_weights(model)
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -36,3 +36,9 @@ def write_keras(model: Any, folder: Path, options: Options) -> Written:
         kind = kind if base is not model else "keras, quantized"
         notes.append("Weights are quantized: gemma_tune reads them, plain KerasHub doesn't.")
     return Written(notes, kind)
+
+
+def held_bytes(model: Any, options: Options) -> int:
+    """Returns what the model's arrays take now."""
+    del options
+    return sum(variable.value.nbytes for variable in model.backbone.variables)

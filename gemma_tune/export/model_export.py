@@ -12,6 +12,7 @@ from gemma_tune.export.formats import Format, find_format
 from gemma_tune.export.model_card import check_words, write_card
 from gemma_tune.export.options import DEFAULTS, Options, Written
 from gemma_tune.export.origin import Origin, read_origin
+from gemma_tune.export.usage import next_command
 from gemma_tune.export.whole_folder import MARK, check_output, check_room, whole_folder
 from gemma_tune.files import write_json
 from gemma_tune.keras_runtime import keras
@@ -32,7 +33,7 @@ class Export:
     Attributes:
         output: The folder.
         format: Its name.
-        kind: How it is used, as `usage_of` takes it.
+        next: The command that one would try it with.
         bytes: Of all files.
         files: Their names.
         notes: What is to be said of it, as sentences.
@@ -41,7 +42,7 @@ class Export:
 
     output: Path
     format: str
-    kind: str
+    next: str
     bytes: int
     files: list[str]
     notes: list[str]
@@ -99,7 +100,7 @@ def export_model(
     else:
         loaded = shared_copy(model)
     notes = _put_lora(loaded, format, chosen, merges, known)
-    check_room(path, chosen.estimate(loaded, options) + _SPARE_BYTES)
+    check_room(path, chosen.num_bytes(loaded, options) + _SPARE_BYTES)
     with whole_folder(path) as folder:
         written = chosen.write(loaded, folder, options)
         notes += written.notes
@@ -110,7 +111,8 @@ def export_model(
     files = sorted(file for file in path.rglob("*") if file.is_file())
     names = [file.relative_to(path).as_posix() for file in files]
     num_bytes = sum(file.stat().st_size for file in files)
-    return Export(path, format, written.kind, num_bytes, names, notes, time.perf_counter() - start)
+    following = next_command(written.kind, str(path), written.words)
+    return Export(path, format, following, num_bytes, names, notes, time.perf_counter() - start)
 
 
 def _put_lora(model: Any, name: str, chosen: Format, merges: bool, known: Origin) -> list[str]:
@@ -135,6 +137,7 @@ def _about(model: Any, name: str, chosen: Format, written: Written, options: Opt
         notes=written.notes,
         family=family_of(model),
         num_params=num_weights(model),
+        words=written.words,
         languages=options.languages,
         datasets=options.dataset_names,
     )

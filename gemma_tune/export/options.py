@@ -1,6 +1,8 @@
 """What can be chosen of an export, with its defaults."""
 
 import dataclasses
+import types
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from gemma_tune.errors import ConfigError
@@ -14,6 +16,9 @@ class Options:
     """How a model is written.
 
     Attributes:
+        scheme: Number format of `gguf` (a key of gguf_types.SCHEMES) or `litert` (one of litert.WEIGHTS). Empty: f16,
+            float32.
+        cache_length: Tokens that a conversation may have in `litert`; 0: litert.DEFAULTS.
         dtype: Of the weights of `hf`.
         max_shard_size: No file of `hf` gets larger, unless one tensor alone is: `5GB`, `500MB`.
         base_name: How the base is named, for those who read what was written.
@@ -21,6 +26,8 @@ class Options:
         datasets: Their names on Hugging Face, for the model card, with commas between.
     """
 
+    scheme: str = ""
+    cache_length: int = 0
     dtype: str = "float32"
     max_shard_size: str = "5GB"
     base_name: str = ""
@@ -57,11 +64,12 @@ DEFAULTS = Options()
 class Written(NamedTuple):
     """What a writer says of what it wrote.
 
-    notes: Sentences. kind: How it is to be used, as `usage.usage_of` takes it.
+    notes: Sentences. kind: How it is to be used, as `usage.usage_of` takes it, and words that it replaces there.
     """
 
     notes: list[str]
     kind: str
+    words: Mapping[str, str] = types.MappingProxyType({})
 
 
 def _listed(text: str) -> tuple[str, ...]:

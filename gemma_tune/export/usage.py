@@ -1,5 +1,6 @@
 """How what was exported is read in each program, for model cards. Add a format's programs here."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from gemma_tune.data.chat_template import ChatTemplate
@@ -43,6 +44,46 @@ _VLLM = """\
 vllm serve FOLDER
 curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
   -d '{"model": "FOLDER", "messages": [{"role": "user", "content": "QUESTION"}]}'"""
+_PEFT = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("BASE")
+inputs = tokenizer("START_OF_TURNuser\\nQUESTIONEND_OF_TURN\\nSTART_OF_TURNmodel\\n", return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=128, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+_VLLM_LORA = "vllm serve BASE --enable-lora --max-lora-rank=MOST --lora-modules mine=FOLDER"
+_ON_BASE = _GEMMA_TUNE.replace('("FOLDER")', '("NAMED", adapter="FOLDER")')
+_LLAMA_CPP = 'llama-cli -m FOLDER/FILE -p "QUESTION"'
+_OLLAMA = """\
+cd FOLDER
+ollama create mine -f Modelfile
+ollama run mine "QUESTION\""""
+_LITERT = """\
+import json
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+from sentencepiece import SentencePieceProcessor
+
+settings = json.load(open("FOLDER/litert.json"))
+tokenizer = SentencePieceProcessor(model_file="FOLDER/tokenizer.model")
+decode = Interpreter("FOLDER/model.tflite").get_signature_runner("decode")
+cache = {
+    name: np.zeros(one["shape"], np.float32)
+    for name, one in decode.get_input_details().items() if name.startswith("kv_cache")
+}
+prompt = "START_OF_TURNuser\\nQUESTIONEND_OF_TURN\\nSTART_OF_TURNmodel\\n"
+ids, answer = [settings["bos_id"], *tokenizer.encode(prompt)], []
+for position in range(settings["cache_length"]):
+    token = (ids + answer)[position]
+    cache = decode(tokens=np.array([[token]], np.int32), input_pos=np.array([position], np.int32), **cache)
+    following = int(cache.pop("logits").argmax())
+    if position >= len(ids) - 1:
+        if following in settings["stop_ids"]:
+            break
+        answer.append(following)
+print(tokenizer.decode(answer))"""
 _USAGES = {
     "keras": (Usage("KerasHub", "python", _KERAS), Usage("gemma_tune", "python", _GEMMA_TUNE)),
     "keras, quantized": (Usage("gemma_tune", "python", _GEMMA_TUNE),),
@@ -52,6 +93,17 @@ _USAGES = {
         Usage("vLLM", "sh", _VLLM),
         Usage("gemma_tune", "python", _GEMMA_TUNE),
     ),
+    "peft": (
+        Usage("peft", "python", _PEFT),
+        Usage("vLLM", "sh", _VLLM_LORA),
+        Usage("gemma_tune", "python", _ON_BASE),
+    ),
+    "gguf": (
+        Usage("llama.cpp", "sh", _LLAMA_CPP),
+        Usage("Ollama", "sh", _OLLAMA),
+        Usage("gemma_tune", "python", _GEMMA_TUNE.replace("FOLDER", "FOLDER/FILE")),
+    ),
+    "litert": (Usage("LiteRT", "python", _LITERT),),
 }
 
 _NEXT = {
@@ -59,15 +111,18 @@ _NEXT = {
     "keras, quantized": "gemma-tune chat --model=FOLDER",
     "keras, with an adapter": "gemma-tune chat --model=FOLDER --adapter=FOLDER/adapter",
     "hf": "gemma-tune chat --model=FOLDER",
+    "peft": "gemma-tune chat --model=NAMED --adapter=FOLDER",
+    "gguf": "gemma-tune chat --model=FOLDER/FILE",
+    "litert": "less FOLDER/README.md",
 }
 
 
-def next_command(kind: str, folder: str) -> str:
+def next_command(kind: str, folder: str, words: Mapping[str, str]) -> str:
     """Returns the command that one would try an export with; arguments as of `usage_of`."""
-    return _NEXT[kind].replace("FOLDER", folder)
+    return _filled(_NEXT[kind], {**words, "FOLDER": folder})
 
 
-def usage_of(kind: str, folder: str, question: str, template: ChatTemplate) -> list[Usage]:
+def usage_of(kind: str, folder: str, question: str, template: ChatTemplate, words: Mapping[str, str]) -> list[Usage]:
     """Returns the ways to use an export.
 
     Args:
@@ -75,17 +130,19 @@ def usage_of(kind: str, folder: str, question: str, template: ChatTemplate) -> l
         folder: The export's name.
         question: To ask.
         template: Of the model's family.
+        words: Further ones that the format's programs have, and what to put there.
     """
     words = {
+        **words,
         "FOLDER": folder,
-        "QUESTION": " ".join(question.translate(_HARMLESS).split()),
         "START_OF_TURN": template.start_of_turn,
         "END_OF_TURN": template.end_of_turn,
+        "QUESTION": " ".join(question.translate(_HARMLESS).split()),
     }
-    usages = []
-    for usage in _USAGES[kind]:
-        code = usage.code
-        for word, value in words.items():
-            code = code.replace(word, value)
-        usages.append(usage._replace(code=code))
-    return usages
+    return [usage._replace(code=_filled(usage.code, words)) for usage in _USAGES[kind]]
+
+
+def _filled(code: str, words: Mapping[str, str]) -> str:
+    for word, value in words.items():
+        code = code.replace(word, value)
+    return code

@@ -38,6 +38,36 @@ def test_a_run_is_exported_with_a_card(call, trained, tmp_path, name, library):
     assert json.loads(out)["loss"] == pytest.approx(results["heldout_after"]["loss"], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "library", "says"),
+    [("peft", "peft", "PeftModel.from_pretrained"), ("gguf", "gguf", "llama-cli -m mine/model-f16.gguf")],
+)
+def test_formats_of_other_programs(call, trained, tmp_path, name, library, says):
+    """What they hold is tested elsewhere; here, that the verb writes it, with a card, and the next command works."""
+    output = tmp_path / "mine"
+    code, out, err = call("export", f"--model={trained}", f"--format={name}", f"--output={output}", "--json")
+    assert code == 0, err
+    card = ModelCard.load(output / "README.md")
+    assert card.data.library_name == library and says in card.text and card.data.eval_results
+    command = json.loads(out)["next"][0].split()
+    code, _, err = call("generate", *command[2:], "--max_new_tokens=3", "Hi")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--format=peft"], 2, "There is no LoRA for --format=peft"),
+        (["--format=peft", "--merge"], 2, "there is nothing to merge them into"),
+        (["--format=gguf", "--scheme=q5"], 1, "There is no GGUF scheme 'q5'"),
+        (["--format=gguf", "--model=tiny:gemma4"], 1, "not gemma4"),
+    ],
+)
+def test_what_a_format_cannot_hold(call, tmp_path, arguments, code, message):
+    found, _, err = call("export", "--model=tiny", *arguments, f"--output={tmp_path}/o")
+    assert found == code and message in err and not list(tmp_path.iterdir())
+
+
 def test_an_adapter_tells_of_its_run(call, trained, tmp_path):
     output = tmp_path / "mine"
     code, _, err = call(

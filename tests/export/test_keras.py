@@ -84,6 +84,20 @@ def test_lora_beside_the_base(tiny, rng, ids, tmp_path):
     np.testing.assert_allclose(logits_of(tuned, ids), wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("way", [{"layout": "peft"}, {"layout": "peft", "use_dora": True}, {"use_rslora": True}])
+def test_every_kind_of_lora_is_merged(tiny, rng, ids, tmp_path, way):
+    model = tiny()
+    enable_lora(model.backbone, 4, 8.0, ("query", "value", "ffw_gating"), seed=0, **way)
+    for path, variable in variables_by_path(model).items():
+        if "lora_" in path:
+            variable.assign(np.asarray(variable.value) + 0.2 * rng.standard_normal(variable.shape).astype(np.float32))
+    wanted = logits_of(model, ids)
+    for name in ("keras", "hf"):
+        export_model(model, name, tmp_path / name)
+        found = logits_of(load_model(str(tmp_path / name)), ids)
+        np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
 def test_quantized_stays_quantized(tiny, ids, tmp_path):
     model = tiny(grid=Grid("int4", 32))
     done = export_model(model, "keras", tmp_path / "keras")

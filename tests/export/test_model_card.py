@@ -74,6 +74,15 @@ def test_it_says_all_that_is_known():
     assert text.count("```") == 2 * 3 + 3  # Three programs; and three cells, where they are no fence.
 
 
+@pytest.mark.parametrize("kind", ["keras", "keras, with an adapter", "hf", "peft", "gguf", "litert"])
+def test_programs_of_every_format_are_programs(kind):
+    words = {"BASE": "google/gemma-3-270m", "NAMED": "demo", "MOST": "8", "FILE": "model-f16.gguf"}
+    text = ModelCard(model_card(ABOUT._replace(kind=kind, words=words), run_origin())).text
+    for program in text.split("```python\n")[1:]:
+        compile(program.split("\n```")[0], "card", "exec")
+    assert not any(word in text for word in (*words, "FOLDER", "END_OF_TURN", "QUESTION"))
+
+
 def test_code_in_it_is_code():
     """A question with quotes and braces doesn't break the programs."""
     text = ModelCard(model_card(ABOUT, run_origin())).text
