@@ -62,7 +62,7 @@ def with_factors(layer: Any, inputs: jax.Array, outputs: jax.Array) -> jax.Array
     outputs = outputs + low
     if not low_rank_of(layer).use_dora:
         return outputs
-    frozen = jax.lax.stop_gradient((_float_kernel(layer), a, b))
+    frozen = jax.lax.stop_gradient((float_kernel(layer), a, b))
     ratio = bound_value(layer.lora_kernel_magnitude) / merged_norms(layer.equation, scale, *frozen)
     return outputs * ratio.astype(outputs.dtype)
 
@@ -86,7 +86,7 @@ def neutral_factors(layer: Any) -> dict[str, jax.Array]:
     """Returns path -> values of those of a layer's factors that, so changed, make it compute as without them."""
     _, b, *magnitude = factors_of(layer)
     changed = {b.path: jnp.zeros(b.shape, b.dtype)}
-    return changed | {one.path: kernel_norms(layer.equation, _float_kernel(layer)) for one in magnitude}
+    return changed | {one.path: kernel_norms(layer.equation, float_kernel(layer)) for one in magnitude}
 
 
 def add_factors(layer: Any, low_rank: LowRank, seeds: Seeds) -> None:
@@ -161,10 +161,10 @@ def _add(layer: Any, name: str, shape: tuple[int, ...], initializer: Any) -> ker
 
 
 def _norms(layer: Any) -> jax.Array:
-    return kernel_norms(layer.equation, _float_kernel(layer))
+    return kernel_norms(layer.equation, float_kernel(layer))
 
 
-def _float_kernel(layer: Any) -> jax.Array:
+def float_kernel(layer: Any) -> jax.Array:
     """The frozen kernel in float32, whatever holds it."""
     kernel = layer.dequantized() if hasattr(layer, "dequantized") else bound_value(layer._kernel)
     return kernel.astype(jnp.float32)

@@ -90,7 +90,7 @@ def low_rank_product(equation: str, scale: float, x: jax.Array, a: jax.Array, b:
 
 
 def _inner(equation: str, scale: float, x: jax.Array, a: jax.Array) -> jax.Array:
-    inputs, factor, inner = _inner_letters(equation, a.ndim)
+    inputs, factor, inner = inner_letters(equation, a.ndim)
     return scale * jnp.einsum(f"{inputs},{factor}->{inner}", x, a)
 
 
@@ -101,7 +101,7 @@ def _low_rank_forward(equation, scale, x, a, b):
 
 def _low_rank_backward(equation, scale, saved, gradient):
     x, a, b, inner = saved
-    inputs, factor, letters = _inner_letters(equation, a.ndim)
+    inputs, factor, letters = inner_letters(equation, a.ndim)
     rank, width = b.shape[0], math.prod(b.shape[1:])
     b_gradient = (inner.reshape(-1, rank).T @ gradient.reshape(-1, width)).reshape(b.shape)
     flat = gradient.reshape(*gradient.shape[: gradient.ndim - b.ndim + 1], width)
@@ -121,7 +121,7 @@ def kernel_update(equation: str, scale: float, a: jax.Array, b: jax.Array) -> ja
     if not equation or _is_keras(equation, a.ndim):
         return scale * jnp.matmul(a, b)
     _, axes, _ = _parts(equation)
-    of_a, of_b, _ = _factor_letters(equation, a.ndim)
+    of_a, of_b, _ = factor_letters(equation, a.ndim)
     return scale * jnp.einsum(f"{of_a},{of_b}->{axes}", a, b)
 
 
@@ -140,7 +140,7 @@ def merged_norms(equation: str, scale: float, kernel: jax.Array, a: jax.Array, b
         kernel, a, b: float32.
     """
     _, axes, _ = _parts(equation)
-    of_a, of_b, kept = _factor_letters(equation, a.ndim)
+    of_a, of_b, kept = factor_letters(equation, a.ndim)
     rank, other = of_a[-1], _unused(equation + of_a)
     shared = "".join(axis for axis in of_a[:-1] if axis in kept)  # The heads, where each has its A.
     crossed = jnp.einsum(f"{axes},{of_a}->{kept}{rank}", kernel, a)
@@ -174,7 +174,7 @@ def _is_keras(equation: str, num_axes: int) -> bool:
     return num_axes == len(_parts(equation)[1])
 
 
-def _inner_letters(equation: str, num_axes: int) -> tuple[str, str, str]:
+def inner_letters(equation: str, num_axes: int) -> tuple[str, str, str]:
     """Returns the letters of x, A and x·A, in which one that is free or the kernel's last stands for the rank."""
     inputs, axes, outputs = _parts(equation)
     if _is_keras(equation, num_axes):
@@ -184,7 +184,7 @@ def _inner_letters(equation: str, num_axes: int) -> tuple[str, str, str]:
     return inputs, summed + rank, "".join(letter for letter in inputs if letter not in axes) + rank
 
 
-def _factor_letters(equation: str, num_axes: int) -> tuple[str, str, str]:
+def factor_letters(equation: str, num_axes: int) -> tuple[str, str, str]:
     """Returns the letters of A and B, with one that the equation has not for the rank, and of the outputs."""
     inputs, axes, _ = _parts(equation)
     rank = _unused(equation)

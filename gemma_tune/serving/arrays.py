@@ -12,7 +12,7 @@ from gemma_tune.models.blocks import calls
 from gemma_tune.models.functional import hidden_states, parameters
 from gemma_tune.models.qat import rounded_params
 from gemma_tune.models.quantized import QuantizedEinsumDense, quantized_product
-from gemma_tune.serving.adapters import Factors, low_rank_rows
+from gemma_tune.serving.adapters import Factors, with_rows_factors
 from gemma_tune.serving.products import Matrix, apply, head_of, is_fake_quantized, matrix_of
 
 
@@ -61,7 +61,7 @@ def row_call(layer: Any, matrix: Matrix | None, factors: Factors | None, adapter
         else:
             outputs = jnp.einsum(layer.equation, inputs, jnp.asarray(layer._kernel.value, inputs.dtype))
         if factors is not None:
-            outputs += low_rank_rows(layer.equation, inputs, factors, adapters)
+            outputs = with_rows_factors(layer.equation, inputs, outputs, factors, adapters)
         if layer.bias is not None:
             outputs = keras.ops.add(outputs, layer.bias)
         return outputs if layer.activation is None else layer.activation(outputs)

@@ -67,10 +67,10 @@ class Decoder:
             params = {**groups.trainable, **groups.frozen}
         params = rounded_params(self._model, params)  # Once, and not for every token.
         rows = rows_alike(sampling, padded_rows, seed)
-        seen = np.zeros((padded_rows, self._model.backbone.token_embedding.input_dim), bool)
+        prompted = np.zeros((padded_rows, self._model.backbone.token_embedding.input_dim), bool)
         for row, prompt in enumerate(prompts):
-            seen[row, list(prompt)] = True
-        seen = jnp.asarray(seen)  # As later steps have it: else the first would be a program of its own.
+            prompted[row, list(prompt)] = True
+        seen = jnp.asarray(prompted)  # As later steps have it: else the first would be a program of its own.
 
         tokens, cache = self._prefill(params, token_ids, positions, rows, seen, cache_length=cache_length)
         stopped = [False] * num_rows

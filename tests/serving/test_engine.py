@@ -133,17 +133,21 @@ def test_weights_in_few_bits_answer_as_the_decoder_does(tiny, family, grid):
     engine.close()
 
 
-def make_adapters(tiny, folder, num=2):
-    """Adapters whose factors are far from zero, of several ranks and layers."""
+def make_adapters(tiny, folder, num=3):
+    """Adapters whose factors are far from zero, of several ranks and layers, and of both layouts, one with DoRA."""
     from gemma_tune.models.adapter import save_adapter
     from gemma_tune.models.lora import enable_lora, lora_layers
 
     paths = {}
     for index in range(num):
         model, rng = tiny(), np.random.default_rng(index)
-        enable_lora(model.backbone, 2 + index, 4.0, ("query", "ffw_linear") if index else ("all-linear",), seed=index)
+        kind = {"layout": "peft", "use_rslora": True, "use_dora": True} if index == 2 else {}
+        layers = ("query", "ffw_linear") if index == 1 else ("all-linear",)
+        enable_lora(model.backbone, 2 + index, 4.0, layers, seed=index, **kind)
         for layer in lora_layers(model.backbone):
             layer.lora_kernel_b.assign(0.3 * rng.standard_normal(layer.lora_kernel_b.shape))
+            if kind:
+                layer.lora_kernel_magnitude.assign(1.5 * layer.lora_kernel_magnitude.value)
         paths[f"adapter{index}"] = save_adapter(model, folder / str(index))
     return paths
 
@@ -153,15 +157,15 @@ def test_rows_of_several_adapters_answer_as_each_alone(tiny, tmp_path):
     paths = make_adapters(tiny, tmp_path)
     wanted = {"": keras_hub_greedy(tiny(), LONG)}
     wanted.update({name: keras_hub_greedy(tiny(adapter=str(path)), LONG) for name, path in paths.items()})
-    assert len(set(wanted.values())) == 3  # Else the test says nothing.
+    assert len(set(wanted.values())) == 4  # Else the test says nothing.
     model = tiny()
     before = {variable.path: np.asarray(variable.value) for variable in model.backbone.variables}
     engine = started(model, adapters=paths)
-    names = ["adapter1", "", "adapter0", "adapter1", ""]
+    names = ["adapter1", "", "adapter2", "adapter0", "adapter1", "adapter2", ""]
     found = answers(engine, [Request(LONG, NUM_NEW, adapter=name) for name in names])
     assert [tokens(pieces) for pieces in found] == [wanted[name] for name in names]
-    with pytest.raises(ConfigError, match="no adapter 'adapter2'. Did you mean adapter"):
-        engine.submit(Request(LONG, 1, adapter="adapter2"), print)
+    with pytest.raises(ConfigError, match="no adapter 'adapter3'. Did you mean adapter"):
+        engine.submit(Request(LONG, 1, adapter="adapter3"), print)
     engine.close()
     after = {variable.path: np.asarray(variable.value) for variable in model.backbone.variables}
     assert before.keys() == after.keys() and all(np.array_equal(before[path], after[path]) for path in before)
