@@ -74,6 +74,7 @@ def _kernel_shape(layer: Any) -> tuple[int, ...]:
 
 
 def arrays_of(model: keras.Model, layers: dict[str, Any], factors: dict[str, Factors]) -> Arrays:
+    """Returns what the programs compute with, for a model, its called layers, and the factors of its adapters."""
     groups = parameters(model)
     params = rounded_params(model, {**groups.trainable, **groups.frozen})
     matrices = {}
