@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+_MEMORY_GROWTH = 0.05
 
 
 class Server:
@@ -34,3 +37,17 @@ class Server:
     def memory_bytes(self) -> int:
         """Memory that the process holds now."""
         return int(Path(f"/proc/{self._process.pid}/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+
+
+def shortfalls(figures: dict[str, Any]) -> list[str]:
+    """Returns what a server must do and this one didn't."""
+    found = [f"{each['kind']}: status {each['status']}, or another answer than alone" for each in figures["wrong"]]
+    if figures["slots_left"] or figures["queued_left"]:
+        found.append(f"{figures['slots_left']} slots are taken and {figures['queued_left']} requests wait at the end")
+    if figures["compilations"]:
+        found.append(f"{figures['compilations']:.0f} programs were compiled after the start")
+    memory = figures["memory_bytes"]
+    settled = max(memory[: max(len(memory) // 4, 1)])
+    if max(memory) > settled * (1 + _MEMORY_GROWTH):
+        found.append(f"memory grew from {settled / 1e6:,.0f} to {max(memory) / 1e6:,.0f} MB")
+    return found

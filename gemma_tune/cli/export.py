@@ -13,7 +13,7 @@ USAGE = "--model=WORKDIR --format=FORMAT --output=FOLDER [--adapter=FOLDER]"
 DESCRIPTION = """Writes a model in a format that other programs read, with a model card (README.md) that says where it
 comes from. keras: a KerasHub preset. hf: safetensors, config and tokenizer, for transformers and vLLM. gguf: one file,
 for llama.cpp and Ollama. litert: TensorFlow Lite, for phones. peft: LoRA factors alone, for
-peft and vLLM. Elsewhere LoRA is merged; with --nomerge, keras
+peft and vLLM. Elsewhere LoRA is merged; with --merge=false, keras
 has it beside the base. The output appears whole or not at all."""
 EXAMPLES = (
     "gemma-tune export --model=runs/mine --format=hf --dtype=bfloat16 --output=runs/mine-hf",
@@ -21,7 +21,7 @@ EXAMPLES = (
     "gemma-tune export --model=runs/mine --format=litert --scheme=int8 --output=runs/mine-litert",
     "gemma-tune export --model=runs/mine --format=peft --output=runs/mine-peft",
     "gemma-tune export --model=runs/mine --format=keras --output=runs/mine-keras",
-    "gemma-tune export --model=demo --adapter=runs/mine/adapter --format=keras --nomerge --output=runs/mine-keras",
+    "gemma-tune export --model=demo --adapter=runs/mine/adapter --format=keras --merge=false --output=runs/mine-keras",
 )
 
 

@@ -146,8 +146,13 @@ def to_config(values: flags.FlagValues, overrides: Sequence[str], base: Config |
     config = base or Config()
     if "config" in values and values["config"].value:
         config = load_config_file(values["config"].value)
-    given = {path: values[name].value for name, (path, _) in _FLAGS.items() if name in values and values[name].present}
+    given = {path: values[name].value for name, (path, _) in _FLAGS.items() if _is_given(values, name)}
     return apply_overrides(config.replace(given), overrides)
+
+
+def _is_given(values: flags.FlagValues, name: str) -> bool:
+    """Whether a shared flag is there and given; a verb may have one of its own by the same name."""
+    return name in values and bool(values[name].present) and values[name].help.startswith(_FLAGS[name][1])
 
 
 def load_config_file(name: str) -> Config:

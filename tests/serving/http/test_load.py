@@ -14,8 +14,8 @@ def _benchmarks_can_be_imported(monkeypatch):
 @pytest.mark.slow
 def test_a_thousand_requests_of_32_clients():
     """Every well-formed one gets the answer it gets alone; nothing is left of the others; memory stays."""
-    from benchmarks.server import Server
-    from benchmarks.serving_load import load, shortfalls
+    from benchmarks.http_load import load
+    from benchmarks.server import Server, shortfalls
 
     with Server("tiny", "--max_queued=32", "--max_length=512", "--feedback_db=") as server:
         figures = asyncio.run(load(server, num_requests=1000, num_clients=32, max_tokens=24, seed=0))
@@ -26,7 +26,7 @@ def test_a_thousand_requests_of_32_clients():
 
 def test_what_falls_short_is_said():
     """The measure itself: a wrong answer, a slot that is kept and memory that grows are each found."""
-    from benchmarks.serving_load import shortfalls
+    from benchmarks.server import shortfalls
 
     good = {
         "wrong": [],
