@@ -78,7 +78,8 @@ def merged_kernel(layer: Any, kernel: jax.Array) -> jax.Array:
     equation = equation_of(layer)
     merged = kernel.astype(jnp.float32) + kernel_update(equation, low_rank.scale, a, b)
     for length in magnitude:
-        merged = merged * over_outputs(equation, length / kernel_norms(equation, merged))
+        norms = jax.lax.stop_gradient(kernel_norms(equation, merged))  # Constants for the gradient (low_rank.py).
+        merged = merged * over_outputs(equation, length / norms)
     return merged
 
 
