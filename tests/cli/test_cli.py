@@ -1,6 +1,7 @@
 """The command line as a user meets it. In this process, where nothing needs another one."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -407,3 +408,13 @@ def test_output_into_a_closed_pipe_is_no_error():
         f"{sys.executable} -m gemma_tune models | head -1", shell=True, capture_output=True, text=True, check=False
     )
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_enough_ends_it_quietly():
+    """`gemma-tune help | head -1`, with a pipe that is closed before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "gemma_tune", "train", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 141 and "Traceback" not in done.stderr
