@@ -35,7 +35,8 @@ def write_keras(model: Any, folder: Path, options: Options) -> Written:
     if quantized_layers(base.backbone):
         kind = kind if base is not model else "keras, quantized"
         notes.append("Weights are quantized: gemma_tune reads them, plain KerasHub doesn't.")
-    return Written(notes, kind)
+    # By the class itself: KerasHub's CausalLM takes Gemma 4's for that of its assistant, which it then can't make.
+    return Written(notes, kind, {"CAUSAL_LM": type(model).__name__})
 
 
 def held_bytes(model: Any, options: Options) -> int:

@@ -21,7 +21,7 @@ import os
 os.environ["KERAS_BACKEND"] = "jax"
 import keras_hub
 
-model = keras_hub.models.CausalLM.from_preset("FOLDER")
+model = keras_hub.models.CAUSAL_LM.from_preset("FOLDER")
 prompt = "START_OF_TURNuser\\nQUESTIONEND_OF_TURN\\nSTART_OF_TURNmodel\\n"
 stop = model.preprocessor.tokenizer.token_to_id("END_OF_TURN")
 print(model.generate(prompt, max_length=256, stop_token_ids=(stop,)))"""

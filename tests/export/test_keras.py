@@ -19,7 +19,7 @@ READ_BY_KERAS_HUB = """
 import os, sys
 os.environ["KERAS_BACKEND"] = "jax"
 import keras_hub, numpy as np
-model = keras_hub.models.CausalLM.from_preset(sys.argv[1])
+model = getattr(keras_hub.models, sys.argv[4]).from_preset(sys.argv[1])
 ids = np.load(sys.argv[2])
 inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids), "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape)}
 inputs = {name: inputs[name] for name in model.backbone.input}
@@ -52,7 +52,7 @@ def test_keras_hub_alone_reads_it_in_a_fresh_process(tiny, some_family, rng, ids
     model = with_lora(tiny(some_family), rng)
     export_model(model, "keras", tmp_path / "keras")
     np.save(tmp_path / "ids.npy", ids)
-    arguments = [str(tmp_path / name) for name in ("keras", "ids.npy", "logits.npy")]
+    arguments = [*(str(tmp_path / name) for name in ("keras", "ids.npy", "logits.npy")), type(model).__name__]
     done = subprocess.run(
         [sys.executable, "-c", READ_BY_KERAS_HUB, *arguments], capture_output=True, text=True, check=False
     )
