@@ -268,6 +268,13 @@ class Config:
             "use_dora": lora.use_dora,
         }
 
+    @property
+    def optimizer_settings(self) -> dict[str, Any]:
+        """What the optimizer is made from, but for its learning rate over time."""
+        optimizer = self.optimizer
+        names = ("name", "weight_decay", "b1", "b2", "epsilon", "clip_norm")
+        return {name: getattr(optimizer, name) for name in names} | {"loraplus_lr_ratio": self.lora.loraplus_lr_ratio}
+
     def replace(self, settings: Mapping[str, Any]) -> "Config":
         """Returns a copy with some settings changed: `config.replace({"lora.rank": 8})`."""
         tree = self.to_dict()

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 
 from gemma_tune.config import Config
 from gemma_tune.data import (
@@ -127,7 +126,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
     schedule = make_schedule(
         optimizer_config.schedule, config.learning_rate, optimizer_config.warmup_steps, len(batches)
     )
-    optimizer = _optimizer(config, schedule)
+    optimizer = make_optimizer(schedule=schedule, **config.optimizer_settings)
     return Setup(
         config=config,
         model=model,
@@ -163,17 +162,3 @@ def _check_adapter(config: Config) -> None:
             f"model.adapter={config.model.adapter} goes on with the factors that it has, so lora.{changed[0]} would "
             "change nothing. Leave one of them away."
         )
-
-
-def _optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    optimizer = config.optimizer
-    return make_optimizer(
-        optimizer.name,
-        schedule,
-        weight_decay=optimizer.weight_decay,
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        epsilon=optimizer.epsilon,
-        clip_norm=optimizer.clip_norm,
-        loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
-    )

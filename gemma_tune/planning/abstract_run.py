@@ -89,7 +89,7 @@ def abstract_run(config: Config, shape: MeshShape, target_share: float, mesh: Me
     model = _model(config, layout)
     rows_at_a_time = training.batch_size // training.grad_accum_steps // shape.num_row_shards
     trainable, frozen = _parameters(model)
-    optimizer = _optimizer(config)
+    optimizer = make_optimizer(schedule=optax.constant_schedule(config.learning_rate), **config.optimizer_settings)
     return AbstractRun(
         config=config,
         model=model,
@@ -185,17 +185,3 @@ def _batch(num_rows: int, row_length: int, layout: Layout | None) -> Batch:
     ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
     weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
     return Batch(ids, ids, ids, ids, weights)
-
-
-def _optimizer(config: Config) -> optax.GradientTransformation:
-    optimizer = config.optimizer
-    return make_optimizer(
-        optimizer.name,
-        optax.constant_schedule(config.learning_rate),
-        weight_decay=optimizer.weight_decay,
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        epsilon=optimizer.epsilon,
-        clip_norm=optimizer.clip_norm,
-        loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
-    )
