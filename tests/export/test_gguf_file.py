@@ -1,6 +1,7 @@
 """GGUF files that we write, in our own reader and the gguf package's; llama.cpp itself is in tests/readers."""
 
 import gguf
+import jinja2
 import numpy as np
 import pytest
 from models.test_lora import logits
@@ -85,8 +86,6 @@ def test_what_llama_cpp_needs_is_in_it(tiny, tmp_path):
 
 
 def test_the_chat_template_renders_as_ours(tiny, tmp_path):
-    import jinja2
-
     path = write_gguf(tiny("gemma3"), tmp_path / "m.gguf", "q8_0")
     template = jinja2.Environment().from_string(GgufFile(path).text("tokenizer.chat_template"))
     turns = [("system", "Be brief."), ("user", "Hi "), ("model", "Hello"), ("user", "Bye")]

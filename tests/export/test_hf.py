@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gemma_tune.data import Turn, template_for
 from gemma_tune.errors import ModelError
@@ -121,9 +122,8 @@ def test_tokenizer_json_alone_gives_the_same_tokens(tiny, family, tmp_path):
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])
 def test_the_jinja_template_renders_what_ours_does(family):
-    jinja2 = pytest.importorskip("jinja2.sandbox")
     template = template_for(family)
-    environment = jinja2.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
     def refuse(message):
         raise ValueError(message)
