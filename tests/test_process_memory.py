@@ -27,6 +27,7 @@ print(faults, program.lower(x).compile().memory_analysis().temp_size_in_bytes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     """Pages that are mapped anew show as faults; without the setting they come with every call."""
     faults = {}

@@ -47,6 +47,7 @@ def test_table_answers_and_files(call, questions, tmp_path):
     assert "| KL, mean | – | 0 |" in markdown and "In &lt;b>" in markdown and "\\| please?" in markdown
 
 
+@pytest.mark.slow
 def test_json_and_default_candidates(call, questions, tmp_path):
     code, out, err = call("compare", "--reference=tiny@int8", f"--data={questions}", *FEW, "--num_answers=0",
                           f"--output={tmp_path}", "--json")  # fmt: skip
@@ -58,6 +59,7 @@ def test_json_and_default_candidates(call, questions, tmp_path):
     assert {key: result[key] for key in written} == written
 
 
+@pytest.mark.slow
 def test_directories_count_their_files_and_a_path_with_an_at_wins(call, questions, tmp_path, tiny):
     """Another name, the same weights: KL 0."""
     folder = tmp_path / "kept@int8"

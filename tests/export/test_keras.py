@@ -48,6 +48,7 @@ def with_lora(model, rng, targets=("query", "value", "ffw_gating")):
     return model
 
 
+@pytest.mark.slow
 def test_keras_hub_alone_reads_it_in_a_fresh_process(tiny, some_family, rng, ids, tmp_path):
     model = with_lora(tiny(some_family), rng)
     export_model(model, "keras", tmp_path / "keras")

@@ -32,6 +32,7 @@ def test_stopped_then_skipped_is_skipped_throughout(tmp_path):
     assert differences(found, wanted) == []
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_workdir(wanted, tmp_path):
     """config.json is enough: another workdir, the same bits."""
     first, again = tmp_path / "first", tmp_path / "again"

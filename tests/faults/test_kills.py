@@ -6,8 +6,9 @@ import signal
 import pytest
 from harness import Fault, differences, kill_again_and_again, outcome, random_fault, run
 
-FIRST = 1  # Seeds among the default tests; each kills three times.
-SEEDS = [*range(FIRST), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(FIRST, 20))]
+# One kill is among the default tests: tests/training/test_resume.py.
+pytestmark = pytest.mark.slow
+SEEDS = range(20)  # Each kills three times.
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -17,7 +18,6 @@ def test_kills_change_nothing(wanted, tmp_path, seed):
     assert differences(outcome(tmp_path / "w"), wanted) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_any_phase_leaves_with_its_code_and_says_how_to_go_on(wanted, tmp_path, number, seed):
@@ -44,7 +44,6 @@ def test_a_signal_in_an_evaluation_saves_and_evaluates_when_the_run_goes_on(want
     assert differences(outcome(workdir), wanted) == []
 
 
-@pytest.mark.slow
 def test_a_jumping_clock_changes_nothing(wanted, tmp_path):
     assert run(tmp_path / "w", Fault(clock_jumps=True)).code == 0
     found = outcome(tmp_path / "w")

@@ -107,6 +107,7 @@ def test_the_biggest_batch_is_the_biggest():
     assert planned_memory(with_batch_size(run, biggest + 4)).total > room
 
 
+@pytest.mark.slow
 def test_a_model_that_is_too_large_gets_a_proposal_that_fits():
     large = config(model__source="gemma3_12b", model__precision="bfloat16")
     (plan,) = make_plans(large, ONE, 0.6, [V5E])

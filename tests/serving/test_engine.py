@@ -1,10 +1,12 @@
 """The engine: many requests at once, each answered as KerasHub answers it alone."""
 
+import functools
 import random
 import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -205,9 +207,19 @@ def test_a_penalty_counts_prompt_and_answer(engine, model):
 
 
 def whole_logits(model, ids):
-    ids = np.asarray(ids, np.int32)[None]
-    hidden = hidden_states(model.backbone, ids, np.ones_like(ids), np.arange(ids.shape[1], dtype=np.int32)[None])
-    return np.array(model.backbone.token_embedding(hidden[:, -1:], reverse=True))[0, 0].astype(np.float64)
+    """[V] after the last of the ids. All are as long to the program: what follows a token has no part in its logits."""
+    padded = np.zeros((1, 64), np.int32)
+    padded[0, : len(ids)] = ids
+    return np.asarray(_logits_of_all(model)(padded))[0, len(ids) - 1].astype(np.float64)
+
+
+@functools.cache
+def _logits_of_all(model):
+    def logits(ids):
+        ones, positions = jnp.ones_like(ids), jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+        return model.backbone.token_embedding(hidden_states(model.backbone, ids, ones, positions), reverse=True)
+
+    return jax.jit(logits)
 
 
 def test_log_probabilities_are_the_model_s(engine, model):

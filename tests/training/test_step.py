@@ -103,10 +103,10 @@ def test_lora_on_the_embedding_trains_head_and_input(tiny, rng, targets):
     enable_lora(model.backbone, 4, 8.0, targets, seed=0)
     groups = parameters(model)
     trainable = {p: jnp.asarray(rng.normal(size=v.shape), jnp.float32) * 0.1 for p, v in groups.trainable.items()}
-    batch = random_batch(rng)
-    wanted = jax.grad(lambda t: plain_loss(model, t, groups.frozen, batch))(trainable)
+    batch = jax.tree.map(jnp.asarray, random_batch(rng))
+    wanted = jax.jit(jax.grad(lambda t: plain_loss(model, t, groups.frozen, batch)))(trainable)
     loss_fn = make_loss_fn(model, num_targets(batch))
-    ours = jax.grad(lambda t: loss_fn(t, groups.frozen, batch).loss_sum / batch.loss_weights.sum())(trainable)
+    ours = jax.jit(jax.grad(lambda t: loss_fn(t, groups.frozen, batch).loss_sum / batch.loss_weights.sum()))(trainable)
     for path, gradient in wanted.items():
         np.testing.assert_allclose(ours[path], gradient, atol=1e-4 * float(np.abs(gradient).max()) + 1e-7, err_msg=path)
 
@@ -126,7 +126,7 @@ def test_accumulation_with_unequal_token_counts_equals_one_big_batch(tiny, rng):
         for path, value in results[1][0].trainable.items():
             np.testing.assert_allclose(results[steps][0].trainable[path], value, atol=2e-5, err_msg=path)
     # Negative control: the mean of the micro-batches' means is another number.
-    loss_fn = make_loss_fn(model, num_targets(batch))
+    loss_fn = jax.jit(make_loss_fn(model, num_targets(batch)))
     halves = [loss_fn(trainable, frozen, Batch(*(field[rows] for field in batch))) for rows in (np.s_[:2], np.s_[2:])]
     mean_of_means = np.mean([half.loss_sum / half.weight_sum for half in halves])
     assert abs(mean_of_means - results[1][1].loss) > 1e-3
@@ -209,5 +209,5 @@ def test_the_state_can_take_over_the_models_own_weights(tiny, rng):
         batch = random_batch(np.random.default_rng(1))
         state, _ = step(state, {}, batch)
         assign(model, state.trainable)
-        losses.append(float(make_loss_fn(model, 120)(parameters(model).trainable, {}, batch).loss_sum))
+        losses.append(float(jax.jit(make_loss_fn(model, 120))(parameters(model).trainable, {}, batch).loss_sum))
     assert losses[0] == losses[1]
