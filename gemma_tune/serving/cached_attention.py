@@ -142,8 +142,7 @@ def _attend_within(length: int, shape: AttentionShape, cache: LayerCache) -> Any
         if shape.window is not None:
             visible &= of_key > of_query - shape.window
         weights = jax.nn.softmax(jnp.where(visible, scores.astype(jnp.float32), -jnp.inf), axis=-1)
-        outputs = jnp.einsum("kgts,skh->tkgh", weights.astype(scores.dtype), v)
-        return outputs.reshape(num_new, shape.num_heads, shape.head_width)
+        return _outputs(weights.astype(scores.dtype), v).reshape(num_new, shape.num_heads, shape.head_width)
 
     return attend_row
 
@@ -156,3 +155,11 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     # Head by head, keys first: else XLA transposes all keys. The barrier keeps it from changing their order back.
     heads = [lax.optimization_barrier(k[:, head] @ q[0, head].T).T for head in range(num_kv_heads)]
     return jnp.stack(heads).reshape(num_kv_heads, groups, 1, -1)
+
+
+def _outputs(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """Returns [T, K, G, H] of weights [K, G, T, length] and values [length, K, H]."""
+    if weights.shape[2] > 1 or not on_one_cpu():
+        return jnp.einsum("kgts,skh->tkgh", weights, v)
+    # As for the scores.
+    return jnp.stack([lax.optimization_barrier(weights[head, :, 0] @ v[:, head]) for head in range(v.shape[1])])[None]

@@ -28,7 +28,7 @@ from gemma_tune.serving.sampling import MOST_LOGPROBS, Logprobs, RowSampling, lo
 CHUNK = 64  # Tokens of a prompt that are read at once.
 _TAILS = (16, 32, CHUNK)  # What the last of them are filled up to.
 _SHORTEST_LENGTH = 128
-_LENGTH_FACTOR = 4
+_LENGTH_FACTOR = 2
 
 
 class Rows(NamedTuple):

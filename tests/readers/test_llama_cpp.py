@@ -134,7 +134,9 @@ class TestDemo:
         return model, paths
 
     def test_tokens_are_the_same(self, written):
-        """But for U+2581 in a text: SentencePiece takes it for a space, and llama.cpp looks for spaces before that."""
+        """But for U+2581 in a text: SentencePiece takes it for a space, and llama.cpp looks for spaces before that. And
+        `<unk>`, which is text to SentencePiece and a token to llama.cpp.
+        """
         model, paths = written
         llama, tokenizer = load_llama(paths["q8_0"]), tokenizer_of(model)
         for text in TEXTS:

@@ -1,7 +1,9 @@
 """The process that serves: the socket, and an end in which what is under way may finish."""
 
 import asyncio
+import signal
 import socket
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +57,10 @@ def serve(
         backlog=_BACKLOG,
         timeout_graceful_shutdown=int(drain_seconds + _SECONDS_TO_SAY_SO),
     )
-    _DrainingServer(config, engine, drain_seconds, ready).run(sockets=[bound])
+    server = _DrainingServer(config, engine, drain_seconds, ready)
+    server.run(sockets=[bound])
+    if server.ended_by is not None:  # uvicorn raises it within the event loop, where it may get lost.
+        signal.raise_signal(server.ended_by)
 
 
 class _DrainingServer(uvicorn.Server):
@@ -64,6 +69,12 @@ class _DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: RunningEngine, seconds: float, ready: Callable[[], None]):
         super().__init__(config)
         self._engine, self._seconds, self._ready = engine, seconds, ready
+        self.ended_by: int | None = None
+
+    def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
+        """Begins to end."""
+        self.ended_by = sig
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to listen."""
