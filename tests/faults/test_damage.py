@@ -86,6 +86,7 @@ def test_two_processes_on_one_workdir(tmp_path):
     assert run(workdir, more=more).code == 0  # The lock went with its process.
 
 
+@pytest.mark.slow
 def test_a_damaged_adapter_is_refused(whole, tmp_path):
     from gemma_tune.errors import ModelError
     from gemma_tune.models.load import load_model

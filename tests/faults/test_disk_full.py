@@ -47,6 +47,7 @@ def test_a_full_disk_loses_nothing(wanted, tmp_path, size_kb):
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount")
+@pytest.mark.slow
 def test_training_goes_on_without_room_for_a_checkpoint(tmp_path):
     """Room is made while it runs: the checkpoints from then on are there."""
     import jax.numpy as jnp

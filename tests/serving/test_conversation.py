@@ -9,6 +9,7 @@ from gemma_tune.serving.conversation import Conversation
 from gemma_tune.serving.sampling import GREEDY
 
 
+@pytest.mark.slow
 def test_each_turn_is_answered_as_generate_does_and_old_turns_make_room(tiny):
     model = tiny("gemma3")
     turns, wanted = [Turn("system", "Be brief.")], []
