@@ -84,12 +84,9 @@ def prepare_for_training(
         merge_lora(model.backbone)
     disable_qat(model.backbone)
     check_text_only(model)
-    if not lora and (quantized := quantized_layers(model.backbone)):
-        raise ModelError(
-            f"The model's weights are held in {quantized[0].quantized_scheme}, so they can't all be trained. Take "
-            "training.method=qlora, which trains LoRA beside them, or the float model that it was made from."
-        )
-    if lora and not keeps_factors:
+    if not lora:
+        _check_floats(model)
+    elif not keeps_factors:
         enable_lora(model.backbone, *lora)
     use_plain_products(model.backbone)
     if qat:
@@ -98,15 +95,31 @@ def prepare_for_training(
     if packing or choice.kernel == "splash":
         enable_packing(model.backbone)
     use_causal_attention(model.backbone, choice.kernel)
-    wants_blocks = program == "blocks" or (program == "auto" and jax.default_backend() == "cpu" and layout is None)
-    if wants_blocks and can_be_split(model.backbone):
+    if _takes_blocks(model, program, layout):
         return Prepared("blocks", choice)
-    if program == "blocks":
-        raise ModelError(
-            f"The blocks of {type(model.backbone).__name__} don't just follow one another. Set training.program=whole."
-        )
     if layout:
         layout.place(model.backbone)  # What came since it was loaded: LoRA's factors.
         use_mesh(model.backbone, layout)
     enable_remat(model.backbone, remat)
     return Prepared("whole", choice)
+
+
+def _check_floats(model: keras.Model) -> None:
+    """Raises ModelError if weights are held in few bits."""
+    if quantized := quantized_layers(model.backbone):
+        raise ModelError(
+            f"The model's weights are held in {quantized[0].quantized_scheme}, so they can't all be trained. Take "
+            "training.method=qlora, which trains LoRA beside them, or the float model that it was made from."
+        )
+
+
+def _takes_blocks(model: keras.Model, program: str, layout: Layout | None) -> bool:
+    """Says what `program` comes to, or raises ModelError if it is `blocks` and the model can't be split."""
+    wants_blocks = program == "blocks" or (program == "auto" and jax.default_backend() == "cpu" and layout is None)
+    if wants_blocks and can_be_split(model.backbone):
+        return True
+    if program == "blocks":
+        raise ModelError(
+            f"The blocks of {type(model.backbone).__name__} don't just follow one another. Set training.program=whole."
+        )
+    return False

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
 from gemma_tune.config import Config
 from gemma_tune.data import (
@@ -91,7 +92,7 @@ def prepare_data(config: Config, splits: Splits, model: keras.Model) -> Prepared
 
 def set_up(config: Config, splits: Splits) -> Setup:
     """Loads and prepares the model in a fixed order: precision, quantize, LoRA, QAT, layers, remat. No compiling."""
-    training, optimizer_config = config.training, config.optimizer
+    training = config.training
     _check_adapter(config)
     precision_advice = check_precision(first_device(), config.model.precision)
     model = load_configured(config)
@@ -123,9 +124,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         num_parts=num_parts * training.grad_accum_steps,
     )
     heldout = HeldoutBatches(data.heldout, training.batch_size, config.row_length, config.data.packing)
-    schedule = make_schedule(
-        optimizer_config.schedule, config.learning_rate, optimizer_config.warmup_steps, len(batches)
-    )
+    schedule = _schedule(config, len(batches))
     optimizer = make_optimizer(schedule=schedule, **config.optimizer_settings)
     return Setup(
         config=config,
@@ -150,6 +149,12 @@ def set_up(config: Config, splits: Splits) -> Setup:
         ),
         eval_step=make_eval_step(model, most_targets(heldout, num_parts), blockwise, layout),
         schedule=schedule,
+    )
+
+
+def _schedule(config: Config, num_train_steps: int) -> optax.Schedule:
+    return make_schedule(
+        config.optimizer.schedule, config.learning_rate, config.optimizer.warmup_steps, num_train_steps
     )
 
 

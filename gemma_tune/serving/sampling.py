@@ -82,9 +82,8 @@ def sample(logits: jax.Array, rows: RowSampling, seen: jax.Array) -> jax.Array:
             (arXiv:2407.01082) leaves tokens out that are less than this times as likely as the likeliest.
         seen: [B, V] bool, the tokens that repetition_penalty (arXiv:1909.05858, section 4.1) makes less likely.
     """
-    greedy = first_largest(logits)
     is_plain = jnp.all((rows.temperature == 0) & (rows.repetition_penalty == 1))
-    return lax.cond(is_plain, lambda: greedy, lambda: _sample(logits, rows, seen))
+    return lax.cond(is_plain, lambda: first_largest(logits), lambda: _sample(logits, rows, seen))
 
 
 def _sample(logits: jax.Array, rows: RowSampling, seen: jax.Array) -> jax.Array:

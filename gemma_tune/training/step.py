@@ -116,7 +116,20 @@ def make_train_step(
     if blockwise:
         gradients = blockwise.make_gradients({size: make_loss_of_hidden(model, size) for size in sizes})
         return BlockwiseTrainStep(gradients, update, num_summed, grad_accum_steps)
-    loss_fn = make_loss_fn(model, max(sizes), layout)
+    sum_gradients = _make_sum_gradients(make_loss_fn(model, max(sizes), layout), grad_accum_steps, layout)
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        scale = scale_of_sum(state.loss_scale, num_summed)
+        return update(state, *sum_gradients(state.trainable, frozen, batch, scale), batch.segment_ids)
+
+    where = (lambda state, *_: (places(state), layout.everywhere)) if layout else None
+    return CompiledOnce(train_step, places=where, donate_argnums=0)
+
+
+def _make_sum_gradients(
+    loss_fn: EvalStep, grad_accum_steps: int, layout: Layout | None
+) -> Callable[[Params, Params, Batch, Any], tuple[dict, LossSums]]:
+    """Returns (trainable, frozen, batch, loss scale or None) -> (float32 gradients by path, LossSums) of a batch."""
 
     def sum_gradients(trainable: Params, frozen: Params, batch: Batch, scale: Any) -> tuple[dict, LossSums]:
         def loss_and_sums(trainable: Params, frozen: Params, micro: Batch):
@@ -143,12 +156,7 @@ def make_train_step(
         )
         return jax.lax.scan(add, zero, micro_batches)[0]
 
-    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        scale = scale_of_sum(state.loss_scale, num_summed)
-        return update(state, *sum_gradients(state.trainable, frozen, batch, scale), batch.segment_ids)
-
-    where = (lambda state, *_: (places(state), layout.everywhere)) if layout else None
-    return CompiledOnce(train_step, places=where, donate_argnums=0)
+    return sum_gradients
 
 
 def make_update(optimizer: optax.GradientTransformation, num_targets: int, spike_factor: float = 0.0) -> Update:

@@ -204,9 +204,8 @@ def test_faults():
 
 @pytest.mark.slow
 def test_serving_tiny():
-    arguments = ("--model=tiny", "--contenders=float32,int8,keras_hub", "--repeats=1", "--num_new=8")
+    arguments = ("--model=tiny", "--contenders=float32,int8,keras_hub", "--repeats=1")
     result, _ = run("serving", *arguments, code=None)  # A tiny model's time says nothing of a real one's.
     assert set(result["figures"]) == {"float32", "int8", "keras_hub"}
     assert result["agreement"] and all(result["agreement"].values())
-    for row in result["figures"].values():  # Its milliseconds, measured once, may even be below those of one token.
-        assert {"first_token_seconds", "tokens_per_second", "peak_bytes"} <= row.keys()
+    assert all(row["tokens_per_second"] > 0 for row in result["figures"].values())

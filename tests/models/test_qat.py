@@ -23,7 +23,7 @@ from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.step import make_loss_fn
 
 INT4 = Grid("int4", 32)
-GRIDS = [Grid("int8"), INT4, Grid("nf4", 32)]
+GRIDS = [Grid("int8"), INT4, pytest.param(Grid("nf4", 32), marks=pytest.mark.slow)]
 LORA = LoraSettings(4, 8.0, ("all-linear", "token_embedding"), 0)
 SCALE = LORA.alpha / LORA.rank
 

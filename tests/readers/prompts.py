@@ -11,5 +11,5 @@ PROMPTS = (
 TEXTS = (
     *PROMPTS, "", " ", "  two  spaces   three", "\t\ttabs\n\n\nlines\r\n", "Ünïcödé ß ﬁ Å", "🙂👩‍👩‍👧 flags 🇩🇪", "\u0000\u0007 bytes",
     "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n", "<b>bold</b> <table>", "a" * 300, "3.14159e-10 #!$%",
-    "العربية עברית हिन्दी ไทย 한국어", "CamelCaseAndsnake_case", "<unused7>?",
+    "العربية עברית हिन्दी ไทย 한국어", "CamelCaseAndsnake_case", "<unused7><unk>?",
 )  # fmt: skip

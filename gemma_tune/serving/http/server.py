@@ -59,7 +59,7 @@ def serve(
     )
     server = _DrainingServer(config, engine, drain_seconds, ready)
     server.run(sockets=[bound])
-    if server.ended_by is not None:  # uvicorn raises it within the event loop, where it may get lost.
+    if server.ended_by is not None:  # uvicorn has raised it within its event loop, and that came to nothing.
         signal.raise_signal(server.ended_by)
 
 
