@@ -175,11 +175,12 @@ def make_update(optimizer: optax.GradientTransformation, num_targets: int, spike
         scale = mean if factor is None else mean / factor
         # Of the sums: squares of what is scaled, XLA on CPU would hold beside the gradients, all of them at once.
         grad_norm = optax.tree.norm(grads) * scale
-        grads = {path: gradient * scale for path, gradient in grads.items()}
 
         def updated(trainable: Params, opt_state: Any, grads: Params) -> tuple[dict[str, jax.Array], Any]:
             masters = as_float32(trainable)
-            updates, opt_state = optimizer.update(grads, opt_state, masters, grad_norm=grad_norm)
+            # Not before the branch, where XLA would write them down beside the sums.
+            mean_grads = {path: gradient * scale for path, gradient in grads.items()}
+            updates, opt_state = optimizer.update(mean_grads, opt_state, masters, grad_norm=grad_norm)
             updated = optax.apply_updates(masters, updates)
             return {path: value.astype(trainable[path].dtype) for path, value in updated.items()}, opt_state
 

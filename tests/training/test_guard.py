@@ -15,8 +15,10 @@ from gemma_tune.models.functional import parameters
 from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.checkpoints import Progress
 from gemma_tune.training.guard import NUM_FIRST, LossGuard, init_guard, is_bad, next_guard
-from gemma_tune.training.state import StepMetrics, init_state
-from gemma_tune.training.step import make_train_step
+from gemma_tune.training.losses import LossSums
+from gemma_tune.training.optimizer import make_optimizer, make_schedule
+from gemma_tune.training.state import StepMetrics, TrainState, init_state
+from gemma_tune.training.step import make_train_step, make_update
 
 
 def test_what_is_bad_against_a_plain_loop(rng):
@@ -42,6 +44,20 @@ def test_what_is_bad_against_a_plain_loop(rng):
 def test_without_a_factor_only_what_is_no_number_is_bad():
     guard = LossGuard(jnp.float32(1), jnp.int32(100), jnp.int32(0), jnp.int32(0))
     assert not is_bad(guard, jnp.float32(1e30), 0.0) and is_bad(guard, jnp.float32(math.nan), 0.0)
+
+
+@pytest.mark.parametrize("guard", [None, init_guard()], ids=["without", "with a guard"])
+def test_an_update_holds_no_second_array_of_the_weights_size(guard):
+    """Beside weights, moments and gradients: of a 270M each is a gigabyte."""
+    schedule = make_schedule("constant", 1e-3, 0, 1)
+    optimizer = make_optimizer("adamw", schedule, weight_decay=0.01, b1=0.9, b2=0.999, epsilon=1e-8, clip_norm=1.0)
+    weights = {f"w{index}": jax.ShapeDtypeStruct((1024, 512), jnp.float32) for index in range(3)}
+    scalar, ids = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, weights, jax.eval_shape(optimizer.init, weights), None, guard)
+    update = jax.jit(make_update(optimizer, 64), donate_argnums=0)
+    compiled = update.lower(state, weights, LossSums(scalar, scalar, scalar), ids).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 1024 * 512
 
 
 @pytest.mark.parametrize("program", ["whole", "blocks"])
