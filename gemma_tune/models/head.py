@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gemma_tune.models.cpu_half import slice_rows
 from gemma_tune.quantization.fake import FakeQuantized
 from gemma_tune.quantization.grids import Quantized, Scales, dequantize, rows_of, scale_values, take_rows
 
@@ -19,12 +20,13 @@ def num_rows(head: Head) -> int:
 
 
 def rows_of_head(head: Head, start: Any, count: int, dtype: Any) -> jax.Array:
-    """Returns [count, D] rows in the given dtype; start may be known at run time only."""
+    """Returns [count, D] rows in the given dtype; start may be known at run time only. Not to be
+    differentiated."""
     if isinstance(head, Quantized):
         return dequantize(rows_of(head, start, count), dtype)[..., 0]
     if isinstance(head, FakeQuantized):
         return head.rows(start, count).astype(dtype)
-    return lax.dynamic_slice_in_dim(head, start, count).astype(dtype)
+    return slice_rows(head, start, count).astype(dtype)
 
 
 def rows_at(head: Head, indices: jax.Array) -> jax.Array:

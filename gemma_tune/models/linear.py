@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub, on_one_cpu
+from gemma_tune.models.cpu_half import product
 from gemma_tune.quantization.scheme import Grid, why_not
 
 _MOST_HEADS = 32  # Beyond that many products, one transposition costs less.
@@ -29,11 +30,11 @@ def einsum_product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.einsum(equation, x, kernel)
     inputs, axes, _ = equation.replace("->", ",").split(",")
     if len(axes) == 2 and inputs[-1] == axes[0]:
-        return x @ kernel
+        return product(x, kernel)
     if len(axes) == 3 and inputs[-2:] == axes[:2]:
-        return x.reshape(*x.shape[:-2], -1) @ kernel.reshape(-1, kernel.shape[-1])
+        return product(x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
     if len(axes) == 3 and inputs[-1] == axes[1] and kernel.shape[0] <= _MOST_HEADS:
-        return jnp.stack([x @ kernel[head] for head in range(kernel.shape[0])], axis=-2)
+        return jnp.stack([product(x, kernel[head]) for head in range(kernel.shape[0])], axis=-2)
     return jnp.einsum(equation, x, kernel)
 
 

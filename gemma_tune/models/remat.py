@@ -18,17 +18,23 @@ import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub
+from gemma_tune.models.cpu_half import PRODUCT
 from gemma_tune.models.functional import bound_value
 
 _FEW_TERMS = 64
+_is_named_product = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 
 
 def _is_worth_keeping(primitive: Any, *avals: Any, **parameters: Any) -> bool:
     """Says whether a result is a product with weights. LoRA's x·A·B is as large as x·W, but sums over the rank alone:
     it takes less to compute it anew than to keep it.
     """
+    if _is_named_product(primitive, *avals, **parameters):
+        return True
     if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **parameters):
         return False
+    if parameters["preferred_element_type"] not in (None, avals[0].dtype):
+        return False  # What it is rounded to has the name.
     (summed, _), _ = parameters["dimension_numbers"]
     return math.prod(avals[0].shape[axis] for axis in summed) >= _FEW_TERMS
 

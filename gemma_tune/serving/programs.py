@@ -22,7 +22,7 @@ from gemma_tune.models.qat import weights_are_rounded
 from gemma_tune.serving.adapters import Factors
 from gemma_tune.serving.arrays import Arrays, arrays_of, called_layers, row_call
 from gemma_tune.serving.cached_attention import LayerCache, Place, attention_to, empty_cache
-from gemma_tune.serving.products import Matrix, product
+from gemma_tune.serving.products import logits_of, one_unseen
 from gemma_tune.serving.sampling import MOST_LOGPROBS, Logprobs, RowSampling, log_probabilities, sample
 
 CHUNK = 64  # Tokens of a prompt that are read at once.
@@ -145,7 +145,8 @@ class Programs:
     def _decode_fn(self, arrays: Arrays, cache: list[LayerCache], seen: Any, rows: Rows) -> tuple[Any, Any, Made]:
         seen = seen.at[rows.slots, rows.tokens].set(True)
         with self._running(arrays, cache, Place(rows.starts, rows.positions, self._lengths), rows.adapters) as updated:
-            logits = self._logits(arrays.head, self._hidden(rows.tokens[:, None])[:, 0], _one(rows.starts))
+            hidden = self._hidden(rows.tokens[:, None])[:, 0]
+            logits = logits_of(self._model.backbone.token_embedding, arrays.head, hidden, one_unseen(rows.starts))
         penalized = jnp.any(rows.sampling.repetition_penalty != 1)
         seen_here = lax.cond(penalized, lambda: seen[rows.slots], lambda: jnp.zeros(logits.shape, bool))
         tokens = sample(logits, rows.sampling, seen_here)
@@ -157,20 +158,10 @@ class Programs:
         positions = jnp.zeros(token_ids.shape, jnp.int32)  # Given to the rotation by `attention_to`.
         return hidden_states(self._model.backbone, token_ids, ones, positions)
 
-    def _logits(self, head: Matrix | None, hidden: jax.Array, one: jax.Array) -> jax.Array:
-        """Returns [B, V] float32 of hidden states [B, D]."""
-        embedding = self._model.backbone.token_embedding
-        if head is None:
-            return embedding(hidden[:, None], reverse=True)[:, 0].astype(jnp.float32)
-        logits = product(hidden.astype(embedding.reverse_dtype or embedding.compute_dtype), head, one)
-        if embedding.logit_soft_cap:
-            logits = embedding.logit_soft_cap * jnp.tanh(logits / embedding.logit_soft_cap)
-        return logits.astype(jnp.float32)
-
     @contextlib.contextmanager
     def _running(self, arrays: Arrays, cache: list[LayerCache], place: Place, adapters: Any) -> Iterator[list]:
         """Within it, the backbone computes with `arrays`; yields the cache that it leaves."""
-        one = _one(place.starts)
+        one = one_unseen(place.starts)
         swaps = [
             (layer, row_call(layer, arrays.matrices.get(path), arrays.factors.get(path), adapters, one))
             for path, layer in self._layers.items()
@@ -181,11 +172,6 @@ class Programs:
             for each in computing:
                 stack.enter_context(each)
             yield stack.enter_context(attention_to(cache, self._model.backbone, place))
-
-
-def _one(starts: jax.Array) -> jax.Array:
-    """Returns 1 in a way that the compiler can't see."""
-    return (starts[0] >= 0).astype(jnp.int32)
 
 
 def _no_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:

@@ -151,7 +151,8 @@ def block_logits(soft_cap: float | None, rows: jax.Array, hidden: jax.Array) -> 
     Tokens first: so both products with the rows, this one and the one that weighs them, run at full speed on CPU. The
     other way round the second has to transpose both of its operands, and takes up to twice as long.
     """
-    logits = _dot(hidden, rows.T)
+    by_width = (((1,), (1,)), ((), ()))  # A product with rows.T would be of float32 on CPU, in bfloat16 too.
+    logits = lax.dot_general(hidden, rows, by_width, preferred_element_type=jnp.float32)
     if soft_cap is None:
         return logits, None
     ratio = jnp.tanh(logits / soft_cap)
