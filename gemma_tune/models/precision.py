@@ -28,6 +28,7 @@ from gemma_tune.config_checks import PRECISIONS
 from gemma_tune.errors import ModelError
 from gemma_tune.keras_runtime import keras, keras_hub
 from gemma_tune.models.attention_choice import Device
+from gemma_tune.models.cpu_half import multiplies_bfloat16
 
 _BFLOAT16_CAPABILITY = (8, 0)  # Ampere.
 
@@ -65,7 +66,7 @@ def check_precision(device: Device, precision: str) -> str:
     dtype = precision.removeprefix("mixed_")
     if device.platform == "tpu" and dtype == "float16":
         raise ModelError(f"TPUs don't compute in float16. Take --precision={mixed}bfloat16.")
-    if device.platform == "cpu" and dtype != "float32":
+    if device.platform == "cpu" and dtype != "float32" and not (dtype == "bfloat16" and multiplies_bfloat16()):
         saves = " It halves the memory of weights." if not mixed else ""
         return f"On a CPU, {precision} is slower than float32.{saves} The fastest here is --precision=float32."
     if device.platform == "cuda" and dtype == "bfloat16" and device.capability < _BFLOAT16_CAPABILITY:

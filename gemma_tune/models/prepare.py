@@ -15,6 +15,7 @@ from gemma_tune.models.packing import enable_packing
 from gemma_tune.models.qat import disable_qat, enable_qat
 from gemma_tune.models.quantize import quantized_layers
 from gemma_tune.models.remat import enable_remat
+from gemma_tune.models.rotary import use_rotary_tables
 from gemma_tune.models.sharded_layers import use_mesh
 from gemma_tune.models.sharding import Layout
 from gemma_tune.quantization.scheme import Grid
@@ -89,6 +90,7 @@ def prepare_for_training(
     elif not keeps_factors:
         enable_lora(model.backbone, *lora)
     use_plain_products(model.backbone)
+    use_rotary_tables(model.backbone)
     if qat:
         enable_qat(model.backbone, qat)
     choice = choose_attention(model.backbone, attention, row_length)

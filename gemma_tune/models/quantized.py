@@ -246,10 +246,10 @@ def _product_forward(equation, shape, rounds_inputs, x, kernel):
 def _product_backward(equation, shape, rounds_inputs, kernel, gradient):
     inputs, axes, outputs = equation.replace("->", ",").split(",")
     sizes = dict(zip(axes + outputs, (*shape, *gradient.shape), strict=True))
-    x = jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in inputs), gradient.dtype)
+    anywhere = jnp.zeros(tuple(sizes[axis] for axis in inputs), gradient.dtype)  # The product is linear in x.
     floats = dequantize(kernel, gradient.dtype).reshape(shape)
-    (of_x,) = jax.linear_transpose(lambda x: einsum_product(equation, x, floats), x)(gradient)
-    return of_x, None
+    _, pullback = jax.vjp(lambda x: einsum_product(equation, x, floats), anywhere)
+    return *pullback(gradient), None
 
 
 quantized_product.defvjp(_product_forward, _product_backward)
