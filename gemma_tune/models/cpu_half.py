@@ -1,4 +1,4 @@
-"""16-bit floats on a CPU, in the forms that XLA there computes fast.
+"""bfloat16 on a CPU, in the forms that XLA there computes fast.
 
 Some CPUs (AVX512_BF16, AMX) multiply bfloat16 and sum in float32, at twice the speed of float32. XLA makes use of that
 for products of bfloat16 whose result is to be float32. One that is to be bfloat16 it computes in float32, converting
@@ -18,7 +18,6 @@ from jax.ad_checkpoint import checkpoint_name
 from gemma_tune.keras_runtime import on_one_cpu
 
 PRODUCT = "product"  # The name of what `product` returns in bfloat16, for `jax.checkpoint`.
-_HALF = (jnp.bfloat16, jnp.float16)
 _MULTIPLY_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # Of x86, as Linux names them.
 
 
@@ -43,7 +42,9 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _bfloat16_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The gradients are written out, for JAX would make them products of float32 with bfloat16."""
+    """The gradients are written out, for JAX would make them products of float32 with bfloat16. The kernel's, a sum
+    over rows, XLA computes in float32 all the same.
+    """
     return _sum_in_float32(x, kernel)
 
 
@@ -66,7 +67,7 @@ def _sum_in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def slice_rows(table: jax.Array, start: Any, count: int) -> jax.Array:
     """Returns table[start : start + count]; start may be known at run time only. Not to be differentiated."""
-    if table.dtype not in _HALF or not on_one_cpu():
+    if table.dtype != jnp.bfloat16 or not on_one_cpu():
         return lax.dynamic_slice_in_dim(table, start, count)
     # Within a loop the table as integers would be a copy, made before the loop, but for the barrier.
     table, start = lax.optimization_barrier((table, start))

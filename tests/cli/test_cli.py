@@ -12,6 +12,8 @@ import pytest
 from cli_arguments import FAST, TINY
 
 from gemma_tune.cli.main import VERBS
+from gemma_tune.models.attention_choice import first_device
+from gemma_tune.models.precision import suitable_precisions
 
 
 def test_overview_and_version(call):
@@ -140,7 +142,7 @@ def test_doctor(call):
     found = json.loads(call("doctor", "--json")[1])
     values = {finding["name"]: finding["value"] for finding in found["findings"]}
     assert {"Python", "jax", "devices", "memory", "disk", "cache", "Kaggle token"} <= values.keys()
-    assert values["precisions that suit"] == "float32"  # On a CPU.
+    assert values["precisions that suit"] == ", ".join(suitable_precisions(first_device()))
 
 
 def test_data_shows_counts_and_writes_splits(call, write, tmp_path, questions):

@@ -8,6 +8,7 @@ import pytest
 
 from gemma_tune.config_checks import PRECISIONS
 from gemma_tune.errors import ModelError
+from gemma_tune.models import precision as precision_module
 from gemma_tune.models.adapter import load_adapter, save_adapter
 from gemma_tune.models.attention_choice import Device
 from gemma_tune.models.functional import variables_by_path
@@ -34,7 +35,8 @@ TURING, AMPERE, HOPPER = (Device("cuda", capability) for capability in ((7, 5), 
         (TPU, "mixed_bfloat16", ""),
     ],
 )  # fmt: skip
-def test_what_speaks_against_a_precision(device, precision, said):
+def test_what_speaks_against_a_precision(monkeypatch, device, precision, said):
+    monkeypatch.setattr(precision_module, "multiplies_bfloat16", lambda: False)
     found = check_precision(device, precision)
     assert said in found and bool(found) == bool(said)
 
@@ -45,8 +47,17 @@ def test_tpus_have_no_float16():
             check_precision(TPU, precision)
 
 
-def test_every_device_has_precisions_that_suit():
-    assert suitable_precisions(CPU) == ["float32"]
+@pytest.mark.parametrize("precision", ["bfloat16", "mixed_bfloat16"])
+def test_nothing_speaks_against_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch, precision):
+    monkeypatch.setattr(precision_module, "multiplies_bfloat16", lambda: True)
+    assert check_precision(CPU, precision) == ""
+    assert "slower" in check_precision(CPU, precision.replace("bfloat16", "float16"))
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_every_device_has_precisions_that_suit(monkeypatch, multiplies):
+    monkeypatch.setattr(precision_module, "multiplies_bfloat16", lambda: multiplies)
+    assert suitable_precisions(CPU) == ["float32", *(["bfloat16", "mixed_bfloat16"] if multiplies else [])]
     assert suitable_precisions(TURING) == ["float32", "float16", "mixed_float16"]
     assert suitable_precisions(TPU) == ["float32", "bfloat16", "mixed_bfloat16"]
     assert suitable_precisions(HOPPER) == list(PRECISIONS)

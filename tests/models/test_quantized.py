@@ -46,6 +46,7 @@ def with_factors(model, seed):
     }
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(
     ("equation", "x_shape", "shape"),
@@ -55,17 +56,21 @@ def with_factors(model, seed):
         ("btd,df->btf", (2, 5, 64), (64, 24)),
     ],
 )
-def test_product(rng, grid, equation, x_shape, shape):
+def test_product(rng, grid, equation, x_shape, shape, dtype):
     """And its gradient, which only x has."""
-    x, kernel = jnp.asarray(rng.normal(size=x_shape), jnp.float32), rng.normal(size=shape).astype(np.float32)
+    x, kernel = jnp.asarray(rng.normal(size=x_shape), dtype), rng.normal(size=shape).astype(np.float32)
     matrix = {"ndh": (4, 64, 8), "nhd": (1, 64, 24), "df": (1, 64, 24)}[equation.split(",")[1].split("-")[0]]
     quantized = jax.tree.map(jnp.asarray, quantize(kernel.reshape(matrix), grid))
-    floats = dequantize(quantized).reshape(shape)
+    floats = dequantize(quantized, x.dtype).reshape(shape).astype(jnp.float32)
     ours, pullback = jax.vjp(lambda x: quantized_product(equation, shape, False, x, quantized), x)
-    theirs, their_pullback = jax.vjp(lambda x: jnp.einsum(equation, x, floats), x)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-    slope = jnp.asarray(rng.normal(size=ours.shape), jnp.float32)
-    np.testing.assert_allclose(pullback(slope)[0], their_pullback(slope)[0], rtol=1e-5, atol=1e-5)
+    theirs, their_pullback = jax.vjp(lambda x: jnp.einsum(equation, x, floats), x.astype(jnp.float32))
+    last_bit = 2.0**-8 if dtype == "bfloat16" else 1e-5
+    np.testing.assert_allclose(ours.astype(jnp.float32), theirs, rtol=last_bit, atol=1e-5)
+    slope = jnp.asarray(rng.normal(size=ours.shape), dtype)
+    of_x, wanted = pullback(slope)[0], their_pullback(slope.astype(jnp.float32))[0]
+    # Each of four heads has its part of the gradient, rounded before they are added up.
+    atol = 4 * last_bit * np.abs(wanted).max() if dtype == "bfloat16" else 1e-5
+    np.testing.assert_allclose(of_x.astype(jnp.float32), wanted, rtol=last_bit, atol=atol)
 
 
 @pytest.mark.parametrize(

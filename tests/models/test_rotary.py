@@ -1,0 +1,72 @@
+"""Rotary tables against KerasHub computing sines and cosines itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_tune.keras_runtime import keras_hub
+from gemma_tune.models import rotary
+from gemma_tune.models.functional import hidden_states
+from gemma_tune.models.rotary import use_rotary_tables
+
+LENGTH = 24
+
+
+def states(backbone, rng):
+    tokens = jnp.asarray(rng.integers(1, 200, (2, LENGTH)), jnp.int32)
+    ones, positions = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+    return jax.jit(lambda: hidden_states(backbone, tokens, ones, positions))()
+
+
+def rotary_layers(backbone):
+    return [
+        layer
+        for layer in backbone._flatten_layers(include_self=False)
+        if isinstance(layer, keras_hub.layers.RotaryEmbedding)
+    ]
+
+
+def test_hidden_states_are_the_same(tiny, some_family):
+    backbone = tiny(some_family).backbone
+    before = states(backbone, np.random.default_rng(0))
+    use_rotary_tables(backbone)
+    after = states(backbone, np.random.default_rng(0))
+    # Sines of the same angles, from another program: the last bit of float32 may differ, and grows through the blocks.
+    np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
+
+
+def test_the_program_has_no_sines_left(tiny):
+    """But where positions are given: those are known at run time only."""
+    backbone = tiny("gemma3").backbone
+    layer = rotary_layers(backbone)[0]
+    x, positions = jnp.ones((1, LENGTH, 2, 8)), jnp.arange(LENGTH)
+
+    def has_sines(positions):
+        return "= sin" in str(jax.make_jaxpr(lambda x, positions: layer(x, positions=positions))(x, positions))
+
+    assert has_sines(None)
+    use_rotary_tables(backbone)
+    assert has_sines(positions) and not has_sines(None)
+    np.testing.assert_allclose(layer(x), layer(x, positions=positions), atol=1e-6)
+
+
+def test_layers_of_one_kind_share_a_table(tiny):
+    """Gemma 3's blocks with a window have another wavelength than those without."""
+    backbone = tiny("gemma3").backbone
+    use_rotary_tables(backbone)
+    states(backbone, np.random.default_rng(0))
+    states(backbone, np.random.default_rng(1))
+    layers = rotary_layers(backbone)
+    tables = layers[0]._compute_cos_sin_embedding.args[1]
+    assert len(tables) == len({layer.max_wavelength for layer in layers}) == 2
+
+
+@pytest.mark.parametrize("most", [LENGTH * 8 - 1, LENGTH * 8])
+def test_long_rows_have_none(tiny, monkeypatch, most):
+    monkeypatch.setattr(rotary, "_MOST_ENTRIES", most)
+    backbone = tiny("gemma3").backbone
+    use_rotary_tables(backbone)
+    layer = rotary_layers(backbone)[0]
+    layer(jnp.ones((1, LENGTH, 2, 8)))
+    assert len(layer._compute_cos_sin_embedding.args[1]) == (most == LENGTH * 8)
