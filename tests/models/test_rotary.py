@@ -51,6 +51,18 @@ def test_the_program_has_no_sines_left(tiny):
     np.testing.assert_allclose(layer(x), layer(x, positions=positions), atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_tables_are_rounded_at_the_end(tiny, precision):
+    """From float32: an angle of 23 in bfloat16 would be off by up to 0.06."""
+    backbone = tiny("gemma3", precision=precision).backbone
+    use_rotary_tables(backbone)
+    cosines, sines = rotary_layers(backbone)[0]._compute_cos_sin_embedding(jnp.ones((1, LENGTH, 2, 8)))
+    assert cosines.dtype == sines.dtype == precision
+    angles = np.outer(np.arange(LENGTH), 10_000.0 ** -(np.arange(4) / 4))
+    for table, function in ((cosines, np.cos), (sines, np.sin)):
+        np.testing.assert_allclose(table[0, :, 0].astype(float), np.tile(function(angles), 2), atol=2.0**-9)
+
+
 def test_layers_of_one_kind_share_a_table(tiny):
     """Gemma 3's blocks with a window have another wavelength than those without."""
     backbone = tiny("gemma3").backbone
