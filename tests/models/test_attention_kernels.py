@@ -123,9 +123,9 @@ def value_and_gradients(model, trainable, frozen, batch):
     return jax.jit(jax.value_and_grad(lambda trainable: loss_fn(trainable, frozen, batch).loss_sum))(trainable)
 
 
-def test_splash_in_a_model_is_keras_hubs_attention(tiny, family, rng):
+def test_splash_in_a_model_is_keras_hubs_attention(tiny, some_family, rng):
     """Packed, padded rows of 128, longer than the tiny models' windows, and with recomputation around the blocks."""
-    model, trainable, frozen = lora_model(tiny, family, rng, ("attention",))
+    model, trainable, frozen = lora_model(tiny, some_family, rng, ("attention",))
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (128, 90), 2, 128))
     batch = batch._replace(segment_ids=batch.segment_ids + (batch.segment_ids > 0) * (jnp.arange(128) > 60))
     enable_packing(model.backbone)

@@ -196,8 +196,9 @@ def test_no_rounded_kernel_is_kept_for_the_backward_pass(lora, rng):
     assert len(kernels) > 3 and kept and not kept & kernels
 
 
-@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("family", ["gemma3", pytest.param("gemma4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
 def test_answers_are_those_of_the_converted_model(family, lora, rng):
     """KerasHub's generate, which rounds for every token, and ours, which rounds once."""
     model = qat_model(family, INT4, lora, rng)
