@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_tune.keras_runtime import keras, on_one_cpu
+from gemma_tune.models.cpu_half import multiplies_bfloat16
 from gemma_tune.models.functional import Params, bound, bound_value, parameters
 from gemma_tune.models.qat import rounded_params, weights_are_rounded
 from gemma_tune.processes import to_host
@@ -33,8 +34,9 @@ class Decoder:
         self._model = model
         self._prefill = jax.jit(self._prefill_fn, static_argnames=("cache_length",))
         self._step = jax.jit(self._step_fn, donate_argnames=("cache", "seen"))
-        # Two rows of bfloat16 take less time there than one.
-        self._least_rows = 2 if on_one_cpu() and model.backbone.token_embedding.compute_dtype == "bfloat16" else 1
+        # Where the CPU multiplies bfloat16, two rows take less time than one.
+        is_bfloat16 = model.backbone.token_embedding.compute_dtype == "bfloat16"
+        self._least_rows = 2 if is_bfloat16 and on_one_cpu() and multiplies_bfloat16() else 1
 
     def generate(
         self,

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gemma_tune.keras_runtime import keras, on_one_cpu
+from gemma_tune.models.cpu_half import multiplies_bfloat16
 from gemma_tune.models.qat import FakeQuantEinsumDense
 from gemma_tune.models.quantized import QuantizedEinsumDense, QuantizedEmbedding
 
@@ -57,7 +58,7 @@ def product(x: jax.Array, matrix: Matrix, one: jax.Array) -> jax.Array:
         outputs = _by_parts(set_down(x, one), values)
     elif values.dtype == jnp.int8:
         outputs = _by_blocks(x, values)
-    elif x.dtype == values.dtype == jnp.bfloat16:
+    elif x.dtype == values.dtype == jnp.bfloat16 and multiplies_bfloat16():
         by_inputs = (((1,), (1,)), ((), ()))
         outputs = lax.dot_general(x, values, by_inputs, preferred_element_type=jnp.float32).astype(x.dtype)
     else:
