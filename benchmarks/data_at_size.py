@@ -49,8 +49,8 @@ def write_rows(path: Path, num_examples: int) -> None:
 def prepare(folder: Path, family: str, max_length: int) -> dict[str, Any]:
     """Prepares the file in a folder and plans an epoch; returns the figures."""
     from gemma_tune.data import EpochPlan, load_splits, template_for, tokenize_splits
-    from gemma_tune.models.tokenizer import TextTokenizer
-    from gemma_tune.process_memory import peak_memory_bytes
+    from gemma_tune.models.sources.tokenizer import TextTokenizer
+    from gemma_tune.runtime.process_memory import peak_memory_bytes
 
     bytes_before = peak_memory_bytes()
     start = time.perf_counter()

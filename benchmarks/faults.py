@@ -63,7 +63,7 @@ def saving() -> dict[str, Any]:
 
     from gemma_tune.config import Config
     from gemma_tune.pipeline.setup import read_splits, set_up
-    from gemma_tune.training.checkpoints import Checkpoints, Progress
+    from gemma_tune.training.run.checkpoints import Checkpoints, Progress
 
     num_steps = 2 + 2 * _PAIRS.value * _WINDOW.value
     settings = {

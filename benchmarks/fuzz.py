@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.fuzz_readers import READERS, damaged, ending, too_long, try_one
 from benchmarks.machine import describe
-from gemma_tune.process_memory import peak_memory_bytes
+from gemma_tune.runtime.process_memory import peak_memory_bytes
 
 _NUM_INPUTS = flags.DEFINE_integer("num_inputs", 100_000, "Over all readers.", lower_bound=1)
 _READERS = flags.DEFINE_list("readers", ["gguf", "adapter", "jsonl"], "What reads.")

@@ -87,8 +87,8 @@ def gguf_reader(folder: Path) -> Reader:
     """GGUF: the header, the config, the tokenizer, and every tensor dequantized."""
     import gguf
 
-    from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
-    from gemma_tune.models.gguf_file import GgufFile
+    from gemma_tune.models.sources.gguf_checkpoint import GgufCheckpoint
+    from gemma_tune.models.sources.gguf_reader import GgufFile
 
     def write(name: str, kinds: list[gguf.GGMLQuantizationType]) -> bytes:
         writer = gguf.GGUFWriter(folder / name, "gemma3")
@@ -136,10 +136,10 @@ def adapter_reader(folder: Path) -> Reader:
     from safetensors import SafetensorError
     from safetensors.numpy import load, save
 
-    from gemma_tune.models.adapter import load_adapter, read_adapter_metadata, save_adapter
-    from gemma_tune.models.adapter_file import sealed_metadata
     from gemma_tune.models.load import load_model
-    from gemma_tune.models.lora import enable_lora
+    from gemma_tune.models.lora.adapter import load_adapter, read_adapter_metadata, save_adapter
+    from gemma_tune.models.lora.adapter_file import sealed_metadata
+    from gemma_tune.models.lora.enable import enable_lora
 
     model = load_model("tiny:gemma")
     enable_lora(model.backbone, 2, 2.0, ["query"], seed=0)
@@ -190,9 +190,9 @@ def jsonl_reader(folder: Path) -> Reader:
     del folder
     from gemma_tune.data.chat_template import template_for
     from gemma_tune.data.clean import Cleaner
-    from gemma_tune.data.formats import to_examples
     from gemma_tune.data.packing import make_batch, num_positions, plan_rows
-    from gemma_tune.data.sources import read_rows
+    from gemma_tune.data.sources.readers import read_rows
+    from gemma_tune.data.sources.row_formats import to_examples
     from gemma_tune.data.tokenize import tokenize_examples
     from gemma_tune.models.load import load_tokenizer
 

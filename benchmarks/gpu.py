@@ -30,7 +30,7 @@ _SHAPES = flags.DEFINE_list("shapes", ["gemma3_1b", "gemma3_4b", "gemma2_2b"], f
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Packed rows in a step of ours.", lower_bound=1)
 _ROW_LENGTH = flags.DEFINE_integer("row_length", 1024, "Positions in a packed row.", lower_bound=512)
 _NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 320, "Examples in a pass.", lower_bound=1)
-_REMAT = flags.DEFINE_string("remat", "blocks", "training.remat of ours.")
+_REMAT = flags.DEFINE_string("remat", "dots", "training.remat of ours.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Passes of each; the median counts.", lower_bound=1)
 _TINY = flags.DEFINE_bool("tiny", False, "A tiny shape in float32 on the CPU; its figures mean nothing.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object last.")

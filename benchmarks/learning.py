@@ -12,14 +12,14 @@ from benchmarks.jobs import documents
 from gemma_tune.config import Config
 from gemma_tune.models.functional import assign
 from gemma_tune.models.load import load_model
-from gemma_tune.models.prepare import prepare_for_training
-from gemma_tune.models.quantize import quantize_layers
-from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.models.quantized.convert import quantize_layers
+from gemma_tune.models.sources.tokenizer import tokenizer_of
+from gemma_tune.models.transforms import transform_for_training
 from gemma_tune.pipeline import evaluate, read_splits, set_up
-from gemma_tune.quantization.scheme import POST_TRAINING, Grid
-from gemma_tune.training.blockwise import Blockwise
+from gemma_tune.quantization.spec import PTQ_SCHEMES, QuantSpec
 from gemma_tune.training.calibration import calibration_batches, quantize_calibrated
-from gemma_tune.training.step import make_loss_of_hidden
+from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.train_step import make_loss_of_hidden
 
 
 class Learnt(NamedTuple):
@@ -69,7 +69,7 @@ def learn(model: str, scheme: str, block_size: int, steps: int, rank: int, point
     assert point is not None
     assign(setup.model, state.trainable)  # The step took over the model's own buffers.
     most = setup.batches.most_targets
-    gradients, _ = Blockwise(setup.model, "blocks").make_gradients({most: make_loss_of_hidden(setup.model, most)})(
+    gradients, _ = PerBlockProgram(setup.model, "dots").make_gradients({most: make_loss_of_hidden(setup.model, most)})(
         {path: jax.numpy.asarray(value) for path, value in point.items()}, setup.frozen, None, setup.batches[0]
     )
     return Learnt(point, {path: np.asarray(value) for path, value in gradients.items()}, before, after)
@@ -84,15 +84,15 @@ def rounded_losses(source: str, block_size: int, num_tokens: int, num_heldout: i
     score = functools.partial(evaluate, examples=heldout, batch_size=1)
     losses = {"float32": score(load_model(source))["loss"]}
     print(f"float32: {losses['float32']:.4f}", file=sys.stderr)
-    for name, way in POST_TRAINING.items():
+    for name, way in PTQ_SCHEMES.items():
         model = load_model(source)
-        grid = Grid(way.scheme, block_size)
+        quant_spec = QuantSpec(way.scheme, block_size)
         if way.method:
             batches = _calibration_batches(model, others, num_tokens)
-            prepare_for_training(model, None, packing=True, remat="none", row_length=512)
-            quantize_calibrated(model, batches, way.method, grid)
+            transform_for_training(model, None, packing=True, remat="none", row_length=512)
+            quantize_calibrated(model, batches, way.method, quant_spec)
         else:
-            quantize_layers(model.backbone, grid, way.rounds_inputs)
+            quantize_layers(model.backbone, quant_spec, way.rounds_inputs)
         losses[name] = score(model)["loss"]
         print(f"{name}: {losses[name]:.4f}", file=sys.stderr)
     return losses

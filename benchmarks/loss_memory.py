@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe, free_bytes
-from gemma_tune.training.losses import fused_linear_cross_entropy
+from gemma_tune.training.losses.cross_entropy import fused_linear_cross_entropy
 
 _TOKENS = flags.DEFINE_list("tokens", ["128", "512", "2048"], "T, positions with a loss.")
 _VOCABULARIES = flags.DEFINE_list("vocabularies", ["32768", "262144"], "V, rows of the head.")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.process_memory import peak_memory_bytes
+from gemma_tune.runtime.process_memory import peak_memory_bytes
 
 _PACKAGES = ("keras", "keras-hub", "jax", "jaxlib", "optax", "transformers", "peft", "torch", "numpy", "scipy")
 _CPU_SHAPES = ((512, 640, 2048), (8192, 640, 512), (2048, 2048, 2048))

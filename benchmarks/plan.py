@@ -31,11 +31,11 @@ from benchmarks.machine import describe
 from gemma_tune.config import Config
 from gemma_tune.mesh import MeshShape, parse_mesh
 from gemma_tune.pipeline import read_splits, set_up
-from gemma_tune.planning.abstract_run import abstract_run
+from gemma_tune.planning.abstract_train_state import abstract_train_state
 from gemma_tune.planning.calibrate import calibrated
 from gemma_tune.planning.duration import planned_step
 from gemma_tune.planning.hardware import this_cpu
-from gemma_tune.planning.memory import planned_memory
+from gemma_tune.planning.step_memory import planned_memory
 
 _PARTS = flags.DEFINE_list("parts", ["memory", "time"], "What to measure.")
 _MODEL = flags.DEFINE_string("model", "demo", "The model whose steps are run.")
@@ -86,7 +86,7 @@ def memory_row(model: str, mesh: str, rows: int, length: int, changes: dict[str,
     if shape.num_devices > 1:
         types = (jax.sharding.AxisType.Auto,) * len(shape)
         devices = jax.make_mesh(tuple(shape), MeshShape._fields, types, devices=jax.devices()[: shape.num_devices])
-    run = abstract_run(Config().replace(settings), shape, _TARGET_SHARE, devices)
+    run = abstract_train_state(Config().replace(settings), shape, _TARGET_SHARE, devices)
     planned, compiled = planned_memory(run), run.compiled_memory()
     return {
         "job": f"{model}, {rows} × {length}, {_named(changes)}",
@@ -121,7 +121,7 @@ def time_rows(console: Console) -> list[dict[str, Any]]:
             seconds, share = _step_seconds(config)
         if not found:
             hardware = calibrated(hardware, config, MeshShape(), share, seconds)
-        predicted = planned_step(abstract_run(config, MeshShape(), share), hardware).seconds
+        predicted = planned_step(abstract_train_state(config, MeshShape(), share), hardware).seconds
         found.append(
             {
                 "job": f"{rows} × {length}, {_named(changes)}",

@@ -36,19 +36,19 @@ def train(precision: str) -> dict[str, Any]:
     """Returns the loss of every step, how many were skipped, and the seconds of a step (the median)."""
     from gemma_tune.models.functional import parameters
     from gemma_tune.models.load import load_model
-    from gemma_tune.models.prepare import LoraSettings, prepare_for_training
-    from gemma_tune.models.tokenizer import tokenizer_of
+    from gemma_tune.models.sources.tokenizer import tokenizer_of
+    from gemma_tune.models.transforms import LoraSettings, transform_for_training
     from gemma_tune.training.batches import TrainingBatches
-    from gemma_tune.training.blockwise import Blockwise
     from gemma_tune.training.optimizer import make_optimizer, make_schedule
     from gemma_tune.training.state import init_state
-    from gemma_tune.training.step import make_train_step
+    from gemma_tune.training.step.per_block import PerBlockProgram
+    from gemma_tune.training.step.train_step import make_train_step
 
     model = load_model(_MODEL.value, precision=precision)
     examples = job(_JOB.value, _NUM_EXAMPLES.value, tokenizer_of(model), max_length=_ROW_LENGTH.value).examples
     lora = LoraSettings(_RANK.value, float(_RANK.value), ("all-linear",), seed=0)
     row_length = _ROW_LENGTH.value
-    program, _ = prepare_for_training(model, lora, packing=True, remat="blocks", row_length=row_length)
+    program, _ = transform_for_training(model, lora, packing=True, remat="dots", row_length=row_length)
     batches = TrainingBatches(
         examples,
         batch_size=1,
@@ -60,8 +60,8 @@ def train(precision: str) -> dict[str, Any]:
     )
     schedule = make_schedule("constant", _LEARNING_RATE.value, 10, len(batches))
     optimizer = make_optimizer("adamw", schedule, weight_decay=0.01, b1=0.9, b2=0.999, epsilon=1e-8, clip_norm=1.0)
-    blockwise = Blockwise(model, "blocks") if program == "blocks" else None
-    step = make_train_step(model, optimizer, batches.target_sizes, 1, blockwise)
+    per_block = PerBlockProgram(model, "dots") if program == "per_block" else None
+    step = make_train_step(model, optimizer, batches.target_sizes, 1, per_block)
     frozen, state = parameters(model).frozen, init_state(model, optimizer, take_over=True)
     losses, seconds = [], []
     for index in range(len(batches)):

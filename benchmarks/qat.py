@@ -23,9 +23,9 @@ from benchmarks.machine import describe
 from gemma_tune import Config, pipeline
 from gemma_tune.models.functional import assign
 from gemma_tune.models.load import load_model
-from gemma_tune.models.quantize import quantize_layers
+from gemma_tune.models.quantized.convert import quantize_layers
 from gemma_tune.pipeline.setup import read_splits, set_up
-from gemma_tune.quantization.scheme import BLOCK_SIZES, SCHEMES
+from gemma_tune.quantization.spec import BLOCK_SIZES, SCHEMES
 
 _STEPS = flags.DEFINE_integer("steps", 60, "Of each training.", lower_bound=1)
 _SCHEME = flags.DEFINE_enum("scheme", "int4", SCHEMES, "What to convert to.")
@@ -76,9 +76,9 @@ def heldout_loss(config: Config, weights: dict[str, Any], is_converted: bool) ->
     """Returns the held-out loss of weights, as they are or converted."""
     model = load_model(config.model.source, seed=config.seed)
     assign(model, weights)
-    grid = config_of(_SCHEME.value).qat_grid
-    if is_converted and grid:
-        quantize_layers(model.backbone, grid)
+    quant_spec = config_of(_SCHEME.value).qat_spec
+    if is_converted and quant_spec:
+        quantize_layers(model.backbone, quant_spec)
     options = {"max_length": config.data.max_length, "batch_size": config.training.batch_size}
     return pipeline.evaluate(model, read_splits(config).heldout, **options)["loss"]
 

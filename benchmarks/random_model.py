@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.shapes import Shape
-from gemma_tune.keras_runtime import keras
 from gemma_tune.models.family import FAMILIES
-from gemma_tune.models.skeleton import skeleton
+from gemma_tune.models.sources.lazy_initialization import lazy_initialization
+from gemma_tune.runtime.backend import keras
 
 _SCALE = 0.02  # Of kernels and embedding, as Gemma's configurations have it.
 
@@ -16,7 +16,7 @@ _SCALE = 0.02  # Of kernels and embedding, as Gemma's configurations have it.
 def random_model(shape: Shape, precision: str) -> keras.Model:
     """Returns a CausalLM without preprocessor. Equal shapes get equal weights on equal devices."""
     classes = FAMILIES[shape.family]
-    with skeleton():
+    with lazy_initialization():
         backbone = classes.causal_lm.backbone_cls(dtype=precision, **arguments(shape))
     for index, variable in enumerate(backbone.variables):
         initializer = variable._initializer

@@ -27,15 +27,15 @@ from benchmarks.random_model import random_model
 from benchmarks.shapes import SHAPES
 from gemma_tune.data import Batch, TokenizedExample, make_batch
 from gemma_tune.models.functional import parameters
-from gemma_tune.models.prepare import LoraSettings, prepare_for_training
-from gemma_tune.training.blockwise import Blockwise
+from gemma_tune.models.transforms import LoraSettings, transform_for_training
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.state import init_state
-from gemma_tune.training.step import make_train_step
+from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.train_step import make_train_step
 
 _AXES = flags.DEFINE_list("axes", ["batch", "length", "rank", "layers"], "What to vary.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Steps of each point; the median counts.", lower_bound=1)
-_REMAT = flags.DEFINE_string("remat", "blocks", "training.remat.")
+_REMAT = flags.DEFINE_string("remat", "dots", "training.remat.")
 _PROGRAM = flags.DEFINE_string("program", "auto", "training.program.")
 _PLOT = flags.DEFINE_string("plot", None, "A file to draw the points and the fits into.")
 _QUICK = flags.DEFINE_bool("quick", False, "Small sizes, to see that it works; its times mean nothing.")
@@ -83,7 +83,7 @@ def measure(point: Point) -> dict[str, Any]:
     shape = (SHAPES["tiny"] if _QUICK.value else _SHAPE)._replace(layers=point.layers)
     model = random_model(shape, "float32")
     lora = LoraSettings(point.rank, float(point.rank), ("all-linear",), seed=0)
-    kind, _ = prepare_for_training(
+    kind, _ = transform_for_training(
         model, lora, packing=True, remat=_REMAT.value, row_length=point.length, program=_PROGRAM.value
     )
     schedule = make_schedule("constant", 1e-4, 0, 1)
@@ -92,8 +92,8 @@ def measure(point: Point) -> dict[str, Any]:
     frozen = parameters(model).frozen
     state = init_state(model, optimizer, take_over=True)
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    blockwise = Blockwise(model, _REMAT.value) if kind == "blocks" else None
-    step = make_train_step(model, optimizer, point.batch * point.length, 1, blockwise)
+    per_block = PerBlockProgram(model, _REMAT.value) if kind == "per_block" else None
+    step = make_train_step(model, optimizer, point.batch * point.length, 1, per_block)
     temporary_bytes = step.memory(state, frozen, batch).temporary_bytes
     seconds = None
     if temporary_bytes <= free_bytes():

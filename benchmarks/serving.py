@@ -41,7 +41,7 @@ _PEERS = ("keras_hub", "transformers")
 
 def contenders() -> dict[str, Contender]:
     """Returns those that can run here, by name."""
-    from gemma_tune.models.download import demo_path
+    from gemma_tune.models.sources.download import demo_path
 
     found = {}
     for name in _CONTENDERS.value:

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.contenders.worker import tell_loaded
 from benchmarks.jobs import Job, job
 from benchmarks.shapes import parse_random, random_job
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.spec import QuantSpec
 
 _NEEDS = {"peft_torch": ("peft", "transformers", "torch")}
 
@@ -20,8 +20,8 @@ def installed(contenders: Iterable[str]) -> list[str]:
 
 def demo_sources(folder: Path, contenders: Sequence[str]) -> dict[str, str]:
     """Returns contender -> where its model is; the tutorial's preset is written into the folder."""
-    from gemma_tune.models.download import demo_path
     from gemma_tune.models.load import load_model
+    from gemma_tune.models.sources.download import demo_path
 
     sources = {"ours": "demo", "peft_torch": str(demo_path())}
     if "tutorial" in contenders:
@@ -30,14 +30,16 @@ def demo_sources(folder: Path, contenders: Sequence[str]) -> dict[str, str]:
     return {who: sources[who] for who in contenders}
 
 
-def load_with_job(source: str, job_name: str, num_examples: int, grid: Grid | None = None) -> tuple[Any, Job]:
+def load_with_job(
+    source: str, job_name: str, num_examples: int, quant_spec: QuantSpec | None = None
+) -> tuple[Any, Job]:
     """Loads a KerasHub model, says so, and makes its job.
 
     Args:
         source: Any that gemma_tune loads, or random:SHAPE:PRECISION, whose job is of random tokens too.
         job_name: `documents` or `chats`.
         num_examples: In a pass.
-        grid: What its weights are held in; None: floats.
+        quant_spec: What its weights are held in; None: floats.
     """
     chosen = parse_random(source)
     if chosen:  # Imported only where needed: the other branch's readers of files aren't on every machine.
@@ -47,8 +49,8 @@ def load_with_job(source: str, job_name: str, num_examples: int, grid: Grid | No
         tell_loaded(sum(v.value.nbytes for v in model.backbone.variables))
         return model, random_job(num_examples, chosen[0].vocabulary)
     from gemma_tune.models.load import load_model
-    from gemma_tune.models.tokenizer import tokenizer_of
+    from gemma_tune.models.sources.tokenizer import tokenizer_of
 
-    model = load_model(source, grid=grid)
+    model = load_model(source, quant_spec=quant_spec)
     tell_loaded(sum(v.value.nbytes for v in model.backbone.variables))
     return model, job(job_name, num_examples, tokenizer_of(model))

@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cache = folder / "cache"
-        seconds(["-c", "from gemma_tune.models.download import demo_path; demo_path()"], cache)
+        seconds(["-c", "from gemma_tune.models.sources.download import demo_path; demo_path()"], cache)
         repeats = range(_REPEATS.value)
         figures = {
             "gemma-tune --help": [seconds(["-m", "gemma_tune", "--help"], cache) for _ in repeats],

@@ -21,7 +21,7 @@ from benchmarks.processes import Contender
 from benchmarks.sources import demo_sources, installed
 
 _CONTENDERS = flags.DEFINE_list("contenders", ["ours", "tutorial", "peft_torch"], "Whom to measure.")
-_REMAT = flags.DEFINE_string("remat", "blocks", "training.remat of ours.")
+_REMAT = flags.DEFINE_string("remat", "dots", "training.remat of ours.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object last.")
 # What is measured -> (batch size, trains all weights).
 _RUNS = {"lora 1 × 512": (1, False), "lora 4 × 512": (4, False), "full 1 × 512": (1, True)}

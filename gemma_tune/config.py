@@ -10,7 +10,8 @@ from typing import Any
 
 from gemma_tune.config_checks import check_values
 from gemma_tune.errors import ConfigError, did_you_mean
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.spec import QuantSpec
+from gemma_tune.saved_settings import in_current_words
 from gemma_tune.settings import check_types, from_plain, setting_paths, to_plain
 
 
@@ -138,12 +139,12 @@ class TrainingConfig:
         num_train_steps: Stop after so many steps; 0: after `num_epochs`.
         batch_size: Rows of `data.max_length` tokens in one optimizer step.
         grad_accum_steps: Portions in which a batch goes through the model, to save memory; must divide `batch_size`.
-        remat: What the backward pass computes anew instead of keeping it: `none`, `blocks` (all but products
+        remat: What the backward pass computes anew instead of keeping it: `none`, `dots` (all but products
             with weights: half the memory for activations) or `full` (all but each block's input: hardly any memory,
             a fifth slower).
-        program: How a step is compiled: `whole`, one program; `blocks`, one for each kind of decoder block, which
-            compiles in a second and takes less memory; `auto`: blocks on CPU, else whole.
-        attention: Kernel for training: `blocks` (plain products in causal blocks, anywhere), `cudnn` (NVIDIA GPUs),
+        program: How a step is compiled: `whole`, one program; `per_block`, one for each kind of decoder block, which
+            compiles in a second and takes less memory; `auto`: per_block on CPU, else whole.
+        attention: Kernel for training: `xla` (plain products, anywhere), `cudnn` (NVIDIA GPUs),
             `splash` (TPUs), `keras` (KerasHub's own), or `auto`: the fastest that can be used.
         mesh: Spreads the run over devices: `data:2,fsdp:2,model:2`, any of these axes (gemma_tune/mesh.py), or `auto`,
             which takes all there are. Empty: one device. Another mesh may go on with the run.
@@ -165,7 +166,7 @@ class TrainingConfig:
     num_train_steps: int = 0
     batch_size: int = 4
     grad_accum_steps: int = 1
-    remat: str = "blocks"
+    remat: str = "dots"
     program: str = "auto"
     attention: str = "auto"
     mesh: str = ""
@@ -232,17 +233,17 @@ class Config:
         return 5e-5 if self.training.method == "full" else 5e-4
 
     @property
-    def grid(self) -> Grid | None:
+    def quant_spec(self) -> QuantSpec | None:
         """How weights are quantized, with the method's default filled in."""
         scheme = self.model.quantize or ("nf4" if self.training.method == "qlora" else "")
         model = self.model
-        return Grid(scheme, model.block_size, model.double_quant, model.or_int8) if scheme else None
+        return QuantSpec(scheme, model.block_size, model.double_quant, model.or_int8) if scheme else None
 
     @property
-    def qat_grid(self) -> Grid | None:
+    def qat_spec(self) -> QuantSpec | None:
         """How training rounds weights, and how the trained model is to be quantized; None without QAT."""
         model = self.model
-        return Grid(self.training.qat, model.block_size, or_int8=model.or_int8) if self.training.qat else None
+        return QuantSpec(self.training.qat, model.block_size, or_int8=model.or_int8) if self.training.qat else None
 
     @property
     def row_length(self) -> int:
@@ -291,6 +292,11 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested dicts of plain values; tuples become lists, as in JSON."""
         return to_plain(self)
+
+    @staticmethod
+    def from_saved(tree: Mapping[str, Any]) -> "Config":
+        """Builds the Config that a run's `config.json` holds, whichever version wrote it. Errors as in `from_dict`."""
+        return Config.from_dict(in_current_words(tree) if isinstance(tree, Mapping) else tree)
 
     @staticmethod
     def from_dict(tree: Mapping[str, Any]) -> "Config":

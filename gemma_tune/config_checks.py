@@ -4,7 +4,7 @@ from typing import Any
 
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.mesh import AUTO, parse_mesh
-from gemma_tune.quantization.scheme import BLOCK_SIZES, SCHEMES
+from gemma_tune.quantization.spec import BLOCK_SIZES, SCHEMES
 
 METHODS = ("full", "lora", "qlora")
 PRECISIONS = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
@@ -14,9 +14,9 @@ OVERLONG = ("truncate", "drop", "error")
 ON_ERROR = ("raise", "skip")
 LORA_LAYOUTS = ("keras", "peft")
 ON_BAD_STEP = ("stop", "skip")
-REMAT = ("none", "blocks", "full")
-PROGRAMS = ("auto", "whole", "blocks")
-ATTENTION = ("auto", "blocks", "cudnn", "splash", "keras")
+REMAT = ("none", "dots", "full")
+PROGRAMS = ("auto", "whole", "per_block")
+ATTENTION = ("auto", "xla", "cudnn", "splash", "keras")
 MOST_CANDIDATES = 1024  # Sampling looks at so many of the likeliest tokens: sorting all takes longer than the model.
 
 
@@ -117,10 +117,10 @@ def _check_combinations(config: Any) -> None:
             f"training.method=full can't train weights in {model.quantize}. Take training.method=qlora, or leave "
             "model.quantize away."
         )
-    if training.qat and config.grid:
+    if training.qat and config.quant_spec:
         raise ConfigError(
             f"training.qat={training.qat} trains float weights that are rounded later, but "
-            f"{'model.quantize' if model.quantize else 'training.method=qlora'} holds them in {config.grid.scheme} "
+            f"{'model.quantize' if model.quantize else 'training.method=qlora'} holds them in {config.quant_spec.scheme} "
             "from the start. Take training.method=lora or full, without model.quantize, or leave training.qat away."
         )
     if training.qat and model.double_quant:
@@ -146,8 +146,8 @@ def _check_combinations(config: Any) -> None:
 def _check_mesh(training: Any) -> None:
     if not training.mesh:
         return
-    if training.program == "blocks":
-        raise ConfigError(f"training.mesh={training.mesh} needs training.program=whole, or auto; got blocks.")
+    if training.program == "per_block":
+        raise ConfigError(f"training.mesh={training.mesh} needs training.program=whole, or auto; got per_block.")
     if training.mesh == AUTO:
         return
     shape, rows = parse_mesh(training.mesh), training.batch_size // training.grad_accum_steps

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gemma_tune.quantization.grids import NF4_LEVELS
+from gemma_tune.quantization.codes import NF4_LEVELS
 
 
 def correlated_inputs(rng, count, width):
@@ -36,16 +36,16 @@ def value_of(code, scale, zero, scheme):
     return float(NF4_LEVELS[code]) * scale if scheme == "nf4" else (code - zero) * scale
 
 
-def round_by_definition(matrix, grid):
+def round_by_definition(matrix, quant_spec):
     """[C, K] -> the nearest values, group by group."""
-    size = len(matrix) if grid.scheme == "int8" else grid.block_size
+    size = len(matrix) if quant_spec.scheme == "int8" else quant_spec.block_size
     rounded = np.empty(matrix.shape)
     for start in range(0, len(matrix), size):
         for column in range(matrix.shape[1]):
             group = matrix[start : start + size, column].astype(np.float64)
-            step = step_of(group, grid.scheme)
-            codes = [nearest_code(value, *step, grid.scheme) for value in group]
-            rounded[start : start + size, column] = [value_of(code, *step, grid.scheme) for code in codes]
+            step = step_of(group, quant_spec.scheme)
+            codes = [nearest_code(value, *step, quant_spec.scheme) for value in group]
+            rounded[start : start + size, column] = [value_of(code, *step, quant_spec.scheme) for code in codes]
     return rounded
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from gemma_tune.config import Config, DataConfig, LoraConfig
 from gemma_tune.errors import ConfigError
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.settings import flatten, setting_paths
 
 
@@ -34,10 +34,10 @@ def test_method_defaults():
 def test_grids():
     """Of the weights as they are loaded, and of the conversion that quantization-aware training prepares."""
     config = Config().replace({"model.block_size": 32})
-    assert config.grid is None and config.qat_grid is None
+    assert config.quant_spec is None and config.qat_spec is None
     aware = config.replace({"training.qat": "int4"})
-    assert aware.grid is None and aware.qat_grid == Grid("int4", 32)
-    assert config.replace({"training.method": "qlora"}).qat_grid is None
+    assert aware.quant_spec is None and aware.qat_spec == QuantSpec("int4", 32)
+    assert config.replace({"training.method": "qlora"}).qat_spec is None
 
 
 def test_it_is_frozen():

@@ -6,7 +6,7 @@ import pytest
 
 from gemma_tune.cli.flags import load_config_file
 from gemma_tune.config import Config
-from gemma_tune.models.source import parse_source
+from gemma_tune.models.sources.source import parse_source
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 

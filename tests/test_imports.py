@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from gemma_tune.imports import hidden
+from gemma_tune.runtime.imports import hidden
 
 
 def test_hidden_packages_come_back(monkeypatch):

@@ -64,12 +64,12 @@ def test_rows_that_cannot_be_cut():
     with pytest.raises(ConfigError, match=r"training.batch_size / training.grad_accum_steps must .* got 2"):
         Config().replace(changes)
     with pytest.raises(ConfigError, match="needs training.program=whole, or auto; got blocks"):
-        Config().replace({"training.mesh": "auto", "training.program": "blocks"})
+        Config().replace({"training.mesh": "auto", "training.program": "per_block"})
 
 
 def test_more_devices_than_there_are():
     from gemma_tune.errors import ModelError
-    from gemma_tune.models.sharding import make_layout
+    from gemma_tune.models.sharding.placement import make_mesh_sharding
 
     with pytest.raises(ModelError, match=r"training.mesh=data:64 takes 64 devices, and there (is|are) \d"):
-        make_layout("data:64", 64)
+        make_mesh_sharding("data:64", 64)

@@ -8,8 +8,8 @@ import pytest
 # A program with 128 MB of temporary memory: twice what glibc takes without asking the operating system anew.
 PROGRAM = """
 import resource, sys
-from gemma_tune.keras_runtime import jax
-from gemma_tune.process_memory import keep_freed_memory
+from gemma_tune.runtime.backend import jax
+from gemma_tune.runtime.process_memory import keep_freed_memory
 import jax.numpy as jnp
 
 program = jax.jit(lambda x: jnp.tanh(x @ jnp.ones((64, 4096))) @ jnp.ones((4096, 64)))

@@ -140,7 +140,7 @@ def test_a_signal_to_one_stops_all_and_one_process_goes_on(tmp_path, alone):
 
 @pytest.mark.slow
 def test_a_workdir_that_is_held_stops_all(tmp_path):
-    from gemma_tune.training.lock import only_process
+    from gemma_tune.runtime.lock import only_process
 
     (tmp_path / "w").mkdir()
     with only_process(tmp_path / "w"):

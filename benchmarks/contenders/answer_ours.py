@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from benchmarks.contenders.answering import serve
 from benchmarks.contenders.worker import run, tell
 from gemma_tune.models.load import load_model
-from gemma_tune.quantization.scheme import Grid
-from gemma_tune.serving.engine import Engine
-from gemma_tune.serving.request import Piece, Request
+from gemma_tune.quantization.spec import QuantSpec
+from gemma_tune.serving.engine.engine import Engine
+from gemma_tune.serving.engine.request import Piece, Request
 
 
 def main(source: str, scheme: str = "") -> None:
     """Answers as the benchmark asks."""
-    model = load_model(source, grid=Grid(scheme) if scheme else None)
+    model = load_model(source, quant_spec=QuantSpec(scheme) if scheme else None)
     tell(loaded=True)
     engine = Engine(model, max_concurrent=8, max_tokens_in_flight=4096, max_length=1024, max_queued=64)
     engine.start()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from benchmarks.contenders.worker import tell
-from gemma_tune.process_memory import peak_memory_bytes
+from gemma_tune.runtime.process_memory import peak_memory_bytes
 
 Answer = Callable[[Sequence[Sequence[int]], Sequence[int], bool], list[list[int]]]
 

@@ -13,15 +13,15 @@ from benchmarks.contenders.worker import run, serve
 from benchmarks.jobs import Job
 from benchmarks.machine import peak_device_bytes
 from benchmarks.sources import load_with_job
-from gemma_tune.keras_runtime import keras
 from gemma_tune.models.functional import parameters
-from gemma_tune.models.prepare import LoraSettings, prepare_for_training
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.models.transforms import LoraSettings, transform_for_training
+from gemma_tune.quantization.spec import QuantSpec
+from gemma_tune.runtime.backend import keras
 from gemma_tune.training.batches import TrainingBatches
-from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.state import init_state
-from gemma_tune.training.step import make_eval_step, make_train_step
+from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.train_step import make_eval_step, make_train_step
 
 
 def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
@@ -30,7 +30,7 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         "targets": "query,value",
         "rank": "4",
         "batch_size": "1",
-        "remat": "blocks",
+        "remat": "dots",
         "program": "auto",
         "row_length": "0",
         "attention": "auto",
@@ -38,12 +38,12 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         "block_size": "64",
         **dict(setting.split("=") for setting in settings),
     }
-    grid = Grid(chosen["quantize"], int(chosen["block_size"])) if chosen["quantize"] else None
-    model, todo = load_with_job(source, job_name, int(num_examples), grid)
+    quant_spec = QuantSpec(chosen["quantize"], int(chosen["block_size"])) if chosen["quantize"] else None
+    model, todo = load_with_job(source, job_name, int(num_examples), quant_spec)
     rank = int(chosen["rank"])
     lora = LoraSettings(rank, float(rank), tuple(chosen["targets"].split(",")), seed=0)
     row_length = int(chosen["row_length"]) or todo.row_length
-    program, _ = prepare_for_training(
+    program, _ = transform_for_training(
         model,
         lora if chosen["targets"] != "full" else None,
         packing=True,
@@ -52,7 +52,7 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         attention=chosen["attention"],
         row_length=row_length,
     )
-    blockwise = Blockwise(model, chosen["remat"]) if program == "blocks" else None
+    per_block = PerBlockProgram(model, chosen["remat"]) if program == "per_block" else None
     batches = TrainingBatches(
         todo.examples,
         batch_size=int(chosen["batch_size"]),
@@ -61,19 +61,19 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         seed=0,
         num_epochs=1,
     )
-    train(model, batches, todo, blockwise)
+    train(model, batches, todo, per_block)
 
 
-def train(model: keras.Model, batches: TrainingBatches, todo: Job, blockwise: Blockwise | None) -> None:
+def train(model: keras.Model, batches: TrainingBatches, todo: Job, per_block: PerBlockProgram | None) -> None:
     """Compiles the step, and serves."""
     groups = parameters(model)
     optimizer = make_optimizer(
         "adamw", make_schedule("constant", 5e-5, 0, 1), weight_decay=0.01, b1=0.9, b2=0.999, epsilon=1e-8, clip_norm=0.0
     )
-    evaluate = make_eval_step(model, batches.most_targets, blockwise)
+    evaluate = make_eval_step(model, batches.most_targets, per_block)
     sums = [evaluate(groups.trainable, groups.frozen, batches[index]) for index in range(len(batches))]
     loss = float(sum(s.loss_sum for s in sums) / sum(s.weight_sum for s in sums))
-    step = make_train_step(model, optimizer, batches.target_sizes, 1, blockwise)
+    step = make_train_step(model, optimizer, batches.target_sizes, 1, per_block)
     state = init_state(model, optimizer, take_over=True, guarded=True)
     frozen = groups.frozen
     del groups

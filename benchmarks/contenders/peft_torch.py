@@ -12,7 +12,7 @@ import transformers
 from benchmarks.contenders.worker import run, serve, tell_loaded
 from benchmarks.jobs import Job, job
 from benchmarks.shapes import Shape, parse_random, random_job
-from gemma_tune.process_memory import peak_memory_bytes
+from gemma_tune.runtime.process_memory import peak_memory_bytes
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -24,8 +24,8 @@ def load(source: str, job_name: str, num_examples: int) -> tuple[torch.nn.Module
         model = random_model(*random)
         tell_loaded(sum(parameter.nbytes for parameter in model.parameters()))
         return model, random_job(num_examples, random[0].vocabulary)
-    from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
-    from gemma_tune.models.tokenizer import TextTokenizer
+    from gemma_tune.models.sources.gguf_checkpoint import GgufCheckpoint
+    from gemma_tune.models.sources.tokenizer import TextTokenizer
 
     checkpoint = GgufCheckpoint(Path(source))
     model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**checkpoint.config)).to(_DEVICE)

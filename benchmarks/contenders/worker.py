@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gemma_tune.process_memory import peak_memory_bytes
+from gemma_tune.runtime.process_memory import peak_memory_bytes
 
 _ERROR_LETTERS = 500
 

@@ -68,7 +68,7 @@ def run(
     config = flags.to_config(values, overrides)
     from gemma_tune import pipeline
     from gemma_tune.evaluation.comparison import notes
-    from gemma_tune.models.source import parse_schemed
+    from gemma_tune.models.sources.source import parse_schemed
 
     report = pipeline.compare(
         values.reference,

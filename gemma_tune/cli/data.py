@@ -45,9 +45,9 @@ def run(
     del positional
     config = flags.to_config(values, overrides)
     from gemma_tune.data import template_for, tokenize_splits
-    from gemma_tune.keras_runtime import cache_dir
     from gemma_tune.models.load import load_tokenizer
     from gemma_tune.pipeline import read_splits
+    from gemma_tune.runtime.backend import cache_dir
 
     splits = read_splits(config)
     tokenizer, family = load_tokenizer(config.model.source)

@@ -115,13 +115,13 @@ def _memory() -> list[Finding]:
 
 
 def _backend() -> list[Finding]:
-    from gemma_tune.keras_runtime import keras
+    from gemma_tune.runtime.backend import keras
 
     return [Finding("Keras backend", keras.config.backend())]
 
 
 def _precision() -> list[Finding]:
-    from gemma_tune.models.attention_choice import first_device
+    from gemma_tune.models.attention.choice import first_device
     from gemma_tune.models.precision import suitable_precisions
 
     try:
@@ -143,7 +143,7 @@ def _disk() -> list[Finding]:
 
 
 def _cache() -> list[Finding]:
-    from gemma_tune.keras_runtime import cache_dir
+    from gemma_tune.runtime.backend import cache_dir
 
     folder = cache_dir()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0

@@ -12,7 +12,7 @@ from gemma_tune.cli.output import Output
 from gemma_tune.config import Config
 from gemma_tune.data import Splits
 from gemma_tune.models.functional import parameters
-from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.pipeline import read_splits, set_up
 from gemma_tune.settings import flatten
 
@@ -44,7 +44,7 @@ def dry_run(config: Config, output: Output, memory_limit: float = 0.0) -> dict[s
     num_tokens = int(train.counts.num_tokens.sum())
     num_positions = batches.steps_per_epoch * batches.batch_size * batches.row_length
     shape = f"{batches.batch_size} × {batches.row_length} tokens"
-    step_memory_label = "memory of a step" + (" on each device" if setup.layout else "")
+    step_memory_label = "memory of a step" + (" on each device" if setup.sharding else "")
     rows = {
         "training examples": f"{len(train):,} ({num_tokens:,} tokens)",
         "held-out examples": f"{len(setup.data.heldout):,}",
@@ -52,7 +52,7 @@ def dry_run(config: Config, output: Output, memory_limit: float = 0.0) -> dict[s
         "steps": f"{len(batches):,} of {shape} ({batches.steps_per_epoch} an epoch)",
         "filled positions": f"{num_tokens / num_positions:.0%}",
         "attention": str(setup.attention),
-        **({"mesh": str(setup.layout)} if setup.layout else {}),
+        **({"mesh": str(setup.sharding)} if setup.sharding else {}),
         step_memory_label: f"{memory.total_bytes / 1e9:.2f} GB: weights and state "
         f"{memory.argument_bytes / 1e9:.2f}, while computing {memory.temporary_bytes / 1e9:.2f}",
     }

@@ -10,7 +10,7 @@ from absl import flags
 from gemma_tune.config import Config
 from gemma_tune.config_checks import METHODS, PRECISIONS
 from gemma_tune.errors import ConfigError, did_you_mean
-from gemma_tune.quantization.scheme import SCHEMES
+from gemma_tune.quantization.spec import SCHEMES
 from gemma_tune.settings import flatten, setting_paths
 
 # Flag -> (setting, help). Types and defaults are the setting's: they stand in Config alone.
@@ -173,7 +173,7 @@ def load_config_file(name: str) -> Config:
         import json
 
         try:
-            return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return Config.from_saved(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: {error}") from error
     try:
@@ -223,7 +223,7 @@ def memory_bytes(text: str) -> float:
     Raises:
         ConfigError: It is no size.
     """
-    from gemma_tune.models.memory import parse_bytes
+    from gemma_tune.models.training_memory import parse_bytes
 
     try:
         return parse_bytes(text) if text else 0.0

@@ -7,7 +7,7 @@ import jax
 
 from gemma_tune.config import Config
 from gemma_tune.pipeline import Setup
-from gemma_tune.training.compile_once import StepMemory
+from gemma_tune.training.step.compile_once import StepMemory
 
 
 class Proposal(NamedTuple):
@@ -25,7 +25,7 @@ def step_memory(setup: Setup) -> StepMemory:
     """Compiles the training step and returns its memory. Nothing is run."""
     batch = setup.on_devices(setup.batches)[0]
     shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if setup.layout else None),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if setup.sharding else None),
         (setup.state, setup.frozen, batch),
     )
     return setup.train_step.memory(*shapes)

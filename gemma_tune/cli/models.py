@@ -12,8 +12,8 @@ from rich.table import Table
 from gemma_tune.cli import flags
 from gemma_tune.cli.output import Output
 from gemma_tune.errors import ConfigError, did_you_mean
-from gemma_tune.models.memory import training_memory
-from gemma_tune.models.presets import Preset, presets
+from gemma_tune.models.sources.preset_catalog import Preset, presets
+from gemma_tune.models.training_memory import training_memory
 
 USAGE = "[--memory=16GB] [--family=gemma3]"
 DESCRIPTION = """Lists the Gemma models that write text and that the installed KerasHub knows, with the memory that

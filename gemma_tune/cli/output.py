@@ -21,7 +21,7 @@ class Output:
         self.is_json = is_json
         self.console = Console(stderr=is_json, highlight=False, soft_wrap=False)
         self._json_fd: int | None = None
-        self._is_first = True
+        self._is_primary = True
         self._has_written = False
 
     def __enter__(self) -> "Output":
@@ -39,16 +39,16 @@ class Output:
             os.close(self._json_fd)
             self._json_fd = None
 
-    def only_if(self, is_first: bool) -> None:
+    def only_if(self, is_primary: bool) -> None:
         """Keeps all but the first of several processes silent, but for errors."""
-        from gemma_tune import progress
+        from gemma_tune.runtime import progress
 
-        self.console.quiet = progress.console.quiet = not is_first
-        self._is_first = is_first
+        self.console.quiet = progress.console.quiet = not is_primary
+        self._is_primary = is_primary
 
     def result(self, value: dict[str, Any]) -> None:
         """Prints the verb's JSON object, if asked for and not yet done."""
-        if self._is_first:
+        if self._is_primary:
             self._write_json(value)
 
     def error(self, message: str, code: int) -> None:

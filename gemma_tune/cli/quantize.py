@@ -11,7 +11,7 @@ from rich.table import Table
 from gemma_tune.cli import flags
 from gemma_tune.cli.output import Output
 from gemma_tune.errors import ConfigError, did_you_mean
-from gemma_tune.quantization.scheme import POST_TRAINING
+from gemma_tune.quantization.spec import PTQ_SCHEMES
 
 USAGE = "--model=WORKDIR --scheme=SCHEME --output=FOLDER [--calibration=FILE]"
 DESCRIPTION = """Holds a trained model's weights in few bits and saves it as a preset, which every verb takes as
@@ -29,7 +29,7 @@ EXAMPLES = (
 def define_flags(values: absl_flags.FlagValues) -> None:
     """Defines the verb's flags."""
     flags.define_some(values, "model")
-    absl_flags.DEFINE_string("scheme", "int8", f"{', '.join(POST_TRAINING)}. (default: int8)", flag_values=values)
+    absl_flags.DEFINE_string("scheme", "int8", f"{', '.join(PTQ_SCHEMES)}. (default: int8)", flag_values=values)
     absl_flags.DEFINE_string("output", "", "Folder for the preset; must not exist.", flag_values=values)
     flags.define_some(values, "calibration")
     absl_flags.DEFINE_integer(
@@ -48,14 +48,14 @@ def run(
 ) -> dict[str, Any]:
     """Quantizes, and prints what it came to."""
     del positional
-    if values.scheme not in POST_TRAINING:
+    if values.scheme not in PTQ_SCHEMES:
         raise ConfigError(
-            f"--scheme must be one of {', '.join(POST_TRAINING)}; got {values.scheme!r}."
-            f"{did_you_mean(values.scheme, POST_TRAINING)}"
+            f"--scheme must be one of {', '.join(PTQ_SCHEMES)}; got {values.scheme!r}."
+            f"{did_you_mean(values.scheme, PTQ_SCHEMES)}"
         )
     folder = flags.needed(values, "output", "where the quantized model is to be written")
     config = flags.to_config(values, overrides)
-    if POST_TRAINING[values.scheme].method and not (values["calibration"].present or values.config):
+    if PTQ_SCHEMES[values.scheme].method and not (values["calibration"].present or values.config):
         raise ConfigError(
             f"--scheme={values.scheme} needs --calibration=DATA, such as the file that the model was trained with."
         )

@@ -47,7 +47,7 @@ def recipe(model: str, precision: str = "float32") -> Config:
 
 def _precision() -> str:
     """Returns bfloat16 where this machine is fast at it. Importing JAX takes a second or two."""
-    from gemma_tune.models.attention_choice import first_device
+    from gemma_tune.models.attention.choice import first_device
     from gemma_tune.models.precision import check_precision
 
     return "float32" if check_precision(first_device(), "bfloat16") else "bfloat16"
@@ -83,7 +83,7 @@ def run(
         console.print(_NOTICE)
     from gemma_tune import pipeline
     from gemma_tune.cli.result import next_commands, show_result
-    from gemma_tune.process_memory import peak_memory_gb
+    from gemma_tune.runtime.process_memory import peak_memory_gb
 
     splits = pipeline.read_splits(config)
     first = splits.train[0]

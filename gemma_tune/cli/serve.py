@@ -76,7 +76,7 @@ def run(
     keys = read_keys(settings.api_key_file) if settings.api_key_file else ()
     bound = open_socket(settings.host, settings.port)
     with bound:
-        from gemma_tune.pipeline.service import start_service
+        from gemma_tune.pipeline.serve import start_service
         from gemma_tune.serving.feedback import FeedbackStore
         from gemma_tune.serving.http.app import make_app
         from gemma_tune.serving.http.server import serve

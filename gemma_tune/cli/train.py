@@ -52,10 +52,10 @@ def run(
     if values.distributed:
         if not config.training.mesh:
             raise ConfigError("--distributed needs --mesh=auto, or a mesh of all devices of all processes.")
-        from gemma_tune import processes
+        from gemma_tune.runtime import processes
 
         processes.join(values.distributed)
-        output.only_if(processes.is_first())
+        output.only_if(processes.is_primary())
     if values.dry_run:
         from gemma_tune.cli.dry_run import dry_run
 

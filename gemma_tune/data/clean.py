@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gemma_tune.data.dedup import DedupIndex, hash_text
 from gemma_tune.data.example import Example, Turn
-from gemma_tune.data.seen import SeenHashes, hash_text
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2060\ufeff]")  # Keeps tab and line feed.
 _SPACES_INSIDE = re.compile(r"(?<=\S)[^\S\n]{2,}(?=\S)")  # Not at the start of a line: indentation stays.
@@ -69,7 +69,7 @@ class Cleaner:
 
     def __init__(self, control_tokens: Sequence[str], system_prompt: str = ""):
         self._control_tokens, self._system_prompt = control_tokens, system_prompt
-        self._seen = SeenHashes()
+        self._seen = DedupIndex()
         self.num_empty = self.num_control_tokens = self.num_duplicates = 0
 
     def clean(self, examples: Iterable[Example]) -> list[Cleaned]:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from gemma_tune.data.arrays import offsets_of
 from gemma_tune.data.example import Batch, TokenizedExample
+from gemma_tune.data.storage.array_files import offsets_of
 
 
 @dataclasses.dataclass(frozen=True)

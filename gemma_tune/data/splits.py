@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from gemma_tune import progress
-from gemma_tune.data.arrays import read_array, write_array
-from gemma_tune.data.cache import cache_key, cached
 from gemma_tune.data.chunks import CHUNK, garbage_collector_paused, in_chunks
 from gemma_tune.data.clean import Cleaner, heldout_by_question, question_hash
+from gemma_tune.data.cleaning_report import DataReport
 from gemma_tune.data.example import Example
-from gemma_tune.data.example_store import ExampleStore, ExampleWriter
-from gemma_tune.data.fingerprint import source_fingerprint
-from gemma_tune.data.formats import to_examples
-from gemma_tune.data.report import DataReport
-from gemma_tune.data.sources import heldout_of, read_rows
+from gemma_tune.data.sources.content_hash import source_fingerprint
+from gemma_tune.data.sources.readers import heldout_of, read_rows
+from gemma_tune.data.sources.row_formats import to_examples
+from gemma_tune.data.storage.array_files import read_array, write_array
+from gemma_tune.data.storage.cache import cache_key, cached
+from gemma_tune.data.storage.example_store import ExampleStore, ExampleWriter
 from gemma_tune.errors import DataError
+from gemma_tune.runtime import progress
 
 _ERRORS_KEPT = 20
 _TRAIN, _HELDOUT, _DROPPED = range(3)

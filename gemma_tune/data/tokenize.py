@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemma_tune.data.arrays import offsets_of
 from gemma_tune.data.chat_template import ChatTemplate, Piece
 from gemma_tune.data.chunks import CHUNK, in_chunks, one_ahead
 from gemma_tune.data.example import Example, Tokenizer
-from gemma_tune.data.token_store import TokenStore
+from gemma_tune.data.storage.array_files import offsets_of
+from gemma_tune.data.storage.token_store import TokenStore
 from gemma_tune.errors import DataError
 
 _PARALLEL_FROM = 5000  # Below, a second SentencePiece processor takes longer to make than it saves.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gemma_tune.data import Example
-from gemma_tune.data.seen import hash_text
+from gemma_tune.data.dedup import hash_text
 
 _WORD = re.compile(r"\w+")
 _RIGHT_F1 = 0.5

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gemma_tune.evaluation.comparison import FidelityReport, figure_rows, notes, summaries
 from gemma_tune.evaluation.comparison_chart import draw_comparison
-from gemma_tune.evaluation.report import as_svg, html_document
+from gemma_tune.evaluation.run_report import as_svg, html_document
 
 JSON_FILE, CHART_FILE, MARKDOWN_FILE = "comparison.json", "comparison.png", "comparison.md"
 HTML_FILE = "comparison.html"

@@ -16,10 +16,10 @@ import numpy as np
 
 from gemma_tune.evaluation.comparison import Divergence, Quality
 from gemma_tune.evaluation.heldout import perplexity_of
-from gemma_tune.models.head import num_rows, over_blocks, rows_of_head
+from gemma_tune.models.lm_head import lm_head_rows, num_rows, over_blocks
+from gemma_tune.quantization.codes import Quantized
 from gemma_tune.quantization.fake import FakeQuantized
-from gemma_tune.quantization.grids import Quantized
-from gemma_tune.training.losses import VOCABULARY_BLOCK, block_logits
+from gemma_tune.training.losses.cross_entropy import VOCABULARY_BLOCK, block_logits
 
 _MOST_POSITIONS = 1024  # At a time: each pass over the heads makes their rows float anew.
 _POSITION_BUCKET = 64
@@ -159,7 +159,7 @@ def _compare(reference_cap, candidate_cap, block, reference, candidate, referenc
     start = _Running(jnp.full_like(zeros, -jnp.inf), jnp.zeros(zeros.shape, jnp.int32), zeros, zeros)
 
     def logits_of(cap, head, hidden, first, count):
-        return block_logits(cap, rows_of_head(head, first, count, hidden.dtype), hidden)[0]
+        return block_logits(cap, lm_head_rows(head, first, count, hidden.dtype), hidden)[0]
 
     def visit(carry, first, count):
         running, weighted = carry

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_tune.data import Batch
-from gemma_tune.keras_runtime import keras
+from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.functional import Params, bound, check_text_only, hidden_states, parameters
-from gemma_tune.models.packing import enable_packing
-from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.models.sources.tokenizer import tokenizer_of
+from gemma_tune.runtime.backend import keras
 from gemma_tune.serving.decode import decoder_of
-from gemma_tune.serving.generate import Prompt, encode_prompt, stop_ids
+from gemma_tune.serving.generation import Prompt, encode_prompt, stop_ids
 from gemma_tune.training.batches import most_targets
-from gemma_tune.training.compile_once import CompiledOnce
+from gemma_tune.training.step.compile_once import CompiledOnce
 
 _FIRST_TIMED = 2  # The first token waits for the prompt, the second perhaps for the compiler.
 

@@ -5,7 +5,12 @@ Imported lazily, since Keras takes seconds.
 
 import importlib
 
-_PUBLIC = {"export_model": "model_export", "Export": "model_export", "Options": "options", "FORMATS": "formats"}
+_PUBLIC = {
+    "export_model": "model_export",
+    "Export": "model_export",
+    "Options": "options",
+    "EXPORT_FORMATS": "export_formats",
+}
 
 __all__ = list(_PUBLIC)
 

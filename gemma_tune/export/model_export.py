@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import ConfigError
-from gemma_tune.export.card_sections import About
-from gemma_tune.export.formats import Format, find_format
-from gemma_tune.export.model_card import check_words, write_card
+from gemma_tune.export.card.model_card import check_words, write_card
+from gemma_tune.export.card.provenance import Provenance, read_provenance
+from gemma_tune.export.card.sections import About
+from gemma_tune.export.card.usage import next_command
+from gemma_tune.export.export_formats import ExportFormat, find_format
 from gemma_tune.export.options import DEFAULTS, Options, Written
-from gemma_tune.export.origin import Origin, read_origin
-from gemma_tune.export.usage import next_command
-from gemma_tune.export.whole_folder import MARK, check_output, check_room, whole_folder
-from gemma_tune.files import write_json
-from gemma_tune.keras_runtime import keras
 from gemma_tune.models.family import family_of
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora import lora_layers, merge_lora
-from gemma_tune.models.quantize import num_weights
+from gemma_tune.models.lora.enable import lora_layers, merge_lora
+from gemma_tune.models.quantized.convert import num_weights
 from gemma_tune.models.shared_copy import shared_copy
+from gemma_tune.runtime.atomic_files import write_json
+from gemma_tune.runtime.atomic_folder import MARK, atomic_folder, check_output, check_room
+from gemma_tune.runtime.backend import keras
 from gemma_tune.version import __version__
 
 _SPARE_BYTES = 50_000_000  # Tokenizer, card and the like.
@@ -63,21 +63,21 @@ def export_model(
     overwrite: bool = False,
     precision: str = "float32",
     seed: int = 0,
-    origin: str = "",
+    provenance: str = "",
     options: Options = DEFAULTS,
 ) -> Export:
     """Writes a model in a format that other programs read.
 
     Args:
         model: A source as in `load_model`, or a CausalLM, which stays as it is.
-        format: A key of FORMATS.
+        format: A key of EXPORT_FORMATS.
         output: A folder that doesn't exist, or is empty.
         adapter: A LoRA adapter to put on a source.
         merge: Whether LoRA goes into the weights. None: as the format does usually.
         overwrite: An export that is there already is replaced, once the new one is whole.
         precision: To load a source in.
         seed: Of a tiny model's weights.
-        origin: Of a CausalLM: the workdir or source that it comes from, of which the model card then tells.
+        provenance: Of a CausalLM: the workdir or source that it comes from, of which the model card then tells.
         options: Of the format.
 
     Returns:
@@ -93,7 +93,7 @@ def export_model(
     merges = _merges(format, chosen, merge)
     check_words(options.languages, options.dataset_names)
     path = check_output(output, overwrite)
-    known = read_origin(model if isinstance(model, str) else origin, adapter)
+    known = read_provenance(model if isinstance(model, str) else provenance, adapter)
     options = dataclasses.replace(options, base_name=options.base_name or known.base)
     if isinstance(model, str):
         loaded = load_model(model, precision=precision, as_trained=not merges, adapter=adapter, seed=seed)
@@ -101,7 +101,7 @@ def export_model(
         loaded = shared_copy(model)
     notes = _put_lora(loaded, format, chosen, merges, known)
     check_room(path, chosen.num_bytes(loaded, options) + _SPARE_BYTES)
-    with whole_folder(path) as folder:
+    with atomic_folder(path) as folder:
         written = chosen.write(loaded, folder, options)
         notes += written.notes
         write_card(folder, _about(loaded, path.name, chosen, written._replace(notes=notes), options), known)
@@ -115,7 +115,7 @@ def export_model(
     return Export(path, format, following, num_bytes, names, notes, time.perf_counter() - start)
 
 
-def _put_lora(model: Any, name: str, chosen: Format, merges: bool, known: Origin) -> list[str]:
+def _put_lora(model: Any, name: str, chosen: ExportFormat, merges: bool, known: Provenance) -> list[str]:
     """Merges LoRA, if it is to be, and returns what is to be said of that."""
     if not lora_layers(model.backbone):
         if chosen.lora == "alone":
@@ -129,7 +129,7 @@ def _put_lora(model: Any, name: str, chosen: Format, merges: bool, known: Origin
     return [f"The run trained on a base held in {known.scheme}; its LoRA is merged into the floats of that base."]
 
 
-def _about(model: Any, name: str, chosen: Format, written: Written, options: Options) -> About:
+def _about(model: Any, name: str, chosen: ExportFormat, written: Written, options: Options) -> About:
     return About(
         name=name,
         kind=written.kind,
@@ -143,7 +143,7 @@ def _about(model: Any, name: str, chosen: Format, written: Written, options: Opt
     )
 
 
-def _merges(name: str, chosen: Format, merge: bool | None) -> bool:
+def _merges(name: str, chosen: ExportFormat, merge: bool | None) -> bool:
     """Whether LoRA is merged.
 
     Raises:

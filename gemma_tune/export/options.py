@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from gemma_tune.errors import ConfigError
-from gemma_tune.models.memory import parse_bytes
+from gemma_tune.models.training_memory import parse_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import ModelError
-from gemma_tune.export.gguf_file import estimate_gguf, write_gguf
-from gemma_tune.export.litert import DEFAULTS, WEIGHTS, Lengths, check_litert, estimate_litert, write_litert
+from gemma_tune.export.card.provenance import hugging_face_name
+from gemma_tune.export.gguf.writer import estimate_gguf, write_gguf
+from gemma_tune.export.litert.model import DEFAULTS, WEIGHTS, Lengths, check_litert, estimate_litert, write_litert
 from gemma_tune.export.options import Options, Written
-from gemma_tune.export.origin import hugging_face_name
-from gemma_tune.export.peft_adapter import can_be_peft, peft_modules, write_peft_adapter
+from gemma_tune.export.peft.adapter import can_be_peft, peft_modules, write_peft_adapter
 
 _GGUF_SCHEME = "f16"
 

@@ -7,14 +7,14 @@ import importlib
 
 _PUBLIC = {
     "load_model": "load",
-    "load_adapter": "adapter",
-    "save_adapter": "adapter",
-    "read_adapter_metadata": "adapter",
-    "enable_lora": "lora",
-    "convert_layout": "lora_layouts",
-    "enable_packing": "packing",
-    "presets": "presets",
-    "tokenizer_of": "tokenizer",
+    "load_adapter": "lora.adapter",
+    "save_adapter": "lora.adapter",
+    "read_adapter_metadata": "lora.adapter",
+    "enable_lora": "lora.enable",
+    "convert_layout": "lora.layouts",
+    "enable_packing": "attention.packing_masks",
+    "presets": "sources.preset_catalog",
+    "tokenizer_of": "sources.tokenizer",
 }
 
 __all__ = list(_PUBLIC)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import keras, keras_hub
 from gemma_tune.models.functional import hidden_states
+from gemma_tune.runtime.backend import keras, keras_hub
 
 RunBlocks = Callable[[jax.Array, dict[str, Any]], jax.Array]
 

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import keras_hub
+from gemma_tune.runtime.backend import keras_hub
 
 
 class Family(NamedTuple):

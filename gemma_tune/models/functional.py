@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import jax, keras, keras_hub
-from gemma_tune.processes import to_host
+from gemma_tune.quantization.codes import Quantized
 from gemma_tune.quantization.fake import FakeQuantized
-from gemma_tune.quantization.grids import Quantized
+from gemma_tune.runtime.backend import jax, keras, keras_hub
+from gemma_tune.runtime.processes import to_host
 
 Params = Mapping[str, jax.Array]
 
@@ -93,7 +93,7 @@ def check_text_only(model: keras.Model) -> None:
         )
 
 
-def head_weights(backbone: keras_hub.models.Backbone) -> jax.Array | Quantized | FakeQuantized:
+def lm_head_weights(backbone: keras_hub.models.Backbone) -> jax.Array | Quantized | FakeQuantized:
     """Returns the [V, D] matrix that turns hidden states into logits: the tied embedding, LoRA on it included. A
     quantized one is returned as it is, [V, D, 1], and one that is trained quantization-aware as its floats and grid.
     """

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import keras, keras_hub, on_one_cpu
-from gemma_tune.models.cpu_half import product
-from gemma_tune.quantization.scheme import Grid, why_not
+from gemma_tune.models.cpu.bfloat16 import product
+from gemma_tune.quantization.spec import QuantSpec, why_not
+from gemma_tune.runtime.backend import keras, keras_hub, on_one_cpu
 
 _MOST_HEADS = 32  # Beyond that many products, one transposition costs less.
 
@@ -58,23 +58,23 @@ def use_plain_products(backbone: keras_hub.models.Backbone) -> None:
             layer.__class__ = PlainEinsumDense
 
 
-def fitting_grid(path: str, num_inputs: int, grid: Grid) -> Grid:
+def fitting_spec(path: str, num_inputs: int, quant_spec: QuantSpec) -> QuantSpec:
     """Returns the grid that a layer is quantized to: the given one, or int8 where that doesn't fit and it allows it.
 
     Args:
         path: Of the layer.
         num_inputs: What its products sum over.
-        grid: How the model is to be quantized.
+        quant_spec: How the model is to be quantized.
 
     Raises:
         ModelError: The inputs can't be cut into groups of `block_size`.
     """
-    problem = why_not(grid, num_inputs)
+    problem = why_not(quant_spec, num_inputs)
     if not problem:
-        return grid
-    if grid.or_int8:
-        return Grid("int8")
+        return quant_spec
+    if quant_spec.or_int8:
+        return QuantSpec("int8")
     raise ModelError(
-        f"{path} can't be quantized to {grid.scheme}: {problem}. Take another of --block_size=32, 64, 128 or 256; "
+        f"{path} can't be quantized to {quant_spec.scheme}: {problem}. Take another of --block_size=32, 64, 128 or 256; "
         "int8, which has a scale for each channel; or --or_int8, which takes int8 for such layers alone."
     )

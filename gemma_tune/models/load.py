@@ -10,25 +10,25 @@ import numpy as np
 from gemma_tune.config import Config, ModelConfig
 from gemma_tune.config_checks import PRECISIONS
 from gemma_tune.errors import ModelError, did_you_mean
-from gemma_tune.keras_runtime import keras
-from gemma_tune.models import hf_checkpoint
-from gemma_tune.models.adapter import ADAPTER_FILE, load_adapter
-from gemma_tune.models.download import demo_path, download_hf, first_line
 from gemma_tune.models.family import FAMILIES, family_of
-from gemma_tune.models.files import read_json
-from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
-from gemma_tune.models.lora import merge_lora
-from gemma_tune.models.peft_import import peft_base
+from gemma_tune.models.lora.adapter import ADAPTER_FILE, load_adapter
+from gemma_tune.models.lora.enable import merge_lora
+from gemma_tune.models.lora.peft_import import peft_base
 from gemma_tune.models.precision import check_range
-from gemma_tune.models.preprocessor import text_preprocessor
 from gemma_tune.models.preset import check_whole, read_schemes
-from gemma_tune.models.quantize import apply_schemes, quantize_layers
-from gemma_tune.models.sharding import Layout, make_layout
-from gemma_tune.models.skeleton import check_filled, skeleton
-from gemma_tune.models.source import Source, parse_source
-from gemma_tune.models.tiny import TOKENIZER_PATH, tiny_backbone
-from gemma_tune.models.tokenizer import TextTokenizer
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.models.quantized.convert import apply_schemes, quantize_layers
+from gemma_tune.models.sharding.placement import MeshSharding, make_mesh_sharding
+from gemma_tune.models.sources import hf_checkpoint
+from gemma_tune.models.sources.download import demo_path, download_hf, first_line
+from gemma_tune.models.sources.gguf_checkpoint import GgufCheckpoint
+from gemma_tune.models.sources.lazy_initialization import check_filled, lazy_initialization
+from gemma_tune.models.sources.preprocessor import text_preprocessor
+from gemma_tune.models.sources.source import Source, parse_source
+from gemma_tune.models.sources.tiny import TOKENIZER_PATH, tiny_backbone
+from gemma_tune.models.sources.tokenizer import TextTokenizer
+from gemma_tune.quantization.spec import QuantSpec
+from gemma_tune.runtime.backend import keras
+from gemma_tune.runtime.json_files import read_json
 
 _DEFAULTS = ModelConfig()
 
@@ -37,11 +37,11 @@ def load_model(
     source: str = _DEFAULTS.source,
     *,
     precision: str = _DEFAULTS.precision,
-    grid: Grid | None = None,
+    quant_spec: QuantSpec | None = None,
     as_trained: bool = True,
     adapter: str = "",
     seed: int = 0,
-    layout: Layout | None = None,
+    sharding: MeshSharding | None = None,
 ) -> keras.Model:
     """Loads a Gemma.
 
@@ -49,12 +49,12 @@ def load_model(
         source: A preset (`gemma3_1b`), `kaggle://…`, `hf://…`, a directory (Keras preset, Hugging Face, a run's
             workdir, or a PEFT adapter that says its base), a `.gguf` file, `demo`, `tiny` or `tiny:FAMILY`.
         precision: `float32`, `bfloat16`, `float16`, `mixed_bfloat16` or `mixed_float16`.
-        grid: Quantizes linear layers and embedding while they are read: there is never a float copy of them all. None:
+        quant_spec: Quantizes linear layers and embedding while they are read: there is never a float copy of them all. None:
             as a run was trained, if it is a run's, else not at all.
         as_trained: False: a run's base is read in floats even where it was trained on quantized weights.
         adapter: A LoRA adapter to put on top; a folder from PEFT too.
         seed: Of a tiny model's weights.
-        layout: Of a mesh of devices to load it onto. None: one device.
+        sharding: Of a mesh of devices to load it onto. None: one device.
 
     Returns:
         A `keras_hub.models.CausalLM` with a preprocessor, so that `generate`, `fit`, `summary` and `save_to_preset`
@@ -72,10 +72,10 @@ def load_model(
     if parsed.kind == "peft":
         adapter, parsed = adapter or parsed.value, parse_source(peft_base(Path(parsed.value)))
     if parsed.kind == "run":
-        model = _load_run(Path(parsed.value), precision, seed, grid, as_trained, layout)
+        model = _load_run(Path(parsed.value), precision, seed, quant_spec, as_trained, sharding)
     else:
         with np.errstate(over="ignore"):  # What is too large for float16, `check_range` finds.
-            backbone, tokenizer = _LOADERS[parsed.kind](parsed, precision, seed, grid, layout)
+            backbone, tokenizer = _LOADERS[parsed.kind](parsed, precision, seed, quant_spec, sharding)
         check_filled(backbone)
         check_range(backbone)
         correct_query_scale(backbone)
@@ -84,8 +84,8 @@ def load_model(
     if adapter:
         merge_lora(model.backbone)  # Of a run that the adapter builds on, if there is one.
         load_adapter(model, adapter)
-        if layout:
-            layout.place(model.backbone)
+        if sharding:
+            sharding.place(model.backbone)
     return model
 
 
@@ -94,14 +94,14 @@ def load_configured(config: Config, adapter: str = "") -> keras.Model:
     the devices of its mesh, if it has one.
     """
     model, training = config.model, config.training
-    layout = make_layout(training.mesh, training.batch_size // training.grad_accum_steps)
+    sharding = make_mesh_sharding(training.mesh, training.batch_size // training.grad_accum_steps)
     return load_model(
         model.source,
         precision=model.precision,
-        grid=config.grid,
+        quant_spec=config.quant_spec,
         adapter=adapter or model.adapter,
         seed=config.seed,
-        layout=layout,
+        sharding=sharding,
     )
 
 
@@ -126,54 +126,64 @@ def load_tokenizer(source: str = _DEFAULTS.source) -> tuple[TextTokenizer, str]:
         return TextTokenizer(hf_checkpoint.load_tokenizer(directory, FAMILIES[family], config).proto), family
     with _keras_errors(parsed):
         loader = _preset_loader(parsed)
-        with skeleton():
+        with lazy_initialization():
             backbone = _keras_backbone(loader, "float32")
         family = family_of(backbone)
         return TextTokenizer(loader.load_tokenizer(FAMILIES[family].tokenizer).proto), family
 
 
-def _load_tiny(source: Source, precision: str, seed: int, grid: Grid | None, layout: Layout | None) -> tuple[Any, Any]:
-    backbone = tiny_backbone(source.value, precision, seed, grid)
-    if layout:
-        layout.place(backbone)
+def _load_tiny(
+    source: Source, precision: str, seed: int, quant_spec: QuantSpec | None, sharding: MeshSharding | None
+) -> tuple[Any, Any]:
+    backbone = tiny_backbone(source.value, precision, seed, quant_spec)
+    if sharding:
+        sharding.place(backbone)
     return backbone, _tokenizer(source.value, TOKENIZER_PATH.read_bytes())
 
 
-def _load_demo(source: Source, precision: str, seed: int, grid: Grid | None, layout: Layout | None) -> tuple[Any, Any]:
+def _load_demo(
+    source: Source, precision: str, seed: int, quant_spec: QuantSpec | None, sharding: MeshSharding | None
+) -> tuple[Any, Any]:
     del source
-    return _load_gguf(Source("gguf", str(demo_path())), precision, seed, grid, layout)
+    return _load_gguf(Source("gguf", str(demo_path())), precision, seed, quant_spec, sharding)
 
 
-def _load_gguf(source: Source, precision: str, seed: int, grid: Grid | None, layout: Layout | None) -> tuple[Any, Any]:
+def _load_gguf(
+    source: Source, precision: str, seed: int, quant_spec: QuantSpec | None, sharding: MeshSharding | None
+) -> tuple[Any, Any]:
     del seed
     checkpoint = GgufCheckpoint(Path(source.value))
-    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value, grid, layout)
+    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value, quant_spec, sharding)
     return backbone, _tokenizer(family_of(backbone), checkpoint.tokenizer_proto())
 
 
-def _load_hf(source: Source, precision: str, seed: int, grid: Grid | None, layout: Layout | None) -> tuple[Any, Any]:
+def _load_hf(
+    source: Source, precision: str, seed: int, quant_spec: QuantSpec | None, sharding: MeshSharding | None
+) -> tuple[Any, Any]:
     del seed
     directory = Path(source.value) if source.kind == "hf" else download_hf(source.value)
     checkpoint = hf_checkpoint.SafetensorsCheckpoint(directory)
-    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value, grid, layout)
+    backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value, quant_spec, sharding)
     return backbone, hf_checkpoint.load_tokenizer(directory, FAMILIES[family_of(backbone)], checkpoint.config)
 
 
-def _load_keras(source: Source, precision: str, seed: int, grid: Grid | None, layout: Layout | None) -> tuple[Any, Any]:
+def _load_keras(
+    source: Source, precision: str, seed: int, quant_spec: QuantSpec | None, sharding: MeshSharding | None
+) -> tuple[Any, Any]:
     """Loads a Keras preset: KerasHub builds it, without random weights first and without vision and audio towers."""
     del seed
     if source.kind == "keras":
         check_whole(Path(source.value))
     with _keras_errors(source):
         loader = _preset_loader(source)
-        with skeleton():
+        with lazy_initialization():
             backbone = _keras_backbone(loader, precision)
             apply_schemes(backbone, read_schemes(Path(source.value)) if source.kind == "keras" else {})
-            if grid:
-                quantize_layers(backbone, grid)
-            if layout:
-                layout.place(backbone)
-                layout.assign_parts(backbone)
+            if quant_spec:
+                quantize_layers(backbone, quant_spec)
+            if sharding:
+                sharding.place(backbone)
+                sharding.assign_parts(backbone)
         tokenizer_cls = FAMILIES[family_of(backbone)].tokenizer
         loader._load_backbone_weights(backbone)
         return backbone, loader.load_tokenizer(tokenizer_cls)
@@ -227,24 +237,29 @@ def _keras_message(source: Source, error: Exception) -> str:
 
 
 def _load_run(
-    workdir: Path, precision: str, seed: int, grid: Grid | None, as_trained: bool, layout: Layout | None
+    workdir: Path,
+    precision: str,
+    seed: int,
+    quant_spec: QuantSpec | None,
+    as_trained: bool,
+    sharding: MeshSharding | None,
 ) -> keras.Model:
     """Loads what a run made: its base with its adapter, or its fully trained model."""
     if (workdir / "model").exists():
-        return load_model(str(workdir / "model"), precision=precision, grid=grid, layout=layout)
+        return load_model(str(workdir / "model"), precision=precision, quant_spec=quant_spec, sharding=sharding)
     if not (workdir / "adapter" / ADAPTER_FILE).exists():
         raise ModelError(
             f"{workdir} is a run that has not finished: it has neither adapter/ nor model/. Run its train command "
             "again."
         )
-    config = Config.from_dict(read_json(workdir / "config.json"))
+    config = Config.from_saved(read_json(workdir / "config.json"))
     return load_model(
         config.model.source,
         precision=precision,
-        grid=grid or (config.grid if as_trained else None),
+        quant_spec=quant_spec or (config.quant_spec if as_trained else None),
         adapter=str(workdir / "adapter"),
         seed=config.seed,
-        layout=layout,
+        sharding=sharding,
     )
 
 

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 
 from gemma_tune.config_checks import PRECISIONS
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import keras, keras_hub
-from gemma_tune.models.attention_choice import Device
-from gemma_tune.models.cpu_half import multiplies_bfloat16
+from gemma_tune.models.attention.choice import Device
+from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16
+from gemma_tune.runtime.backend import keras, keras_hub
 
 _BFLOAT16_CAPABILITY = (8, 0)  # Ampere.
 

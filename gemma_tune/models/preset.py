@@ -11,12 +11,12 @@ import shutil
 from pathlib import Path
 
 from gemma_tune.errors import ModelError
-from gemma_tune.files import CHECKSUMS, damage, seal
-from gemma_tune.keras_runtime import keras, without_tensorflow
-from gemma_tune.models.files import read_json
-from gemma_tune.models.lora import lora_layers
-from gemma_tune.models.quantize import quantized_layers
-from gemma_tune.quantization.scheme import Grid, LayerScheme
+from gemma_tune.models.lora.enable import lora_layers
+from gemma_tune.models.quantized.convert import quantized_layers
+from gemma_tune.quantization.spec import LayerScheme, QuantSpec
+from gemma_tune.runtime.atomic_files import CHECKSUMS, damage, seal
+from gemma_tune.runtime.backend import keras, without_tensorflow
+from gemma_tune.runtime.json_files import read_json
 
 _FILE = "quantization.json"
 _FORMAT = "gemma_tune.quantization"
@@ -90,10 +90,16 @@ def read_schemes(directory: Path) -> dict[str, LayerScheme]:
     if tree.get("format") != _FORMAT:
         raise ModelError(f"{file} is of another format: {tree.get('format')!r}.")
     try:
-        return {path: LayerScheme(Grid(**one.pop("grid")), **one) for path, one in tree["layers"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        return {path: _from_plain(dict(one)) for path, one in tree["layers"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ModelError(f"{file} can't be read: {type(error).__name__}: {error}.") from error
 
 
+def _from_plain(values: dict) -> LayerScheme:
+    """Reads one layer's entry; earlier versions called `quant_spec` `grid`."""
+    name = "quant_spec" if "quant_spec" in values else "grid"
+    return LayerScheme(QuantSpec(**values.pop(name)), **values)
+
+
 def _to_plain(scheme: LayerScheme) -> dict:
-    return {**scheme._asdict(), "grid": scheme.grid._asdict()}
+    return {**scheme._asdict(), "quant_spec": scheme.quant_spec._asdict()}

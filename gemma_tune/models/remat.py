@@ -1,7 +1,7 @@
 """Recomputes activations in the backward pass instead of keeping them (gradient checkpointing, arXiv:1604.06174).
 
 A decoder block keeps some twenty arrays for its backward pass, most of them results of cheap elementwise operations.
-With `blocks` it keeps the results of its matrix products with weights and computes the rest anew; with `full` it keeps
+With `dots` it keeps the results of its matrix products with weights and computes the rest anew; with `full` it keeps
 its input alone, and the forward pass runs twice.
 
 On GPU and TPU this is `jax.checkpoint`. XLA on CPU drops the barriers that this relies on, finds the recomputation
@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import keras, keras_hub
-from gemma_tune.models.cpu_half import PRODUCT
+from gemma_tune.models.cpu.bfloat16 import PRODUCT
 from gemma_tune.models.functional import bound_value
+from gemma_tune.runtime.backend import keras, keras_hub
 
 _FEW_TERMS = 64
 _is_named_product = jax.checkpoint_policies.save_only_these_names(PRODUCT)
@@ -41,7 +41,7 @@ def _is_worth_keeping(primitive: Any, *avals: Any, **parameters: Any) -> bool:
 
 POLICIES = {
     "none": None,
-    "blocks": _is_worth_keeping,
+    "dots": _is_worth_keeping,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -51,7 +51,7 @@ def enable_remat(backbone: keras_hub.models.Backbone, remat: str) -> None:
 
     Args:
         backbone: With LoRA and packing enabled already.
-        remat: `none`, `blocks` or `full`.
+        remat: `none`, `dots` or `full`.
 
     Raises:
         ModelError: The backbone has no decoder blocks that could be wrapped.

@@ -3,16 +3,16 @@
 import tempfile
 from typing import Any
 
-from gemma_tune.keras_runtime import keras, without_tensorflow
-from gemma_tune.models.adapter import load_adapter, save_adapter
 from gemma_tune.models.family import FAMILIES, family_of
 from gemma_tune.models.functional import variables_by_path
 from gemma_tune.models.load import correct_query_scale
-from gemma_tune.models.lora import lora_layers
-from gemma_tune.models.preprocessor import text_preprocessor
-from gemma_tune.models.quantize import apply_schemes, quantized_layers
-from gemma_tune.models.skeleton import check_filled, skeleton
-from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.models.lora.adapter import load_adapter, save_adapter
+from gemma_tune.models.lora.enable import lora_layers
+from gemma_tune.models.quantized.convert import apply_schemes, quantized_layers
+from gemma_tune.models.sources.lazy_initialization import check_filled, lazy_initialization
+from gemma_tune.models.sources.preprocessor import text_preprocessor
+from gemma_tune.models.sources.tokenizer import tokenizer_of
+from gemma_tune.runtime.backend import keras, without_tensorflow
 
 
 def shared_copy(model: keras.Model, with_lora: bool = True) -> keras.Model:
@@ -29,7 +29,7 @@ def shared_copy(model: keras.Model, with_lora: bool = True) -> keras.Model:
     """
     tokenizer_of(model)
     backbone = model.backbone
-    with skeleton(), without_tensorflow():
+    with lazy_initialization(), without_tensorflow():
         copy: Any = type(backbone).from_config(backbone.get_config())
         apply_schemes(copy, {layer.path: layer.scheme for layer in quantized_layers(backbone)})
     values = variables_by_path(model)

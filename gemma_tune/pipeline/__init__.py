@@ -3,7 +3,7 @@
 The only place, besides the command line, that reads a Config.
 """
 
-from gemma_tune.pipeline.fidelity import compare
+from gemma_tune.pipeline.comparison import compare
 from gemma_tune.pipeline.post_training import Quantization, merge, quantize_model
 from gemma_tune.pipeline.scoring import Comparison, compare_with_base, evaluate
 from gemma_tune.pipeline.setup import Setup, prepare_data, read_splits, set_up

@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_tune import progress
 from gemma_tune.config import Config
 from gemma_tune.data import Batch, TokenizedExample
 from gemma_tune.errors import ConfigError, DataError
-from gemma_tune.keras_runtime import keras
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora import lora_layers, merge_lora
-from gemma_tune.models.prepare import prepare_for_training
+from gemma_tune.models.lora.enable import lora_layers, merge_lora
 from gemma_tune.models.preset import check_output, save_preset
-from gemma_tune.models.quantize import quantize_layers, quantized_layers
-from gemma_tune.models.quantized_merge import MergeError, merge_into_codes
-from gemma_tune.models.source import parse_source
+from gemma_tune.models.quantized.convert import quantize_layers, quantized_layers
+from gemma_tune.models.quantized.merge import MergeError, merge_into_codes
+from gemma_tune.models.sources.source import parse_source
+from gemma_tune.models.transforms import transform_for_training
 from gemma_tune.pipeline.setup import prepare_data, read_splits
-from gemma_tune.quantization.grids import num_bytes
-from gemma_tune.quantization.scheme import POST_TRAINING, Grid
+from gemma_tune.quantization.codes import num_bytes
+from gemma_tune.quantization.spec import PTQ_SCHEMES, QuantSpec
+from gemma_tune.runtime import progress
+from gemma_tune.runtime.backend import keras
 from gemma_tune.training.calibration import LayerError, calibration_batches, quantize_calibrated
 
 FEWEST_TOKENS = 512  # Fewer say nothing of a layer with as many inputs.
@@ -64,7 +64,7 @@ def quantize_model(
 
     Args:
         config: `model` says which and the grid; `data`, for calibrated schemes, with what.
-        scheme: A key of POST_TRAINING.
+        scheme: A key of PTQ_SCHEMES.
         output: Folder for the preset; must not exist, or be empty.
         adapter: A LoRA adapter to put on the model.
         calibration_tokens: As many tokens of the data flow through the model.
@@ -76,15 +76,15 @@ def quantize_model(
     """
     start = time.perf_counter()
     path = check_output(output)
-    way, settings = POST_TRAINING[scheme], config.model
-    grid = Grid(way.scheme, settings.block_size, settings.double_quant, settings.or_int8)
+    way, settings = PTQ_SCHEMES[scheme], config.model
+    quant_spec = QuantSpec(way.scheme, settings.block_size, settings.double_quant, settings.or_int8)
     splits = read_splits(config) if way.method else None
     has_lora = bool(adapter) or parse_source(settings.source).kind in ("run", "peft")
     as_read = not (has_lora or way.method or way.rounds_inputs)
     model = load_model(
         settings.source,
         precision=settings.precision,
-        grid=grid if as_read else None,
+        quant_spec=quant_spec if as_read else None,
         as_trained=False,
         adapter=adapter,
         seed=config.seed,
@@ -97,12 +97,12 @@ def quantize_model(
             config, prepare_data(config, splits, model).train, calibration_tokens
         )
         with progress.counting("quantized blocks", len(model.backbone.transformer_layers)) as advance:
-            prepare_for_training(model, None, packing=True, remat="none", row_length=config.row_length)
-            errors = quantize_calibrated(model, batches, way.method, grid, advance)
+            transform_for_training(model, None, packing=True, remat="none", row_length=config.row_length)
+            errors = quantize_calibrated(model, batches, way.method, quant_spec, advance)
     elif not as_read:
-        quantize_layers(model.backbone, grid, way.rounds_inputs)
+        quantize_layers(model.backbone, quant_spec, way.rounds_inputs)
     save_preset(model, path)
-    num_int8 = sum(layer.scheme.grid.scheme != way.scheme for layer in quantized_layers(model.backbone))
+    num_int8 = sum(layer.scheme.quant_spec.scheme != way.scheme for layer in quantized_layers(model.backbone))
     return Quantization(
         path, scheme, num_tokens, *_bytes(model), num_int8=num_int8, errors=errors, seconds=time.perf_counter() - start
     )
@@ -130,7 +130,7 @@ def merge(config: Config, output: str, *, adapter: str = "", into: str = "floats
     model = load_model(
         settings.source,
         precision=settings.precision,
-        grid=config.grid if into == "codes" else None,
+        quant_spec=config.quant_spec if into == "codes" else None,
         as_trained=into == "codes",
         adapter=adapter,
         seed=config.seed,

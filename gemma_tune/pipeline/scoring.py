@@ -13,20 +13,20 @@ from gemma_tune.data import (
 )
 from gemma_tune.errors import TrainingError
 from gemma_tune.evaluation import evaluate_batches
-from gemma_tune.keras_runtime import keras
+from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.family import family_of
-from gemma_tune.models.files import read_json
 from gemma_tune.models.functional import assign, parameters
 from gemma_tune.models.load import load_configured, load_model
-from gemma_tune.models.lora import base_values, lora_layers
-from gemma_tune.models.packing import enable_packing
-from gemma_tune.models.sharded_layers import use_mesh
-from gemma_tune.models.sharding import layout_of
-from gemma_tune.models.source import parse_source
-from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.models.lora.enable import base_values, lora_layers
+from gemma_tune.models.sharding.layers import use_mesh
+from gemma_tune.models.sharding.placement import mesh_sharding_of
+from gemma_tune.models.sources.source import parse_source
+from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.pipeline.setup import read_splits
+from gemma_tune.runtime.backend import keras
+from gemma_tune.runtime.json_files import read_json
 from gemma_tune.training.batches import HeldoutBatches, OnMesh, most_targets
-from gemma_tune.training.step import make_eval_step
+from gemma_tune.training.step.train_step import make_eval_step
 
 
 def evaluate(
@@ -49,14 +49,14 @@ def evaluate(
     tokens = tokenize_examples(examples, template_for(family_of(model)), tokenizer_of(model), max_length, "truncate")
     if not tokens.examples:
         raise TrainingError(f"None of {len(examples)} examples has an answer that fits into {max_length} tokens.")
-    layout = layout_of(model.backbone)
-    num_parts = layout.shape.num_row_shards if layout else 1
-    if layout:
-        use_mesh(model.backbone, layout)
+    sharding = mesh_sharding_of(model.backbone)
+    num_parts = sharding.shape.num_row_shards if sharding else 1
+    if sharding:
+        use_mesh(model.backbone, sharding)
     batches = HeldoutBatches(tokens.examples, -(-batch_size // num_parts) * num_parts, max_length, packing=True)
     groups = parameters(model)
-    step = make_eval_step(model, most_targets(batches, num_parts), layout=layout)
-    scored = OnMesh(batches, layout) if layout else batches
+    step = make_eval_step(model, most_targets(batches, num_parts), sharding=sharding)
+    scored = OnMesh(batches, sharding) if sharding else batches
     return evaluate_batches(lambda batch: step(groups.trainable, groups.frozen, batch), scored)
 
 
@@ -97,8 +97,8 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
         assign(model, base_values(model.backbone))
         return Comparison(data_source, len(examples), score(model), tuned)
     if run:
-        layout = layout_of(model.backbone)
-        base = load_model(run.model.source, precision=config.model.precision, seed=run.seed, layout=layout)
+        sharding = mesh_sharding_of(model.backbone)
+        base = load_model(run.model.source, precision=config.model.precision, seed=run.seed, sharding=sharding)
         return Comparison(data_source, len(examples), score(base), score(model))
     return Comparison(data_source, len(examples), score(model), {})
 
@@ -106,7 +106,7 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
 def run_config(source: str) -> Config | None:
     """Returns the Config of a run by its workdir, or None if that is another kind of model."""
     parsed = parse_source(source)
-    return Config.from_dict(read_json(Path(parsed.value) / "config.json")) if parsed.kind == "run" else None
+    return Config.from_saved(read_json(Path(parsed.value) / "config.json")) if parsed.kind == "run" else None
 
 
 def heldout_of_run(config: Config) -> tuple[Sequence[Example], str]:

@@ -9,28 +9,28 @@ import optax
 
 from gemma_tune.config import Config
 from gemma_tune.data import (
-    PreparedData,
     Splits,
+    TokenizedSplits,
     load_splits,
     template_for,
     tokenize_splits,
 )
 from gemma_tune.errors import ConfigError
 from gemma_tune.evaluation import evaluate_batches
-from gemma_tune.keras_runtime import cache_dir, keras
-from gemma_tune.models.attention_choice import AttentionChoice, first_device
+from gemma_tune.models.attention.choice import AttentionChoice, first_device
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import Params, parameters
 from gemma_tune.models.load import load_configured
 from gemma_tune.models.precision import check_precision
-from gemma_tune.models.prepare import LoraSettings, prepare_for_training
-from gemma_tune.models.sharding import Layout, layout_of
-from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.models.sharding.placement import MeshSharding, mesh_sharding_of
+from gemma_tune.models.sources.tokenizer import tokenizer_of
+from gemma_tune.models.transforms import LoraSettings, transform_for_training
+from gemma_tune.runtime.backend import cache_dir, keras
 from gemma_tune.training.batches import HeldoutBatches, OnMesh, TrainingBatches, most_targets
-from gemma_tune.training.blockwise import Blockwise
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.state import TrainState, init_state
-from gemma_tune.training.step import make_eval_step, make_train_step
+from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.train_step import make_eval_step, make_train_step
 
 
 @dataclasses.dataclass
@@ -39,10 +39,10 @@ class Setup:
 
     config: Config
     model: keras.Model
-    layout: Layout | None  # On a mesh of devices.
+    sharding: MeshSharding | None  # On a mesh of devices.
     attention: AttentionChoice
     precision_advice: str  # Empty where the precision suits the device.
-    data: PreparedData
+    data: TokenizedSplits
     data_key: str  # Changes with the content of the data and with what cleans and splits it.
     batches: TrainingBatches
     heldout: HeldoutBatches
@@ -59,7 +59,7 @@ class Setup:
 
     def on_devices(self, batches: Any) -> Any:
         """Returns batches whose rows are where the steps read them."""
-        return OnMesh(batches, self.layout) if self.layout else batches
+        return OnMesh(batches, self.sharding) if self.sharding else batches
 
     def origins(self, step: int) -> list[str]:
         """Returns where the examples of a step, counted from 0, come from."""
@@ -84,7 +84,7 @@ def read_splits(config: Config) -> Splits:
     )
 
 
-def prepare_data(config: Config, splits: Splits, model: keras.Model) -> PreparedData:
+def prepare_data(config: Config, splits: Splits, model: keras.Model) -> TokenizedSplits:
     """Tokenizes for a model."""
     template, tokenizer = template_for(family_of(model)), tokenizer_of(model)
     return tokenize_splits(splits, template, tokenizer, config.data.max_length, config.data.overlong, cache=cache_dir())
@@ -96,23 +96,23 @@ def set_up(config: Config, splits: Splits) -> Setup:
     _check_adapter(config)
     precision_advice = check_precision(first_device(), config.model.precision)
     model = load_configured(config)
-    layout = layout_of(model.backbone)
+    sharding = mesh_sharding_of(model.backbone)
     data = prepare_data(config, splits, model)
     lora = LoraSettings(**config.lora_settings)
-    program, attention = prepare_for_training(
+    program, attention = transform_for_training(
         model,
         None if training.method == "full" else lora,
-        qat=config.qat_grid,
+        qat=config.qat_spec,
         packing=config.data.packing,
         remat=training.remat,
         program=training.program,
         attention=training.attention,
         row_length=config.row_length,
-        layout=layout,
+        sharding=sharding,
         keeps_factors=bool(config.model.adapter),
     )
-    num_parts = layout.shape.num_row_shards if layout else 1
-    blockwise = Blockwise(model, training.remat) if program == "blocks" else None
+    num_parts = sharding.shape.num_row_shards if sharding else 1
+    per_block = PerBlockProgram(model, training.remat) if program == "per_block" else None
     batches = TrainingBatches(
         data.train,
         batch_size=training.batch_size,
@@ -129,7 +129,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
     return Setup(
         config=config,
         model=model,
-        layout=layout,
+        sharding=sharding,
         attention=attention,
         precision_advice=precision_advice,
         data=data,
@@ -137,17 +137,17 @@ def set_up(config: Config, splits: Splits) -> Setup:
         batches=batches,
         heldout=heldout,
         frozen=parameters(model).frozen,
-        state=init_state(model, optimizer, take_over=True, guarded=True, layout=layout),
+        state=init_state(model, optimizer, take_over=True, guarded=True, sharding=sharding),
         train_step=make_train_step(
             model,
             optimizer,
             batches.target_sizes,
             training.grad_accum_steps,
-            blockwise,
+            per_block,
             training.loss_spike_factor,
-            layout,
+            sharding,
         ),
-        eval_step=make_eval_step(model, most_targets(heldout, num_parts), blockwise, layout),
+        eval_step=make_eval_step(model, most_targets(heldout, num_parts), per_block, sharding),
         schedule=schedule,
     )
 

@@ -9,27 +9,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_tune import progress
 from gemma_tune.config import Config
 from gemma_tune.data import (
     DataReport,
     Example,
 )
 from gemma_tune.evaluation import AnswerScore, choose_questions, score_answers
-from gemma_tune.evaluation.report import write_report
-from gemma_tune.files import write_json
-from gemma_tune.keras_runtime import jax, keras
-from gemma_tune.models.adapter import save_adapter
+from gemma_tune.evaluation.run_report import write_report
 from gemma_tune.models.functional import assign, gather
+from gemma_tune.models.lora.adapter import save_adapter
 from gemma_tune.models.preset import save_preset
 from gemma_tune.pipeline.setup import Setup, read_splits, set_up
-from gemma_tune.processes import in_all_processes, is_first, largest, together
-from gemma_tune.serving.generate import generate
-from gemma_tune.training.checkpoints import Checkpoints, Progress
-from gemma_tune.training.loop import Loop, LoopSettings
-from gemma_tune.training.metrics import MetricsWriter, read_metrics
+from gemma_tune.runtime import progress
+from gemma_tune.runtime.atomic_files import write_json
+from gemma_tune.runtime.backend import jax, keras
+from gemma_tune.runtime.processes import all_reduce_max, in_all_processes, is_primary, together
+from gemma_tune.serving.generation import generate
+from gemma_tune.training.run.checkpoints import Checkpoints, Progress
+from gemma_tune.training.run.loop import Loop, LoopSettings
+from gemma_tune.training.run.metrics import MetricsWriter, read_metrics
+from gemma_tune.training.run.workdir import ADAPTER, MODEL, OpenWorkdir, check_workdir, open_together
 from gemma_tune.training.state import TrainState
-from gemma_tune.training.workdir import ADAPTER, MODEL, OpenWorkdir, check_workdir, open_together
 
 SAMPLES_FILE, RESULT_FILE = "samples.json", "result.json"
 
@@ -107,11 +107,11 @@ def train(config: Config) -> keras.Model:
 def run(config: Config) -> RunResult:
     """Like `train`, and returns the figures too."""
     with in_all_processes():
-        if is_first():
+        if is_primary():
             check_workdir(config)  # What can be wrong is looked for before what takes long.
     setup = set_up(config, read_splits(config))
-    if setup.layout:
-        progress.console.print(f"Mesh: {setup.layout}", markup=False)
+    if setup.sharding:
+        progress.console.print(f"Mesh: {setup.sharding}", markup=False)
     elif jax.device_count() > 1:
         text = f"{jax.device_count()} devices; this run takes one. --mesh=auto takes all."
         progress.console.print(text, style="yellow", markup=False)
@@ -177,7 +177,7 @@ def _finish(setup: Setup, workdir: Path, state: TrainState, best: Progress, samp
         shutil.rmtree(workdir / MODEL, ignore_errors=True)  # Of the same run, killed while it finished.
         saved_to = workdir / MODEL
         gather(model)
-        if is_first():
+        if is_primary():
             save_preset(model, saved_to)
     scored = _scored_examples(setup)
     with progress.console.status(f"Answering {max(len(scored), len(samples))} held-out questions…"):
@@ -211,7 +211,7 @@ def _base_answers(setup: Setup, workdir: Path) -> list[SampleAnswer]:
     file, samples = workdir / SAMPLES_FILE, None
     with contextlib.suppress(OSError, ValueError, TypeError):  # Not there, or damaged: they are written anew.
         samples = [SampleAnswer(**values) for values in json.loads(file.read_text(encoding="utf-8"))]
-    if largest(int(is_first() and samples is not None)):
+    if all_reduce_max(int(is_primary() and samples is not None)):
         return samples or []
     chosen = _scored_examples(setup)[: setup.config.training.num_sample_answers]
     with progress.console.status(f"Answering {len(chosen)} held-out questions with the base model…"):

@@ -6,10 +6,10 @@ from pathlib import Path
 from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError
 from gemma_tune.mesh import MeshShape
-from gemma_tune.planning.abstract_run import abstract_run
+from gemma_tune.planning.abstract_train_state import abstract_train_state
 from gemma_tune.planning.duration import planned_step
 from gemma_tune.planning.hardware import Hardware
-from gemma_tune.training.metrics import read_metrics
+from gemma_tune.training.run.metrics import read_metrics
 
 _WARM_UP_STEPS = 1  # The first compiles.
 
@@ -27,7 +27,7 @@ def calibrated(hardware: Hardware, config: Config, shape: MeshShape, target_shar
     Raises:
         ConfigError: The hardware can't have done it in that time.
     """
-    step = planned_step(abstract_run(config, shape, target_share), hardware._replace(share=1.0))
+    step = planned_step(abstract_train_state(config, shape, target_share), hardware._replace(share=1.0))
     share = step.computing / max(seconds - step.waiting, 1e-9)
     if not 0 < share <= 1:
         raise ConfigError(

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from gemma_tune.config import Config
 from gemma_tune.mesh import MeshShape
-from gemma_tune.planning.abstract_run import AbstractRun
+from gemma_tune.planning.abstract_train_state import AbstractTrainState
 from gemma_tune.planning.hardware import Hardware
-from gemma_tune.planning.memory import kept_width
 from gemma_tune.planning.sizes import Sizes, sizes_of
+from gemma_tune.planning.step_memory import kept_width
 
 
 class PlannedStep(NamedTuple):
@@ -43,10 +43,10 @@ class PlannedStep(NamedTuple):
         return "connection" if self.waiting > busy[0] else busy[1]
 
 
-def planned_step(run: AbstractRun, hardware: Hardware) -> PlannedStep:
+def planned_step(run: AbstractTrainState, hardware: Hardware) -> PlannedStep:
     """Returns how long a run's step takes on a mesh of such chips."""
     config, sizes = run.config, sizes_of(run)
-    shape = run.layout.shape if run.layout else MeshShape()
+    shape = run.sharding.shape if run.sharding else MeshShape()
     rate = hardware.flops_32 if sizes.item_bytes == 4 else hardware.flops_16
     operations = step_operations(sizes, config, shape) * sizes.num_micro_batches
     micro = sizes.num_micro_batches

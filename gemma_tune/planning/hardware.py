@@ -92,7 +92,7 @@ def _product_rate(dtype: str) -> float:
     """Returns operations a second of [1024, 640]·[640, 2048], the median of a few: a small Gemma's product."""
     import jax.numpy as jnp
 
-    from gemma_tune.keras_runtime import jax
+    from gemma_tune.runtime.backend import jax
 
     left, right = jnp.ones((1024, 640), dtype), jnp.ones((640, 2048), dtype)
     multiply = jax.jit(lambda left, right: jnp.dot(left, right, preferred_element_type=jnp.float32))

@@ -6,10 +6,10 @@ from typing import NamedTuple
 from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError
 from gemma_tune.mesh import AUTO, MeshShape, fitting_mesh, parse_mesh
-from gemma_tune.planning.abstract_run import AbstractRun, abstract_run, with_batch_size
+from gemma_tune.planning.abstract_train_state import AbstractTrainState, abstract_train_state, with_batch_size
 from gemma_tune.planning.duration import PlannedStep, planned_step
 from gemma_tune.planning.hardware import Hardware, usable_bytes
-from gemma_tune.planning.memory import PlannedMemory, planned_memory
+from gemma_tune.planning.step_memory import PlannedMemory, planned_memory
 
 _LARGEST_BATCH = 1 << 16
 
@@ -82,7 +82,7 @@ def make_plans(config: Config, shape: MeshShape, target_share: float, chips: lis
         ModelError: The model's sizes aren't known.
         ConfigError: The rows of a batch can't be cut as the mesh asks.
     """
-    run = abstract_run(config.replace({"training.mesh": str(shape)}), shape, target_share)
+    run = abstract_train_state(config.replace({"training.mesh": str(shape)}), shape, target_share)
     memory, least = planned_memory(run), config.training.grad_accum_steps * shape.num_row_shards
     plans = []
     for chip in chips:
@@ -93,7 +93,7 @@ def make_plans(config: Config, shape: MeshShape, target_share: float, chips: lis
     return plans
 
 
-def _bytes_of(run: AbstractRun, batch_size: int) -> float:
+def _bytes_of(run: AbstractTrainState, batch_size: int) -> float:
     return planned_memory(with_batch_size(run, batch_size)).total
 
 
@@ -138,6 +138,6 @@ def proposals(config: Config, shape: MeshShape) -> list[tuple[str, Config, MeshS
 def first_that_fits(config: Config, shape: MeshShape, target_share: float, chip: Hardware) -> str:
     """Returns the flags of the first of `proposals` with which a run fits, or ""."""
     for flags, changed, wider in proposals(config, shape):
-        if planned_memory(abstract_run(changed, wider, target_share)).total <= usable_bytes(chip):
+        if planned_memory(abstract_train_state(changed, wider, target_share)).total <= usable_bytes(chip):
             return flags
     return ""

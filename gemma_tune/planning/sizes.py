@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from gemma_tune.models.family import family_of
-from gemma_tune.planning.abstract_run import AbstractRun, device_bytes
+from gemma_tune.planning.abstract_train_state import AbstractTrainState, device_bytes
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -46,10 +46,10 @@ class Sizes(NamedTuple):
     item_bytes: int
 
 
-def sizes_of(run: AbstractRun) -> Sizes:
+def sizes_of(run: AbstractTrainState) -> Sizes:
     """Returns the sizes of a run's step on each device."""
     training, backbone = run.config.training, run.model.backbone
-    shape = run.layout.shape if run.layout else None
+    shape = run.sharding.shape if run.sharding else None
     rows = training.batch_size // training.grad_accum_steps // (shape.num_row_shards if shape else 1)
     cuts = shape.model if shape else 1
     block = backbone.transformer_layers[0]

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma_tune.quantization.grids import Quantized, dequantize, quantize
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.codes import Quantized, dequantize, quantize
+from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.quantization.statistics import InputStatistics, check_fit, squared_error
 
 _NUM_ALPHAS = 20  # From 0 on, in steps of 1/20, as the paper's code tries them.
@@ -19,7 +19,7 @@ _NUM_CLIPS = 10  # From 1 down, in steps of 1/20, likewise.
 _SMALLEST = 1e-4  # Of a scale, before the division by the middle.
 
 
-def awq_scale(values: Any, statistics: InputStatistics, grid: Grid) -> jax.Array:
+def awq_scale(values: Any, statistics: InputStatistics, quant_spec: QuantSpec) -> jax.Array:
     """Returns s [C] float32: mean|x|^alpha, divided by the geometric mean of its extremes (section 3.2, equation 5).
 
     The alpha is the one with the least squared error of the outputs. 0, which scales nothing, is one of them.
@@ -27,16 +27,16 @@ def awq_scale(values: Any, statistics: InputStatistics, grid: Grid) -> jax.Array
     Args:
         values: [P, C, Q], all P of the same inputs.
         statistics: Of these inputs.
-        grid: With a block size that divides C.
+        quant_spec: With a block size that divides C.
 
     Raises:
         ModelError: Shapes that don't belong together.
     """
-    check_fit(values, statistics.hessian, grid)
-    return _search(jnp.asarray(values, jnp.float32), statistics, grid)
+    check_fit(values, statistics.hessian, quant_spec)
+    return _search(jnp.asarray(values, jnp.float32), statistics, quant_spec)
 
 
-def awq(values: Any, statistics: InputStatistics, grid: Grid) -> tuple[Quantized, jax.Array]:
+def awq(values: Any, statistics: InputStatistics, quant_spec: QuantSpec) -> tuple[Quantized, jax.Array]:
     """Returns (values · s in few bits, s [C]). The kernel is what it dequantizes to, divided by s.
 
     Each group's largest weights are cut off where that makes less error of the outputs, as in the paper's code: a finer
@@ -45,23 +45,23 @@ def awq(values: Any, statistics: InputStatistics, grid: Grid) -> tuple[Quantized
     Args:
         values: [P, C, Q].
         statistics: Of its inputs.
-        grid: With a block size that divides C.
+        quant_spec: With a block size that divides C.
 
     Raises:
         ModelError: Shapes that don't belong together.
     """
-    scale = awq_scale(values, statistics, grid)
+    scale = awq_scale(values, statistics, quant_spec)
     scaled = jnp.asarray(values, jnp.float32) * scale[:, None]
-    return quantize(_clip(scaled, statistics.hessian / (scale[:, None] * scale), grid), grid), scale
+    return quantize(_clip(scaled, statistics.hessian / (scale[:, None] * scale), quant_spec), quant_spec), scale
 
 
-@functools.partial(jax.jit, static_argnames="grid")
-def _search(values: jax.Array, statistics: InputStatistics, grid: Grid) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="quant_spec")
+def _search(values: jax.Array, statistics: InputStatistics, quant_spec: QuantSpec) -> jax.Array:
     mean = statistics.magnitude / jnp.maximum(statistics.count, 1)
 
     def error(alpha: jax.Array) -> jax.Array:
         scale = _scale_of(mean, alpha)[:, None]
-        rounded = dequantize(quantize(values * scale, grid)) / scale
+        rounded = dequantize(quantize(values * scale, quant_spec)) / scale
         return squared_error(values - rounded, statistics.hessian)
 
     alphas = jnp.arange(_NUM_ALPHAS) / _NUM_ALPHAS
@@ -77,11 +77,11 @@ def _scale_of(mean: jax.Array, alpha: jax.Array) -> jax.Array:
     return scale / jnp.sqrt(jnp.max(scale) * jnp.min(scale))
 
 
-@functools.partial(jax.jit, static_argnames="grid")
-def _clip(values: jax.Array, hessian: jax.Array, grid: Grid) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="quant_spec")
+def _clip(values: jax.Array, hessian: jax.Array, quant_spec: QuantSpec) -> jax.Array:
     """Returns [P, C, Q] with the groups cut off that are better so by their own inputs, if the whole is better too."""
     first, inputs, last = values.shape
-    size = inputs if grid.scheme == "int8" else grid.block_size
+    size = inputs if quant_spec.scheme == "int8" else quant_spec.block_size
     grouped = values.reshape(first, -1, size, last)
     places = jnp.arange(inputs).reshape(-1, size)
     of_groups = hessian[places[:, :, None], places[:, None, :]]
@@ -91,11 +91,11 @@ def _clip(values: jax.Array, hessian: jax.Array, grid: Grid) -> jax.Array:
         return jnp.clip(grouped, -part * largest, part * largest).reshape(values.shape)
 
     def error(part: jax.Array) -> jax.Array:
-        wrong = (values - dequantize(quantize(cut(part), grid))).reshape(grouped.shape)
+        wrong = (values - dequantize(quantize(cut(part), quant_spec))).reshape(grouped.shape)
         seen = jnp.einsum("gcd,pgdq->pgcq", of_groups, wrong, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(wrong * seen, axis=2, keepdims=True)
 
     parts = 1 - jnp.arange(_NUM_CLIPS) / 20
     clipped = cut(parts[jnp.argmin(jax.lax.map(error, parts), axis=0)])
-    before, after = (squared_error(values - dequantize(quantize(v, grid)), hessian) for v in (values, clipped))
+    before, after = (squared_error(values - dequantize(quantize(v, quant_spec)), hessian) for v in (values, clipped))
     return jnp.where(after < before, clipped, values)

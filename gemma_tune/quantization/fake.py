@@ -6,20 +6,20 @@ import functools
 import jax
 from jax import lax
 
-from gemma_tune.quantization.grids import fake_quantize
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.codes import fake_quantize
+from gemma_tune.quantization.spec import QuantSpec
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("grid",))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("quant_spec",))
 @dataclasses.dataclass(frozen=True)
 class FakeQuantized:
     """Rows that count as rounded to a grid, and are rounded where they are used, so that no second float copy is held.
 
-    values: [V, D]. grid: Not with double quantization, which gives rows scales in common.
+    values: [V, D]. quant_spec: Not with double quantization, which gives rows scales in common.
     """
 
     values: jax.Array
-    grid: Grid
+    quant_spec: QuantSpec
 
     def rows(self, start: jax.Array | int, count: int) -> jax.Array:
         """Returns [count, D] float32, rounded."""
@@ -30,4 +30,4 @@ class FakeQuantized:
         return self._rounded(self.values[indices])
 
     def _rounded(self, rows: jax.Array) -> jax.Array:
-        return fake_quantize(rows.astype("float32")[..., None], self.grid)[..., 0]
+        return fake_quantize(rows.astype("float32")[..., None], self.quant_spec)[..., 0]

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ConfigError
-from gemma_tune.quantization.grids import NF4_BORDERS, NF4_LEVELS, Quantized, pack, quantize, scale_values
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.codes import NF4_BORDERS, NF4_LEVELS, Quantized, pack, quantize, scale_values
+from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.quantization.statistics import check_fit
 
 _BLOCK = 128  # Inputs at once where a grid has no groups, at most.
@@ -28,7 +28,7 @@ _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def gptq(
-    values: Any, hessian: Any, grid: Grid, damping: float = 0.01, act_order: bool = True
+    values: Any, hessian: Any, quant_spec: QuantSpec, damping: float = 0.01, act_order: bool = True
 ) -> tuple[Quantized, float]:
     """Rounds a kernel so that its outputs change little on the inputs that calibration saw.
 
@@ -37,7 +37,7 @@ def gptq(
     Args:
         values: [P, C, Q] float32, all P of the same inputs.
         hessian: [C, C] float32 of `InputStatistics`.
-        grid: With a block size that divides C.
+        quant_spec: With a block size that divides C.
         damping: This part of the mean of the Hessian's diagonal is added to the diagonal. Ten times as much where the
             Hessian can't be factorized otherwise, and so on up to 1.
         act_order: Takes inputs by the size of their diagonal, the largest first, with the scales of the kernel as it
@@ -55,16 +55,16 @@ def gptq(
     """
     if not damping > 0:
         raise ConfigError(f"The damping of GPTQ must be more than 0, got {damping}.")
-    check_fit(values, hessian, grid)
+    check_fit(values, hessian, quant_spec)
     values, hessian = jnp.asarray(values, jnp.float32), jnp.asarray(hessian, jnp.float32)
-    nearest = quantize(values, grid)
+    nearest = quantize(values, quant_spec)
     diagonal = jnp.diagonal(hessian)
     order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(len(diagonal))
-    fixed = nearest if act_order or grid.double or grid.scheme == "int8" else None
+    fixed = nearest if act_order or quant_spec.double or quant_spec.scheme == "int8" else None
     while True:
         factor, is_right = _factorize(hessian, order[::-1], damping)
         if is_right:
-            return _sweep(values, factor, order[::-1], fixed, grid), damping
+            return _sweep(values, factor, order[::-1], fixed, quant_spec), damping
         if damping >= 1:
             return nearest, math.inf
         damping = min(10 * damping, 1.0)
@@ -80,8 +80,10 @@ def _factorize(hessian: jax.Array, layout: jax.Array, damping: Any) -> tuple[jax
     return factor, jnp.all(jnp.isfinite(jnp.diagonal(factor)))
 
 
-@functools.partial(jax.jit, static_argnames="grid")
-def _sweep(values: jax.Array, factor: jax.Array, layout: jax.Array, fixed: Quantized | None, grid: Grid) -> Quantized:
+@functools.partial(jax.jit, static_argnames="quant_spec")
+def _sweep(
+    values: jax.Array, factor: jax.Array, layout: jax.Array, fixed: Quantized | None, quant_spec: QuantSpec
+) -> Quantized:
     """Rounds blocks of inputs, from the last to the first.
 
     Args:
@@ -89,12 +91,12 @@ def _sweep(values: jax.Array, factor: jax.Array, layout: jax.Array, fixed: Quant
         factor: [C, C] lower, in the order of `layout`.
         layout: [C], which input stands where.
         fixed: Whose scales and zeros to take. None finds those of each group, which then is a block of `layout`.
-        grid: How.
+        quant_spec: How.
     """
     first, inputs, last = values.shape
-    block = _block_of(inputs) if grid.scheme == "int8" else grid.block_size
+    block = _block_of(inputs) if quant_spec.scheme == "int8" else quant_spec.block_size
     matrix = values.transpose(1, 0, 2).reshape(inputs, -1)[layout]
-    group_of = layout // (inputs if grid.scheme == "int8" else block)
+    group_of = layout // (inputs if quant_spec.scheme == "int8" else block)
     steps = None if fixed is None else _steps_of(fixed)
 
     def round_block(errors: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple]:
@@ -107,19 +109,19 @@ def _sweep(values: jax.Array, factor: jax.Array, layout: jax.Array, fixed: Quant
             # The minimum over all inputs that are not rounded yet.
             solve = functools.partial(jax.lax.linalg.triangular_solve, left_side=True, lower=True, transpose_a=True)
             updated = weights + solve(corner, carried)
-            found = quantize(updated.reshape(block, first, last).transpose(1, 0, 2), grid)
+            found = quantize(updated.reshape(block, first, last).transpose(1, 0, 2), quant_spec)
             scale, zero = (jnp.broadcast_to(step, weights.shape) for step in _steps_of(found))
         else:
             groups = jax.lax.dynamic_slice_in_dim(group_of, start, block)
             scale, zero = (step[groups] for step in steps)
-        codes, own = _round_in_order(weights, carried, corner, scale, zero, grid.scheme)
+        codes, own = _round_in_order(weights, carried, corner, scale, zero, quant_spec.scheme)
         return jax.lax.dynamic_update_slice_in_dim(errors, own, start, 0), (codes, found)
 
     starts = jnp.arange(inputs // block)[::-1] * block
     _, (codes, found) = jax.lax.scan(round_block, jnp.zeros_like(matrix), starts)
     codes = codes[::-1].reshape(inputs, -1)
     codes = jnp.zeros_like(codes).at[layout].set(codes).reshape(inputs, first, last).transpose(1, 0, 2)
-    if grid.scheme == "int8":
+    if quant_spec.scheme == "int8":
         codes = codes.astype(jnp.int8)
     else:
         codes = pack(jnp, codes.reshape(first, inputs // block, block, last))

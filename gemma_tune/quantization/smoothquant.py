@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ConfigError, ModelError
-from gemma_tune.quantization.grids import Quantized
+from gemma_tune.quantization.codes import Quantized
 
 
 def smooth_scale(values: Any, largest: Any, alpha: float = 0.5) -> jax.Array:

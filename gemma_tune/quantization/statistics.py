@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
-from gemma_tune.quantization.scheme import Grid, why_not
+from gemma_tune.quantization.spec import QuantSpec, why_not
 
 
 class InputStatistics(NamedTuple):
@@ -73,7 +73,7 @@ def output_error(values: Any, dequantized: Any, hessian: Any) -> jax.Array:
     return squared_error(values - dequantized, hessian) / jnp.where(whole > 0, whole, 1)
 
 
-def check_fit(values: Any, hessian: Any, grid: Grid) -> None:
+def check_fit(values: Any, hessian: Any, quant_spec: QuantSpec) -> None:
     """Raises ModelError when the shapes of a kernel [P, C, Q], a Hessian [C, C] and a grid don't belong together."""
     inputs = values.shape[1] if len(values.shape) == 3 else -1
     if tuple(hessian.shape) != (inputs, inputs):
@@ -81,6 +81,8 @@ def check_fit(values: Any, hessian: Any, grid: Grid) -> None:
             f"A kernel [P, C, Q] needs a Hessian [C, C] of its own inputs, but they have shapes {tuple(values.shape)} "
             f"and {tuple(hessian.shape)}."
         )
-    problem = why_not(grid, inputs)
+    problem = why_not(quant_spec, inputs)
     if problem:
-        raise ModelError(f"A kernel of shape {tuple(values.shape)} can't be quantized to {grid.scheme}: {problem}.")
+        raise ModelError(
+            f"A kernel of shape {tuple(values.shape)} can't be quantized to {quant_spec.scheme}: {problem}."
+        )

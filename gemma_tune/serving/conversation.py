@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from gemma_tune.data import Turn
 from gemma_tune.errors import ConfigError
-from gemma_tune.keras_runtime import keras
-from gemma_tune.serving.engine import Engine
-from gemma_tune.serving.generate import encode_prompt, stop_ids
-from gemma_tune.serving.request import Request
+from gemma_tune.runtime.backend import keras
+from gemma_tune.serving.engine.engine import Engine
+from gemma_tune.serving.engine.request import Request
+from gemma_tune.serving.generation import encode_prompt, stop_ids
 from gemma_tune.serving.sampling import Sampling
 
 

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_tune.keras_runtime import keras, on_one_cpu
-from gemma_tune.models.cpu_half import multiplies_bfloat16
+from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16
 from gemma_tune.models.functional import Params, bound, bound_value, parameters
-from gemma_tune.models.qat import rounded_params, weights_are_rounded
-from gemma_tune.processes import to_host
-from gemma_tune.serving.products import head_of, logits_of, one_unseen
+from gemma_tune.models.quantized.qat import rounded_params, weights_are_rounded
+from gemma_tune.runtime.backend import keras, on_one_cpu
+from gemma_tune.runtime.processes import to_host
+from gemma_tune.serving.engine.products import head_of, logits_of, one_unseen
 from gemma_tune.serving.sampling import GREEDY, RowSampling, Sampling, rows_alike, sample
 
 _PROMPT_BUCKET = 32

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gemma_tune.data import Batch, EpochPlan, Rows, TokenizedExample, TokenStore, make_batch, plan_rows
-from gemma_tune.models.sharding import Layout
+from gemma_tune.models.sharding.placement import MeshSharding
 
 
 class TrainingBatches:
@@ -134,11 +134,11 @@ class OnMesh(Sequence[Batch]):
 
     Args:
         batches: `TrainingBatches` or `HeldoutBatches`.
-        layout: Of the mesh.
+        sharding: Of the mesh.
     """
 
-    def __init__(self, batches: TrainingBatches | HeldoutBatches, layout: Layout):
-        self._batches, self._layout = batches, layout
+    def __init__(self, batches: TrainingBatches | HeldoutBatches, sharding: MeshSharding):
+        self._batches, self._layout = batches, sharding
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 
 from gemma_tune.data import Batch, TokenizedExample
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import keras
 from gemma_tune.models.blocks import call_block, calls, can_be_split, run_before, signature
 from gemma_tune.models.functional import bound, parameters
-from gemma_tune.models.quantize import matrix_shape, quantize_layer, schemes_for
+from gemma_tune.models.quantized.convert import matrix_shape, quantize_layer, schemes_for
 from gemma_tune.quantization.awq import awq
+from gemma_tune.quantization.codes import Quantized, dequantize, quantize
 from gemma_tune.quantization.gptq import gptq
-from gemma_tune.quantization.grids import Quantized, dequantize, quantize
-from gemma_tune.quantization.scheme import Grid, LayerScheme
 from gemma_tune.quantization.smoothquant import smooth_scale
+from gemma_tune.quantization.spec import LayerScheme, QuantSpec
 from gemma_tune.quantization.statistics import InputStatistics, add, observe, output_error
+from gemma_tune.runtime.backend import keras
 from gemma_tune.training.batches import TrainingBatches
 
 METHODS = ("gptq", "awq", "smoothquant")
@@ -43,7 +43,7 @@ def quantize_calibrated(
     model: keras.Model,
     batches: Sequence[Batch],
     method: str,
-    grid: Grid,
+    quant_spec: QuantSpec,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[LayerError]:
     """Quantizes the decoder blocks by what flows through them; the tied embedding is rounded to the nearest code.
@@ -52,7 +52,7 @@ def quantize_calibrated(
         model: A float CausalLM without LoRA, with packing enabled.
         batches: Calibration data, all of one shape.
         method: `gptq`, `awq` or `smoothquant`; the last needs an int8 grid.
-        grid: Of the codes.
+        quant_spec: Of the codes.
         advance: Called with 1 after each block.
 
     Returns:
@@ -68,7 +68,7 @@ def quantize_calibrated(
             f"The blocks of {type(backbone).__name__} don't just follow one another, so that {method} can't go through "
             "them one by one. Take --scheme=int4, nf4 or int8."
         )
-    schemes = schemes_for(backbone, grid)
+    schemes = schemes_for(backbone, quant_spec)
     quantize_layer(backbone.token_embedding, schemes[backbone.token_embedding.path])
     groups = parameters(model)
     states = [_first_inputs(model, groups.trainable | groups.frozen, batch) for batch in batches]
@@ -83,7 +83,7 @@ def quantize_calibrated(
             one = observer(_values(block), x, named, batch.segment_ids > 0)
             total = one if total is None else jax.tree.map(add, total, one, is_leaf=_is_statistics)
         for layer, statistics in zip(layers, total or [], strict=True):
-            errors.append(_quantize_one(layer, statistics, method, schemes[layer.path].grid))
+            errors.append(_quantize_one(layer, statistics, method, schemes[layer.path].quant_spec))
         runner = runners.setdefault(signature(block), jax.jit(functools.partial(call_block, block)))
         states = [(runner(_values(block), x, named), named) for x, named in states]
         advance(1)
@@ -141,32 +141,32 @@ def _observe(block: Any, values: list[jax.Array], x: jax.Array, named: dict[str,
     return [found[id(layer)] for layer in layers]
 
 
-def _quantize_one(layer: Any, statistics: InputStatistics, method: str, grid: Grid) -> LayerError:
+def _quantize_one(layer: Any, statistics: InputStatistics, method: str, quant_spec: QuantSpec) -> LayerError:
     values = jnp.asarray(layer._kernel.value, jnp.float32).reshape(matrix_shape(layer))
-    quantized, scheme = _calibrated(values, statistics, method, grid)
+    quantized, scheme = _calibrated(values, statistics, method, quant_spec)
     quantize_layer(layer, scheme)
     layer.assign_quantized(quantized)
     error, of_rounding = (
         float(output_error(values, dequantize(one), statistics.hessian))
-        for one in (quantized, jax.tree.map(jnp.asarray, quantize(values, grid)))
+        for one in (quantized, jax.tree.map(jnp.asarray, quantize(values, quant_spec)))
     )
     return LayerError(layer.path, error, of_rounding)
 
 
 def _calibrated(
-    values: jax.Array, statistics: InputStatistics, method: str, grid: Grid
+    values: jax.Array, statistics: InputStatistics, method: str, quant_spec: QuantSpec
 ) -> tuple[Quantized, LayerScheme]:
     if method == "gptq":
-        quantized, damping = gptq(values, statistics.hessian, grid)
+        quantized, damping = gptq(values, statistics.hessian, quant_spec)
         if math.isinf(damping):
             raise ModelError("The model's hidden states are not finite: take --precision=float32.")
-        return quantized, LayerScheme(grid)
+        return quantized, LayerScheme(quant_spec)
     if method == "awq":
-        quantized, scale = awq(values, statistics, grid)
+        quantized, scale = awq(values, statistics, quant_spec)
     else:
         scale = smooth_scale(values, statistics.largest)
-        quantized = quantize(values * scale[:, None], grid)
+        quantized = quantize(values * scale[:, None], quant_spec)
     return (
         quantized._replace(input_scale=(1 / scale)[None, :, None]),
-        LayerScheme(grid, has_input_scale=True, rounds_inputs=method == "smoothquant"),
+        LayerScheme(quant_spec, has_input_scale=True, rounds_inputs=method == "smoothquant"),
     )

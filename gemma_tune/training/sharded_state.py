@@ -8,16 +8,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma_tune.models.functional import Params
-from gemma_tune.models.sharding import Layout
+from gemma_tune.models.sharding.placement import MeshSharding
 
 
-def optimizer_shardings(optimizer: optax.GradientTransformation, params: Params, layout: Layout) -> Any:
+def optimizer_shardings(optimizer: optax.GradientTransformation, params: Params, sharding: MeshSharding) -> Any:
     """Returns the places of what `optimizer.init(params)` makes.
 
     Args:
         optimizer: From `make_optimizer`.
         params: Arrays on the mesh, as the optimizer sees them.
-        layout: Of the mesh.
+        sharding: Of the mesh.
     """
     state = jax.eval_shape(optimizer.init, params)
     return optax.tree.map_params(
@@ -25,7 +25,7 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Params,
         lambda leaf, param: _like(leaf.shape, param.shape, param.sharding),
         state,
         params,
-        transform_non_params=lambda leaf: layout.everywhere,
+        transform_non_params=lambda leaf: sharding.everywhere,
     )
 
 

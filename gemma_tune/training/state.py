@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gemma_tune.keras_runtime import keras
 from gemma_tune.models.functional import parameters, variables_by_path
 from gemma_tune.models.precision import computes_in_float16
-from gemma_tune.models.sharding import Layout, put
+from gemma_tune.models.sharding.placement import MeshSharding, put
+from gemma_tune.runtime.backend import keras
 from gemma_tune.training.guard import LossGuard, init_guard
-from gemma_tune.training.loss_scale import LossScale, init_loss_scale
+from gemma_tune.training.losses.loss_scale import LossScale, init_loss_scale
 from gemma_tune.training.optimizer import as_float32
 from gemma_tune.training.sharded_state import optimizer_shardings
 
@@ -48,7 +48,7 @@ def init_state(
     *,
     take_over: bool = False,
     guarded: bool = False,
-    layout: Layout | None = None,
+    sharding: MeshSharding | None = None,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -58,7 +58,7 @@ def init_state(
         take_over: Steps take over the buffers they are given. With True these are the model's own, so that the weights
             are held once, and the model can't be used from the first step until `assign`.
         guarded: Leave out the updates of bad steps.
-        layout: Of the mesh that the model is on.
+        sharding: Of the mesh that the model is on.
     """
     trainable, variables = {}, variables_by_path(model)
     for path in list(parameters(model).trainable):
@@ -66,7 +66,7 @@ def init_state(
         trainable[path] = jnp.array(variables[path].value, copy=True)
         if take_over:
             variables[path].assign(trainable[path])
-    on_mesh = {"out_shardings": optimizer_shardings(optimizer, trainable, layout)} if layout else {}
+    on_mesh = {"out_shardings": optimizer_shardings(optimizer, trainable, sharding)} if sharding else {}
     state = TrainState(
         jnp.zeros((), jnp.int32),
         {},
@@ -74,7 +74,7 @@ def init_state(
         init_loss_scale() if computes_in_float16(model) else None,
         init_guard() if guarded else None,
     )
-    if layout:
-        few = jax.tree.map(lambda leaf: put(leaf, layout.everywhere), state._replace(opt_state=None))
+    if sharding:
+        few = jax.tree.map(lambda leaf: put(leaf, sharding.everywhere), state._replace(opt_state=None))
         state = few._replace(opt_state=state.opt_state)
     return state._replace(trainable=trainable)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_tune.quantization.scheme import POST_TRAINING
-from gemma_tune.training.loss_scale import FIRST_SCALE
+from gemma_tune.quantization.spec import PTQ_SCHEMES
+from gemma_tune.training.losses.loss_scale import FIRST_SCALE
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -133,11 +133,11 @@ def test_shapes_are_those_of_the_presets(name, preset):
     from benchmarks.random_model import arguments
     from benchmarks.shapes import SHAPES
     from gemma_tune.models.family import FAMILIES
-    from gemma_tune.models.presets import presets
-    from gemma_tune.models.skeleton import skeleton
+    from gemma_tune.models.sources.lazy_initialization import lazy_initialization
+    from gemma_tune.models.sources.preset_catalog import presets
 
     shape = SHAPES[name]
-    with skeleton():
+    with lazy_initialization():
         backbone = FAMILIES[shape.family].causal_lm.backbone_cls(dtype="bfloat16", **arguments(shape))
     sizes = {variable.path: int(np.prod(variable.shape)) for variable in backbone.variables}
     assert sum(sizes.values()) == next(each.num_params for each in presets() if each.name == preset)
@@ -161,7 +161,7 @@ def test_quantization_on_the_tiny_model():
     done, _ = run("quantization", *arguments, "--schemes=int8,nf4", "--parts=learning,rounding", code=None)
     # Random weights magnify roundings: what must be reached is for real ones.
     assert done["learning"]["int8"]["least_cosine"] > 0.99 > done["learning"]["nf4"]["least_cosine"] > 0.5
-    assert set(done["rounding"]) == {"float32", *POST_TRAINING}
+    assert set(done["rounding"]) == {"float32", *PTQ_SCHEMES}
     losses = {what: is_reached for what, *_, is_reached in done["verdicts"] if "of LoRA's" in what}
     assert len(losses) == 2 and all(losses.values())
 

@@ -12,7 +12,7 @@ import pytest
 from cli_arguments import FAST, TINY
 
 from gemma_tune.cli.main import VERBS
-from gemma_tune.models.attention_choice import first_device
+from gemma_tune.models.attention.choice import first_device
 from gemma_tune.models.precision import suitable_precisions
 
 
@@ -191,7 +191,7 @@ def test_dry_run_trains_nothing(call, tmp_path, questions):
     report = json.loads(call(*arguments, "--json")[1])
     assert 0 < report["num_trainable_parameters"] < report["num_parameters"]
     assert report["memory"]["total_bytes"] > 4 * report["num_parameters"]
-    assert report["proposal"] is None and report["attention"] == {"kernel": "blocks", "reason": ""}
+    assert report["proposal"] is None and report["attention"] == {"kernel": "xla", "reason": ""}
 
 
 def test_dry_run_proposes_what_to_change_for_a_small_device(call, questions):

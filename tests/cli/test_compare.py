@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gemma_tune.cli.main import run
-from gemma_tune.models.source import parse_schemed
+from gemma_tune.models.sources.source import parse_schemed
 
 FEW = ["--max_length=96", "--max_new_tokens=4", "--max_tokens=300"]
 

@@ -2,7 +2,7 @@
 
 import json
 
-from gemma_tune.training.metrics import read_metrics
+from gemma_tune.training.run.metrics import read_metrics
 
 
 def test_it_prints_memory_time_and_cost(call):

@@ -8,25 +8,25 @@ from cli_arguments import FAST, TINY
 
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.load import load_model
-from gemma_tune.quantization.scheme import POST_TRAINING
+from gemma_tune.quantization.spec import PTQ_SCHEMES
 
 
 @pytest.mark.parametrize(
-    "scheme", ["int4", *(pytest.param(s, marks=pytest.mark.slow) for s in POST_TRAINING if s != "int4")]
+    "scheme", ["int4", *(pytest.param(s, marks=pytest.mark.slow) for s in PTQ_SCHEMES if s != "int4")]
 )
 def test_every_scheme_of_a_run(call, trained, tmp_path, scheme):
     """LoRA merged, saved, loaded again by another verb, and smaller."""
     output = tmp_path / "preset"
-    calibration = ["--calibration=sample:smartphone_support"] if POST_TRAINING[scheme].method else []
+    calibration = ["--calibration=sample:smartphone_support"] if PTQ_SCHEMES[scheme].method else []
     code, out, err = call(
         "quantize", f"--model={trained}", f"--scheme={scheme}", f"--output={output}", "--block_size=32",
         "--calibration_tokens=600", "--max_length=128", *calibration, "--json",
     )  # fmt: skip
     assert code == 0, err
     result = json.loads(out)
-    most = 0.29 if POST_TRAINING[scheme].scheme == "int8" else 0.2
+    most = 0.29 if PTQ_SCHEMES[scheme].scheme == "int8" else 0.2
     assert 0 < result["bytes"] < most * result["float_bytes"]
-    assert bool(result["errors"]) == bool(POST_TRAINING[scheme].method)
+    assert bool(result["errors"]) == bool(PTQ_SCHEMES[scheme].method)
     assert not list(tmp_path.glob("*.partial"))
     code, out, err = call("generate", f"--model={output}", "--max_new_tokens=3", "How do I reset my phone?")
     assert code == 0, err
@@ -64,7 +64,8 @@ def test_layers_that_do_not_fit_take_int8_if_asked(call, tmp_path):
     assert code == 0, err
     assert json.loads(out)["num_int8"] > 0
     schemes = {
-        one["grid"]["scheme"] for one in json.loads((tmp_path / "o/quantization.json").read_text())["layers"].values()
+        one["quant_spec"]["scheme"]
+        for one in json.loads((tmp_path / "o/quantization.json").read_text())["layers"].values()
     }
     assert "int8" in schemes
 

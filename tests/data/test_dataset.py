@@ -15,9 +15,9 @@ import pytest
 
 from gemma_tune.data import Turn, load_examples, load_splits, template_for, tokenize, tokenize_splits
 from gemma_tune.data import splits as splits_module
-from gemma_tune.data.cache import CONTENTS
 from gemma_tune.data.chunks import garbage_collector_paused
 from gemma_tune.data.clean import comparison_key, normalize
+from gemma_tune.data.storage.cache import CONTENTS
 from gemma_tune.errors import DataError
 
 CONTROL = ("<end_of_turn>", "<bos>")

@@ -6,7 +6,7 @@ import pytest
 
 from gemma_tune.data import Turn, load_examples
 from gemma_tune.data.example import Row
-from gemma_tune.data.formats import detect
+from gemma_tune.data.sources.row_formats import detect
 from gemma_tune.errors import DataError
 
 QUESTION_ANSWER = (Turn("user", "Q"), Turn("model", "A"))

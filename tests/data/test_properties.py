@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from gemma_tune.data.chat_template import template_for
 from gemma_tune.data.clean import Cleaner, comparison_key, normalize
 from gemma_tune.data.example import Example, Row, TokenizedExample, Turn
-from gemma_tune.data.formats import FORMATS, to_examples
 from gemma_tune.data.packing import EpochPlan, make_batch, num_positions, plan_rows
-from gemma_tune.data.sources import read_rows
+from gemma_tune.data.sources.readers import read_rows
+from gemma_tune.data.sources.row_formats import FORMATS, to_examples
 from gemma_tune.data.tokenize import tokenize_examples
 from gemma_tune.errors import DataError
 

@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 
 from gemma_tune.data.clean import comparison_key
-from gemma_tune.data.sources import SAMPLES
+from gemma_tune.data.sources.readers import SAMPLES
 
 
 def rows(part):

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from gemma_tune.data import load_examples
-from gemma_tune.data.sources import read_rows, resolve_files
+from gemma_tune.data.sources.readers import read_rows, resolve_files
 from gemma_tune.errors import DataError
 
 ROWS = [{"instruction": f"Question {i}, «q»?", "response": f'Answer {i}\nwith "quotes".'} for i in range(3)]

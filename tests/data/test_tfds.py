@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from gemma_tune.data import load_examples
-from gemma_tune.data.fingerprint import source_fingerprint
+from gemma_tune.data.sources.content_hash import source_fingerprint
 from gemma_tune.errors import DataError
 
 BUILDER = '''

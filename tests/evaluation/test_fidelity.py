@@ -16,23 +16,23 @@ from gemma_tune.evaluation.fidelity import (
     reference_quality,
 )
 from gemma_tune.evaluation.measure import scored_positions, scored_states, written_answers
-from gemma_tune.models.functional import final_soft_cap, head_weights, parameters
+from gemma_tune.models.functional import final_soft_cap, lm_head_weights, parameters
 from gemma_tune.pipeline import compare, evaluate
-from gemma_tune.quantization.grids import dequantize, quantize
-from gemma_tune.quantization.scheme import Grid
-from gemma_tune.serving import generate
+from gemma_tune.quantization.codes import dequantize, quantize
+from gemma_tune.quantization.spec import QuantSpec
+from gemma_tune.serving import generation as generate
 
-GRIDS = [Grid("int8"), Grid("int4", 32), Grid("nf4", 32), Grid("nf4", 32, double=True)]
+GRIDS = [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("nf4", 32), QuantSpec("nf4", 32, double=True)]
 NUM_POSITIONS, VOCABULARY = 150, 1000  # Neither a multiple of what is computed at once.
 
 
-def random_model(rng, width, soft_cap=None, grid=None):
+def random_model(rng, width, soft_cap=None, quant_spec=None):
     """A head, hidden states, and the logits by their definition."""
     weights = rng.normal(size=(VOCABULARY, width)).astype(np.float32)
     hidden = rng.normal(size=(NUM_POSITIONS, width)).astype(np.float32) * 4 / np.sqrt(width)
     held = jnp.asarray(weights)
-    if grid:
-        held = jax.tree.map(jnp.asarray, quantize(weights[:, :, None], grid))
+    if quant_spec:
+        held = jax.tree.map(jnp.asarray, quantize(weights[:, :, None], quant_spec))
         weights = np.asarray(dequantize(held))[..., 0]
     logits = hidden.astype(np.float64) @ weights.T.astype(np.float64)
     if soft_cap:
@@ -80,10 +80,10 @@ def test_figures_are_those_of_full_logits(rng, soft_caps, block):
             np.testing.assert_allclose(getattr(figures, name), values, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_a_quantized_head_is_its_dequantized_one(rng, grid):
+@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+def test_a_quantized_head_is_its_dequantized_one(rng, quant_spec):
     one, hidden, a = random_model(rng, 64)
-    other, _, b = random_model(np.random.default_rng(20240731), 64, grid=grid)  # The same weights, rounded.
+    other, _, b = random_model(np.random.default_rng(20240731), 64, quant_spec=quant_spec)  # The same weights, rounded.
     b = hidden.astype(np.float64) @ np.asarray(dequantize(other.weights), np.float64)[..., 0].T
     targets = targets_of(rng, a, b)
     figures = compare_positions(one, hidden, other, hidden, targets, block=256)
@@ -153,7 +153,7 @@ def test_all_families_against_their_own_logits(some_family, tiny):
     """From the model to the figures: hidden states, head and soft cap are those of KerasHub's full call."""
     from gemma_tune.data import template_for
     from gemma_tune.data.tokenize import tokenize_examples
-    from gemma_tune.models.tokenizer import tokenizer_of
+    from gemma_tune.models.sources.tokenizer import tokenizer_of
     from gemma_tune.training.batches import HeldoutBatches
 
     models = tiny(some_family), tiny(some_family, seed=1)
@@ -165,7 +165,7 @@ def test_all_families_against_their_own_logits(some_family, tiny):
     for model in models:
         states = scored_states(model, batches, lambda count: None)
         assert states.tokens_per_second > 0
-        sides += [Head(head_weights(model.backbone), final_soft_cap(model.backbone)), states.hidden]
+        sides += [Head(lm_head_weights(model.backbone), final_soft_cap(model.backbone)), states.hidden]
     figures = compare_positions(*sides, positions.target_ids)
     found = [divergence(figures, positions.example_ids), reference_quality(figures), candidate_quality(figures)]
 
@@ -193,7 +193,7 @@ def test_counted_as_eval_counts(tiny):
     """Loss, perplexity and token accuracy of reference and candidate are those of `evaluate`."""
     examples = load_examples("sample:smartphone_support/heldout")[:12]
     report = compare("tiny", ["tiny", "tiny@int8"], examples, num_answers=0)
-    for model, arguments in zip(report.models, ({}, {}, {"grid": Grid("int8")}), strict=True):
+    for model, arguments in zip(report.models, ({}, {}, {"quant_spec": QuantSpec("int8")}), strict=True):
         wanted = evaluate(tiny(**arguments), examples)
         assert wanted["num_tokens"] == report.num_tokens == report.num_tokens_in_data
         for name, value in model.quality._asdict().items():

@@ -9,15 +9,15 @@ from models.test_lora import logits
 from gemma_tune.data.chat_template import template_for
 from gemma_tune.data.example import Turn
 from gemma_tune.errors import ModelError
-from gemma_tune.export.gguf_file import estimate_gguf, write_gguf
-from gemma_tune.export.modelfile import modelfile
+from gemma_tune.export.gguf.modelfile import modelfile
+from gemma_tune.export.gguf.writer import estimate_gguf, write_gguf
 from gemma_tune.models.family import FAMILIES
-from gemma_tune.models.gguf_file import GgufFile
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora import enable_lora, lora_layers
-from gemma_tune.models.tiny import tiny_config
-from gemma_tune.models.tokenizer import tokenizer_of
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.models.lora.enable import enable_lora, lora_layers
+from gemma_tune.models.sources.gguf_reader import GgufFile
+from gemma_tune.models.sources.tiny import tiny_config
+from gemma_tune.models.sources.tokenizer import tokenizer_of
+from gemma_tune.quantization.spec import QuantSpec
 
 FAMILIES_OF_GGUF = ("gemma", "gemma2", "gemma3")
 
@@ -63,7 +63,7 @@ def test_lora_counts_as_merged_and_the_model_stays(tiny, tmp_path, rng):
 
 
 def test_codes_count_as_their_floats(tiny, tmp_path):
-    model = tiny("gemma3", grid=Grid("int4", 32))
+    model = tiny("gemma3", quant_spec=QuantSpec("int4", 32))
     again = load_model(str(write_gguf(model, tmp_path / "m.gguf", "f32")))
     np.testing.assert_allclose(logits(again), logits(model), atol=2e-5)
 

@@ -6,7 +6,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from gemma_tune.errors import ModelError
-from gemma_tune.export.gguf_types import SCHEMES, fitting, num_bytes, to_type, type_of
+from gemma_tune.export.gguf.tensor_types import SCHEMES, fitting, num_bytes, to_type, type_of
 
 
 def again(values, kind):

@@ -9,16 +9,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from gemma_tune.data import Turn, template_for
 from gemma_tune.errors import ModelError
 from gemma_tune.export import export_model
-from gemma_tune.export.chat_template import jinja_template
-from gemma_tune.export.hf_config import hf_config
-from gemma_tune.export.hf_tensors import tensors_of
+from gemma_tune.export.hf.config import hf_config
+from gemma_tune.export.hf.tensors import tensors_of
+from gemma_tune.export.jinja_template import jinja_template
 from gemma_tune.export.options import Options
 from gemma_tune.models.functional import variables_by_path
 from gemma_tune.models.load import load_model
-from gemma_tune.models.quantize import quantize_layers, quantized_layers
-from gemma_tune.models.tokenizer import tokenizer_of
-from gemma_tune.quantization.grids import dequantize
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.models.quantized.convert import quantize_layers, quantized_layers
+from gemma_tune.models.sources.tokenizer import tokenizer_of
+from gemma_tune.quantization.codes import dequantize
+from gemma_tune.quantization.spec import QuantSpec
 
 
 def read(folder):
@@ -74,9 +74,9 @@ def test_what_float16_cannot_hold_is_an_error(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("grid", [Grid("int8"), Grid("nf4", 32, True)], ids=["int8", "nf4"])
-def test_quantized_weights_become_the_floats_they_stand_for(tiny, tmp_path, grid):
-    model = tiny(grid=grid)
+@pytest.mark.parametrize("quant_spec", [QuantSpec("int8"), QuantSpec("nf4", 32, True)], ids=["int8", "nf4"])
+def test_quantized_weights_become_the_floats_they_stand_for(tiny, tmp_path, quant_spec):
+    model = tiny(quant_spec=quant_spec)
     done = export_model(model, "hf", tmp_path / "hf")
     assert "Quantized weights were written as the float32 numbers" in done.notes[0]
     again = load_model(str(tmp_path / "hf"))
@@ -155,6 +155,6 @@ def test_memory_is_one_tensor_more(tiny, tmp_path):
 
 def test_quantized_layers_are_found_in_a_copy(tiny, tmp_path):
     model = tiny()
-    quantize_layers(model.backbone, Grid("int8"))
+    quantize_layers(model.backbone, QuantSpec("int8"))
     export_model(model, "hf", tmp_path / "hf")
     assert quantized_layers(model.backbone)

@@ -9,11 +9,11 @@ import pytest
 
 from gemma_tune.errors import ConfigError, ModelError
 from gemma_tune.export import export_model
-from gemma_tune.models.adapter import save_adapter
 from gemma_tune.models.functional import hidden_states, variables_by_path
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora import enable_lora, lora_layers
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.models.lora.adapter import save_adapter
+from gemma_tune.models.lora.enable import enable_lora, lora_layers
+from gemma_tune.quantization.spec import QuantSpec
 
 READ_BY_KERAS_HUB = """
 import os, sys
@@ -100,7 +100,7 @@ def test_every_kind_of_lora_is_merged(tiny, rng, ids, tmp_path, way):
 
 
 def test_quantized_stays_quantized(tiny, ids, tmp_path):
-    model = tiny(grid=Grid("int4", 32))
+    model = tiny(quant_spec=QuantSpec("int4", 32))
     done = export_model(model, "keras", tmp_path / "keras")
     assert done.notes == ["Weights are quantized: gemma_tune reads them, plain KerasHub doesn't."]
     assert "keras_hub" not in (tmp_path / "keras" / "README.md").read_text()

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-import gemma_tune.export.litert as litert
+import gemma_tune.export.litert.model as litert
 from gemma_tune.errors import ModelError
-from gemma_tune.export.litert import Lengths, write_litert
-from gemma_tune.export.litert_cache import cache_parts
-from gemma_tune.keras_runtime import jax
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.export.litert.cache_layout import cache_parts
+from gemma_tune.export.litert.model import Lengths, write_litert
+from gemma_tune.quantization.spec import QuantSpec
+from gemma_tune.runtime.backend import jax
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from gemma_tune.quantization.scheme import Grid
         ({}, {"weights": "int4"}, "must be one of float32, int8; got 'int4'"),
         ({}, {"lengths": Lengths(64, 64)}, "prefill must be at least 1 and below cache"),
         ({"precision": "bfloat16"}, {}, "takes a model in float32; this is in bfloat16"),
-        ({"grid": Grid("int8")}, {}, "A quantized model can't be exported to LiteRT"),
+        ({"quant_spec": QuantSpec("int8")}, {}, "A quantized model can't be exported to LiteRT"),
     ],
 )
 def test_what_cannot_be_written_is_refused(tiny, tmp_path, arguments, options, message):

@@ -13,10 +13,10 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from gemma_tune.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from gemma_tune.errors import ConfigError
-from gemma_tune.export.card_sections import About
-from gemma_tune.export.model_card import check_words, model_card, write_card
-from gemma_tune.export.origin import Origin, hugging_face_name, read_origin
-from gemma_tune.models.presets import presets
+from gemma_tune.export.card.model_card import check_words, model_card, write_card
+from gemma_tune.export.card.provenance import Provenance, hugging_face_name, read_provenance
+from gemma_tune.export.card.sections import About
+from gemma_tune.models.sources.preset_catalog import presets
 
 ABOUT = About("mine", "hf", "transformers", [], "gemma3", 268_098_176)
 NASTY = "Why \"a: b\" | c\\d\n--- 'x' # <b>{{ e }}</b> ```"
@@ -35,7 +35,7 @@ def run_origin(source="questions: and | answers.jsonl"):
         "data": {"num_rows": 400, "num_train": 330, "num_heldout": 66, "num_empty": 0, "errors": [],
                  "length_tokens": {"min": 3, "mean": 84.4, "median": 85.0, "max": 111}},
     }  # fmt: skip
-    return Origin(
+    return Provenance(
         config.model.source, config.to_dict(), result, {"data": "f00d", "jax": "0.10.2"}, {"base_fingerprint": "abcd"}
     )
 
@@ -95,34 +95,34 @@ def test_code_in_it_is_code():
 
 
 def test_a_model_that_is_no_run_says_what_is_not_known():
-    card = ModelCard(model_card(ABOUT, Origin("gemma3_1b")))
+    card = ModelCard(model_card(ABOUT, Provenance("gemma3_1b")))
     assert (
         card.text.count("Not known") == 3
         and card.data.eval_results is None
         and card.data.base_model == "google/gemma-3-1b-pt"
     )
-    card = ModelCard(model_card(ABOUT, Origin()))
+    card = ModelCard(model_card(ABOUT, Provenance()))
     assert card.text.count("Not known") == 4 and card.data.base_model is None and card.data.license == "gemma"
-    assert ModelCard(model_card(ABOUT._replace(family="gemma4"), Origin("gemma4_2b"))).data.license == "apache-2.0"
+    assert ModelCard(model_card(ABOUT._replace(family="gemma4"), Provenance("gemma4_2b"))).data.license == "apache-2.0"
 
 
 def test_a_run_that_was_not_finished_or_is_damaged(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(Config().to_dict()))
     (tmp_path / "result.json").write_text('{"heldout_after": ')
-    origin = read_origin(str(tmp_path))
-    assert origin.base == "demo" and origin.result == {}
-    ModelCard(model_card(ABOUT, origin))
-    assert origin.data_files.keys() == {"train.jsonl"}
+    provenance = read_provenance(str(tmp_path))
+    assert provenance.base == "demo" and provenance.result == {}
+    ModelCard(model_card(ABOUT, provenance))
+    assert provenance.data_files.keys() == {"train.jsonl"}
 
 
 def test_the_notice_that_the_terms_ask_for(tmp_path):
-    write_card(tmp_path, ABOUT, Origin("demo"))
+    write_card(tmp_path, ABOUT, Provenance("demo"))
     assert "Gemma Terms of Use found at ai.google.dev/gemma/terms" in (tmp_path / "NOTICE").read_text()
 
 
 def test_words_of_the_user():
     about = ABOUT._replace(languages=("en", "de"), datasets=("me/support",))
-    data = ModelCard(model_card(about, Origin())).data
+    data = ModelCard(model_card(about, Provenance())).data
     assert (data.language, data.datasets) == (["en", "de"], ["me/support"])
     for languages, datasets in ((("english",), ()), ((), ("a b",)), (("en", "../x"), ())):
         with pytest.raises(ConfigError):

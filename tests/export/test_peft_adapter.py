@@ -9,12 +9,12 @@ from models.test_lora_methods import METHODS, with_lora
 from safetensors.numpy import load_file, save_file
 
 from gemma_tune.errors import ModelError
-from gemma_tune.export.peft_adapter import can_be_peft, write_peft_adapter
-from gemma_tune.models.adapter import load_adapter
-from gemma_tune.models.lora import enable_on_layers, low_ranks
-from gemma_tune.models.low_rank import LowRank
-from gemma_tune.models.peft_names import family_in_name, prefix_of
-from gemma_tune.models.source import parse_source
+from gemma_tune.export.peft.adapter import can_be_peft, write_peft_adapter
+from gemma_tune.models.lora.adapter import load_adapter
+from gemma_tune.models.lora.enable import enable_on_layers, low_ranks
+from gemma_tune.models.lora.factors import LowRank
+from gemma_tune.models.lora.peft_names import family_in_name, prefix_of
+from gemma_tune.models.sources.source import parse_source
 
 ALL = ("all-linear", "token_embedding")
 

@@ -8,19 +8,19 @@ import sys
 import pytest
 
 from gemma_tune.errors import ModelError
-from gemma_tune.export import whole_folder as module
-from gemma_tune.export.whole_folder import MARK, check_output, check_room, whole_folder
+from gemma_tune.runtime import atomic_folder as module
+from gemma_tune.runtime.atomic_folder import MARK, atomic_folder, check_output, check_room
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gemma_tune.export import whole_folder as module
+from gemma_tune.runtime import atomic_folder as module
 path = Path(sys.argv[1])
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "replacing":
     replace = os.replace
     module.os.replace = lambda a, b: kill() if Path(b) == path else replace(a, b)
-with module.whole_folder(path) as folder:
+with module.atomic_folder(path) as folder:
     (folder / "half").write_text("…")
     if sys.argv[2] == "writing":
         kill()
@@ -28,7 +28,7 @@ with module.whole_folder(path) as folder:
 
 
 def write(path, name="file"):
-    with whole_folder(path) as folder:
+    with atomic_folder(path) as folder:
         (folder / "deep").mkdir()
         (folder / "deep" / name).write_text("text")
         (folder / MARK).write_text("{}")
@@ -61,7 +61,7 @@ def test_kill_9_keeps_what_was_to_be_replaced(tmp_path, when):
     write(tmp_path / "out", "old")
     kill_while(tmp_path / "out", when)
     assert (tmp_path / "out" / "deep" / "old").exists() == (when == "writing")
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out"):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out"):
         raise RuntimeError
     assert names(tmp_path) == ["out", "out/deep", "out/deep/old", f"out/{MARK}"]
 
@@ -70,7 +70,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     write(tmp_path / "out", "old")
     with (
         pytest.raises(ModelError, match=r"out can't be written: No space left on device"),
-        whole_folder(tmp_path / "out") as folder,
+        atomic_folder(tmp_path / "out") as folder,
     ):
         (folder / "half").write_text("…")
         raise OSError(28, "No space left on device")
@@ -91,9 +91,9 @@ def test_files_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch)
 
 
 def test_two_at_once_are_refused(tmp_path):
-    with whole_folder(tmp_path / "out") as folder:
+    with atomic_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("first")
-        with pytest.raises(ModelError, match="Another process is writing"), whole_folder(tmp_path / "out"):
+        with pytest.raises(ModelError, match="Another process is writing"), atomic_folder(tmp_path / "out"):
             pass
     assert (tmp_path / "out" / "file").read_text() == "first"
 

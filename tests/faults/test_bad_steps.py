@@ -5,7 +5,7 @@ import json
 import pytest
 from harness import differences, outcome, run
 
-from gemma_tune.files import CHECKSUMS, seal
+from gemma_tune.runtime.atomic_files import CHECKSUMS, seal
 
 # A spike is whatever lies a five-hundredth above the usual; a rate so small that the loss doesn't fall.
 SPIKY = (

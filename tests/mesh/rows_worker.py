@@ -8,13 +8,13 @@ import sys
 
 import numpy as np
 
-from gemma_tune import processes
+from gemma_tune.runtime import processes
 
 processes.join(sys.argv[1])
 
 import jax  # noqa: E402  (the other processes first)
 
-from gemma_tune.models.sharding import make_layout  # noqa: E402
+from gemma_tune.models.sharding.placement import make_mesh_sharding  # noqa: E402
 from gemma_tune.training.batches import OnMesh  # noqa: E402
 
 
@@ -35,7 +35,7 @@ class Recorded:
 
 
 batches = Recorded()
-made = OnMesh(batches, make_layout("data:2,fsdp:2,model:2", 8))[0]["rows"]
+made = OnMesh(batches, make_mesh_sharding("data:2,fsdp:2,model:2", 8))[0]["rows"]
 whole = processes.to_host(jax.jit(lambda rows: rows + 0)(made))
 print(json.dumps({"parts": batches.parts, "whole": whole[:, 0].tolist(), "sum": int(jax.numpy.sum(made))}))
 processes.leave(0)

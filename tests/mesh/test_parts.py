@@ -10,19 +10,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma_tune.config import Config
-from gemma_tune.keras_runtime import keras
 from gemma_tune.mesh import MeshShape
-from gemma_tune.models.attention_kernels import causal_attention, splash_attention
+from gemma_tune.models.attention.kernels import causal_attention, splash_attention
+from gemma_tune.models.attention.sharded import over_mesh
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.load import load_model
 from gemma_tune.models.preset import save_preset
-from gemma_tune.models.sharded_attention import over_mesh
-from gemma_tune.models.sharded_layers import fetch
-from gemma_tune.models.sharding import make_layout
-from gemma_tune.planning.abstract_run import abstract_run
-from gemma_tune.quantization.grids import dequantize, quantize
-from gemma_tune.quantization.scheme import Grid
-from gemma_tune.training.step import make_train_step
+from gemma_tune.models.sharding.layers import fetch
+from gemma_tune.models.sharding.placement import make_mesh_sharding
+from gemma_tune.planning.abstract_train_state import abstract_train_state
+from gemma_tune.quantization.codes import dequantize, quantize
+from gemma_tune.quantization.spec import QuantSpec
+from gemma_tune.runtime.backend import keras
+from gemma_tune.training.step.train_step import make_train_step
 
 
 def watching(function, sizes):
@@ -36,22 +36,22 @@ def watching(function, sizes):
     return watched
 
 
-def layout_of(mesh):
-    return make_layout(mesh, 8)
+def mesh_sharding_of(mesh):
+    return make_mesh_sharding(mesh, 8)
 
 
-@pytest.mark.parametrize("grid", [None, Grid("int4", 32), Grid("nf4", 32, True)], ids=str)
+@pytest.mark.parametrize("quant_spec", [None, QuantSpec("int4", 32), QuantSpec("nf4", 32, True)], ids=str)
 @pytest.mark.parametrize("mesh", ["fsdp:4,model:2", "model:8"])
-def test_a_preset_is_loaded_part_by_part(tmp_path, monkeypatch, mesh, grid):
+def test_a_preset_is_loaded_part_by_part(tmp_path, monkeypatch, mesh, quant_spec):
     save_preset(load_model("tiny:gemma2"), tmp_path / "preset")
-    whole = parameters(load_model(str(tmp_path / "preset"), grid=grid))
+    whole = parameters(load_model(str(tmp_path / "preset"), quant_spec=quant_spec))
     sizes = []
     for module, name in ((jax, "device_put"), (keras.src.backend.jax.core.JaxVariable, "_convert_to_tensor")):
         monkeypatch.setattr(module, name, watching(getattr(module, name), sizes))
-    load_model(str(tmp_path / "preset"), grid=grid)
-    assert max(sizes) >= 1024 * 64 // (2 if grid else 1)  # A control: on one device the embedding comes whole.
+    load_model(str(tmp_path / "preset"), quant_spec=quant_spec)
+    assert max(sizes) >= 1024 * 64 // (2 if quant_spec else 1)  # A control: on one device the embedding comes whole.
     sizes.clear()
-    parts = parameters(load_model(str(tmp_path / "preset"), grid=grid, layout=layout_of(mesh)))
+    parts = parameters(load_model(str(tmp_path / "preset"), quant_spec=quant_spec, sharding=mesh_sharding_of(mesh)))
     # No device was given more than an eighth of an array; but for scales in blocks of 256, and single heads.
     assert max(sizes, default=0) <= 1024 * 64 // 8
     for before, after in zip(whole, parts, strict=True):
@@ -61,14 +61,14 @@ def test_a_preset_is_loaded_part_by_part(tmp_path, monkeypatch, mesh, grid):
 
 
 @pytest.mark.parametrize("mesh", ["data:2,fsdp:2,model:2", "fsdp:8", "model:8", "data:8"])
-@pytest.mark.parametrize("grid", [None, Grid("int8"), Grid("nf4", 32, True)], ids=str)
-def test_rows_of_an_embedding(rng, mesh, grid):
-    layout = layout_of(mesh)
+@pytest.mark.parametrize("quant_spec", [None, QuantSpec("int8"), QuantSpec("nf4", 32, True)], ids=str)
+def test_rows_of_an_embedding(rng, mesh, quant_spec):
+    sharding = mesh_sharding_of(mesh)
     values = rng.standard_normal((256, 64)).astype(np.float32)
-    table = quantize(values[..., None], grid) if grid else values
-    wanted = dequantize(table)[..., 0] if grid else values
+    table = quantize(values[..., None], quant_spec) if quant_spec else values
+    wanted = dequantize(table)[..., 0] if quant_spec else values
     ids = rng.integers(0, 256, (8, 5)).astype(np.int32)
-    found = jax.jit(lambda table, ids: fetch(layout, table, ids))(table, ids)
+    found = jax.jit(lambda table, ids: fetch(sharding, table, ids))(table, ids)
     assert np.allclose(
         found, wanted[ids], rtol=1e-6, atol=1e-6
     )  # XLA joins the product and sum of a doubly quantized scale.
@@ -79,7 +79,7 @@ def test_attention_kernels_on_each_devices_part(rng, num_heads, num_kv_heads):
     """Splash attention (interpreted: this is a CPU), whose program XLA can't cut, against plain products. Three heads
     can't be cut into four, and each device then has all of them.
     """
-    layout = layout_of("data:2,model:4")
+    sharding = mesh_sharding_of("data:2,model:4")
     q = rng.standard_normal((2, 128, num_heads, 16)).astype(np.float32)
     k, v = (rng.standard_normal((2, 128, num_kv_heads, 16)).astype(np.float32) for _ in range(2))
     segments = np.sort(rng.integers(1, 4, (2, 128, 1)), axis=1).astype(np.int32)
@@ -90,14 +90,14 @@ def test_attention_kernels_on_each_devices_part(rng, num_heads, num_kv_heads):
         def kernel(q, k, v, ids):
             return splash_attention(q, k, v, ids[:, :, 0], scale=0.25, window=None, soft_cap=None, interpret=True)
 
-        attended = over_mesh(layout, kernel, q, k, v, jnp.asarray(segments))
+        attended = over_mesh(sharding, kernel, q, k, v, jnp.asarray(segments))
         return (attended * weights).sum(), attended
 
     def plain(q, k, v):
         attended = causal_attention(q, k, v, jnp.asarray(mask), scale=0.25)
         return (attended * weights).sum(), attended
 
-    places = [NamedSharding(layout.mesh, P("data"))] * 3
+    places = [NamedSharding(sharding.mesh, P("data"))] * 3
     gradient = jax.jit(jax.value_and_grad(on_mesh, (0, 1, 2), has_aux=True), in_shardings=places)
     (_, found), found_gradients = gradient(q, k, v)
     (_, wanted), wanted_gradients = jax.jit(jax.value_and_grad(plain, (0, 1, 2), has_aux=True))(q, k, v)
@@ -113,8 +113,8 @@ def test_gathered_weights_are_not_held():
         | {"training.grad_accum_steps": 2, "training.program": "whole"}
     )
     shape = MeshShape(fsdp=8)
-    run = abstract_run(config, shape, 0.5, layout_of("fsdp:8").mesh)
-    step = make_train_step(run.model, run.optimizer, run.num_targets, 2, layout=run.layout)
+    run = abstract_train_state(config, shape, 0.5, mesh_sharding_of("fsdp:8").mesh)
+    step = make_train_step(run.model, run.optimizer, run.num_targets, 2, sharding=run.sharding)
     text = step.program(run.state, run.frozen, run.batch).as_text()
     kernels = re.findall(r"f32\[(?:64,128|128,64)\]\S* all-gather\(", text)
     assert len(kernels) == 2 * 3 * len(run.model.backbone.transformer_layers)

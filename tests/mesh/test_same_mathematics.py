@@ -6,7 +6,7 @@ import pytest
 
 from gemma_tune.config import Config
 from gemma_tune.pipeline import read_splits, set_up
-from gemma_tune.training.checkpoints import Checkpoints, Progress
+from gemma_tune.training.run.checkpoints import Checkpoints, Progress
 
 NUM_STEPS = 4
 BASE = {
@@ -80,10 +80,10 @@ def test_every_mesh_gives_the_curve_of_one_device(family, changes, meshes):
 
 def assert_cut(setup, state):
     """Each weight that the mesh can cut is cut as its rule says, and so is what the optimizer keeps of it."""
-    shape = setup.layout.shape
+    shape = setup.sharding.shape
     for path, array in {**setup.frozen, **state.trainable}.items():
         axes = [axis for entry in array.sharding.spec for axis in ([entry] if isinstance(entry, str) else entry or ())]
-        parts = np.prod([setup.layout.mesh.shape[axis] for axis in axes])
+        parts = np.prod([setup.sharding.mesh.shape[axis] for axis in axes])
         assert {shard.data.size for shard in array.addressable_shards} == {array.size // parts}, path
         if array.ndim >= 2 and "lora" not in path and not path.endswith(("_step", "_lowest", "_scale", "_zero")):
             codes = path.endswith("attention_output/kernel") and array.shape[0] == 1  # All heads are one axis there.

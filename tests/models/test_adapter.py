@@ -5,9 +5,9 @@ import pytest
 from models.test_lora import logits, random_second_factors
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.adapter import load_adapter, read_adapter_metadata, save_adapter
-from gemma_tune.models.fingerprint import fingerprint
-from gemma_tune.models.lora import enable_lora
+from gemma_tune.models.base_fingerprint import fingerprint
+from gemma_tune.models.lora.adapter import load_adapter, read_adapter_metadata, save_adapter
+from gemma_tune.models.lora.enable import enable_lora
 
 
 def tuned(model, rng, targets=("query", "ffw_linear"), alpha=6.0):

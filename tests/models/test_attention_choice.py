@@ -6,10 +6,10 @@ import jax
 import pytest
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models import attention_choice
-from gemma_tune.models.attention import AttentionShape, shape_of
-from gemma_tune.models.attention_choice import AttentionChoice, Device, choose_attention, why_not, why_not_compiled
-from gemma_tune.models.prepare import prepare_for_training
+from gemma_tune.models.attention.choice import AttentionChoice, Device, choose_attention, why_not, why_not_compiled
+from gemma_tune.models.attention.swap import AttentionShape, shape_of
+from gemma_tune.models.attention.swap import choice as attention_choice
+from gemma_tune.models.transforms import transform_for_training
 
 HOPPER, AMPERE, TURING = (Device("cuda", capability) for capability in ((9, 0), (8, 0), (7, 5)))
 TPU, CPU, ROCM = (Device(platform) for platform in ("tpu", "cpu", "rocm"))
@@ -63,14 +63,14 @@ def on(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "family", "precision", "row_length", "kernel", "said"),
     [
-        (CPU, "gemma3", "float32", 512, "blocks", "causal blocks"),
-        (ROCM, "gemma3", "bfloat16", 512, "blocks", "causal blocks"),
+        (CPU, "gemma3", "float32", 512, "xla", "XLA"),
+        (ROCM, "gemma3", "bfloat16", 512, "xla", "XLA"),
         (HOPPER, "gemma3", "bfloat16", 512, "cudnn", "cuDNN"),
         (HOPPER, "gemma4", "mixed_bfloat16", 512, "cudnn", "cuDNN"),
-        (HOPPER, "gemma3", "float32", 512, "blocks", "causal blocks (cuDNN needs float16 or bfloat16, this is float32)"),
-        (HOPPER, "gemma2", "bfloat16", 512, "blocks", "causal blocks (cuDNN has no soft cap of scores, this model has one of 50)"),
+        (HOPPER, "gemma3", "float32", 512, "xla", "XLA (cuDNN needs float16 or bfloat16, this is float32)"),
+        (HOPPER, "gemma2", "bfloat16", 512, "xla", "XLA (cuDNN has no soft cap of scores, this model has one of 50)"),
         (TPU, "gemma2", "float32", 512, "splash", "splash attention"),
-        (TPU, "gemma", "float32", 100, "blocks", "causal blocks (splash attention needs rows of a multiple of 128 tokens, these have 100)"),
+        (TPU, "gemma", "float32", 100, "xla", "XLA (splash attention needs rows of a multiple of 128 tokens, these have 100)"),
     ],
 )  # fmt: skip
 def test_auto_takes_the_fastest_that_can_run(tiny, on, device, family, precision, row_length, kernel, said):
@@ -82,7 +82,7 @@ def test_auto_takes_the_fastest_that_can_run(tiny, on, device, family, precision
 def test_auto_falls_back_when_the_compiler_refuses(tiny, on):
     on(HOPPER, "cuDNN doesn't compile here: no engine")
     backbone = tiny("gemma3", precision="bfloat16").backbone
-    assert choose_attention(backbone, "auto", 512) == ("blocks", "cuDNN doesn't compile here: no engine")
+    assert choose_attention(backbone, "auto", 512) == ("xla", "cuDNN doesn't compile here: no engine")
     with pytest.raises(ModelError, match="no engine"):
         choose_attention(backbone, "cudnn", 512)
 
@@ -105,7 +105,7 @@ def test_what_is_asked_for_and_cannot_run_is_an_error(tiny, on, wanted, device, 
         choose_attention(tiny("gemma2").backbone, wanted, 512)
 
 
-@pytest.mark.parametrize("wanted", ["blocks", "keras"])
+@pytest.mark.parametrize("wanted", ["xla", "keras"])
 def test_what_is_asked_for_and_can_run_is_taken(tiny, on, wanted):
     on(HOPPER)
     assert choose_attention(tiny("gemma3", precision="bfloat16").backbone, wanted, 512) == (wanted, "")
@@ -117,8 +117,8 @@ def test_other_attention_stays_keras_hubs(tiny):
     assert choose_attention(unknown, "auto", 512) == ("keras", "this model's attention layers are not known")
     backbone.transformer_layers[2].attention.dropout = 0.1
     assert choose_attention(backbone, "auto", 512) == ("keras", "this model's attention has dropout")
-    with pytest.raises(ModelError, match=r"attention=blocks can't be used: this model's attention has dropout"):
-        choose_attention(backbone, "blocks", 512)
+    with pytest.raises(ModelError, match=r"attention=xla can't be used: this model's attention has dropout"):
+        choose_attention(backbone, "xla", 512)
 
 
 def test_compiling_says_what_is_wrong():
@@ -142,5 +142,7 @@ def test_shapes_are_read_from_the_layers(tiny, family):
 
 
 def test_preparing_returns_the_choice(tiny):
-    choice = prepare_for_training(tiny(), None, packing=True, remat="none", attention="auto", row_length=128).attention
-    assert choice == AttentionChoice("blocks", "") and jax.default_backend() == "cpu"
+    choice = transform_for_training(
+        tiny(), None, packing=True, remat="none", attention="auto", row_length=128
+    ).attention
+    assert choice == AttentionChoice("xla", "") and jax.default_backend() == "cpu"

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from test_step import lora_model, num_targets, random_batch
 
-from gemma_tune.models.attention import AttentionShape, use_causal_attention
-from gemma_tune.models.attention_choice import first_device, why_not, why_not_compiled
-from gemma_tune.models.attention_kernels import causal_attention, cudnn_attention, splash_attention
+from gemma_tune.models.attention.choice import first_device, why_not, why_not_compiled
+from gemma_tune.models.attention.kernels import causal_attention, cudnn_attention, splash_attention
+from gemma_tune.models.attention.packing_masks import enable_packing
+from gemma_tune.models.attention.swap import AttentionShape, use_causal_attention
 from gemma_tune.models.functional import parameters
-from gemma_tune.models.packing import enable_packing
 from gemma_tune.models.remat import enable_remat
-from gemma_tune.training.step import make_loss_fn
+from gemma_tune.training.step.train_step import make_loss_fn
 
 LENGTH = 256
 
@@ -145,7 +145,7 @@ def test_splash_holds_no_mask(tiny, rng):
     enable_packing(model.backbone)
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (300,), 1, 384))
     programs = []
-    for kernel in ("blocks", "splash"):
+    for kernel in ("xla", "splash"):
         use_causal_attention(model.backbone, kernel)
         loss_fn = make_loss_fn(model, num_targets(batch))
         programs.append(str(jax.make_jaxpr(lambda trainable, f=loss_fn: f(trainable, frozen, batch))(trainable)))
@@ -157,7 +157,7 @@ def test_rows_of_other_lengths_take_causal_blocks(tiny, rng):
     enable_packing(model.backbone)
     batch = random_batch(rng)
     losses = []
-    for kernel in ("keras", "blocks", "splash", "cudnn"):
+    for kernel in ("keras", "xla", "splash", "cudnn"):
         use_causal_attention(model.backbone, kernel)
         loss_fn = jax.jit(make_loss_fn(model, num_targets(batch)))
         losses.append(float(loss_fn(trainable, frozen, batch).loss_sum))
@@ -200,7 +200,7 @@ def test_cudnn_in_a_model_on_a_gpu(needs_cudnn, tiny, rng):
     enable_packing(model.backbone)
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (128, 90), 2, 128))
     losses = []
-    for kernel in ("blocks", "cudnn"):
+    for kernel in ("xla", "cudnn"):
         use_causal_attention(model.backbone, kernel)
         loss, gradients = value_and_gradients(model, groups.trainable, groups.frozen, batch)
         assert all(bool(jnp.isfinite(gradient).all()) for gradient in gradients.values())

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from gemma_tune.models import cpu_half
-from gemma_tune.models.cpu_half import multiplies_bfloat16, product, slice_rows
+from gemma_tune.models.cpu import bfloat16 as cpu_half
+from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16, product, slice_rows
 from gemma_tune.models.remat import POLICIES
-from gemma_tune.training.losses import fused_linear_cross_entropy
+from gemma_tune.training.losses.cross_entropy import fused_linear_cross_entropy
 
 needs_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU doesn't multiply bfloat16")
 LAST_BIT = 2.0**-8  # Of bfloat16: what rounding to it may change, relatively.
@@ -65,7 +65,7 @@ def test_float32_is_left_alone(rng):
 
 @needs_bfloat16
 def test_blocks_keeps_the_products(rng):
-    """Of two products in a row, recomputing all makes the backward pass compute the first one anew; `blocks` doesn't."""
+    """Of two products in a row, recomputing all makes the backward pass compute the first one anew; `dots` doesn't."""
     x, first, second = random(rng, 16, 128), random(rng, 128, 128), random(rng, 128, 128)
 
     def count(policy):
@@ -73,7 +73,7 @@ def test_blocks_keeps_the_products(rng):
         program = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(both(x).astype(jnp.float32))))(x)
         return str(program).count("dot_general[")
 
-    assert (count("blocks"), count("full")) == (6, 7)  # Two products with three each, and one anew.
+    assert (count("dots"), count("full")) == (6, 7)  # Two products with three each, and one anew.
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -8,9 +8,9 @@ import pytest
 from models.test_load import write_gguf
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.gguf_checkpoint import GgufCheckpoint
-from gemma_tune.models.gguf_file import GgufFile
 from gemma_tune.models.load import load_model
+from gemma_tune.models.sources.gguf_checkpoint import GgufCheckpoint
+from gemma_tune.models.sources.gguf_reader import GgufFile
 
 
 @pytest.fixture
@@ -117,6 +117,6 @@ def test_an_alignment_that_is_none_is_refused(path, value):
 def test_metadata_that_means_nothing_is_refused(path, monkeypatch, key, value, message):
     file = GgufFile(path)
     file.metadata[key] = value
-    monkeypatch.setattr("gemma_tune.models.gguf_checkpoint.GgufFile", lambda _: file)
+    monkeypatch.setattr("gemma_tune.models.sources.gguf_checkpoint.GgufFile", lambda _: file)
     with pytest.raises(ModelError, match=message):
         GgufCheckpoint(path).tokenizer_proto()

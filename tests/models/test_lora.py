@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import keras, keras_hub
 from gemma_tune.models.functional import assign, bound, parameters
-from gemma_tune.models.lora import enable_lora, lora_layers, merge_lora
-from gemma_tune.models.lora_layers import LowRankEinsumDense
-from gemma_tune.models.skeleton import skeleton
+from gemma_tune.models.lora.enable import enable_lora, lora_layers, merge_lora
+from gemma_tune.models.lora.layers import LowRankEinsumDense
+from gemma_tune.models.sources.lazy_initialization import lazy_initialization
+from gemma_tune.runtime.backend import keras, keras_hub
 
 
 def logits(model, params=None):
@@ -37,7 +37,7 @@ def random_second_factors(model, rng):
 
 def test_the_default_has_the_tutorials_parameter_count():
     """Gemma 2B at rank 4: 1,363,968, as the Keras tutorial on fine-tuning Gemma with LoRA prints."""
-    with skeleton():
+    with lazy_initialization():
         backbone = keras_hub.models.GemmaBackbone(
             vocabulary_size=256000,
             num_layers=18,

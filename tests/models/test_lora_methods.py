@@ -7,16 +7,16 @@ import pytest
 from models.test_lora import logits, random_second_factors
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.adapter import load_adapter, read_adapter_metadata, save_adapter
 from gemma_tune.models.functional import assign, bound, parameters
-from gemma_tune.models.lora import base_values, enable_lora, enable_on_layers, lora_layers, low_ranks, merge_lora
-from gemma_tune.models.lora_layers import factors_of, low_rank_of
-from gemma_tune.models.lora_layouts import convert_layout
-from gemma_tune.models.low_rank import LowRank, kernel_norms, kernel_update
-from gemma_tune.models.quantized_merge import merge_into_codes
-from gemma_tune.models.skeleton import skeleton
-from gemma_tune.models.tiny import tiny_backbone
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.models.lora.adapter import load_adapter, read_adapter_metadata, save_adapter
+from gemma_tune.models.lora.enable import base_values, enable_lora, enable_on_layers, lora_layers, low_ranks, merge_lora
+from gemma_tune.models.lora.factors import LowRank, kernel_norms, kernel_update
+from gemma_tune.models.lora.layers import factors_of, low_rank_of
+from gemma_tune.models.lora.layouts import convert_layout
+from gemma_tune.models.quantized.merge import merge_into_codes
+from gemma_tune.models.sources.lazy_initialization import lazy_initialization
+from gemma_tune.models.sources.tiny import tiny_backbone
+from gemma_tune.quantization.spec import QuantSpec
 
 METHODS = {
     "peft": {"layout": "peft"},
@@ -41,7 +41,7 @@ def with_lora(model, rng, method, targets=("all-linear",), rank=3):
 
 def test_pefts_layout_has_pefts_parameter_count(family):
     """Of a Linear, r·(in + out)."""
-    with skeleton():
+    with lazy_initialization():
         backbone = tiny_backbone(family, "float32", 0)
         enable_lora(backbone, 4, 4.0, ("all-linear",), 0, "peft")
     count = sum(
@@ -126,7 +126,7 @@ def test_gradients_are_those_of_the_merged_model(tiny, family, rng, method):
         for layer in layers.values():
             layer.lora_enabled = False
         swapped = {path: layer.__class__ for path, layer in layers.items()}
-        from gemma_tune.keras_runtime import keras
+        from gemma_tune.runtime.backend import keras
 
         try:
             for layer in layers.values():
@@ -146,7 +146,7 @@ def test_gradients_are_those_of_the_merged_model(tiny, family, rng, method):
 @methods
 def test_beside_codes(tiny, rng, method):
     """QLoRA computes with the floats that its codes stand for, and merged into codes again they are rounded."""
-    model = with_lora(tiny("gemma3", grid=Grid("int8")), rng, method)
+    model = with_lora(tiny("gemma3", quant_spec=QuantSpec("int8")), rng, method)
     floats = tiny("gemma3")
     held = {layer.path: layer for layer in model.backbone._flatten_layers(include_self=False)}
     for layer in floats.backbone._flatten_layers(include_self=False):

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_tune.models.lora_layouts import as_matrices, from_matrices, to_keras, to_peft
-from gemma_tune.models.low_rank import (
+from gemma_tune.models.lora.factors import (
     LowRank,
     factor_shapes,
     kernel_norms,
@@ -16,6 +15,7 @@ from gemma_tune.models.low_rank import (
     low_rank_product,
     merged_norms,
 )
+from gemma_tune.models.lora.layouts import as_matrices, from_matrices, to_keras, to_peft
 
 EQUATIONS = ("btd,ndh->btnh", "bsd,kdh->bskh", "btnh,nhd->btd", "btd,df->btf")
 SIZES = dict(zip("btsnkdhf", (2, 5, 5, 3, 1, 8, 4, 6), strict=True))

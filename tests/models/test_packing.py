@@ -5,8 +5,8 @@ import pytest
 
 from gemma_tune.data import TokenizedExample, make_batch
 from gemma_tune.errors import ModelError
+from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.functional import hidden_states
-from gemma_tune.models.packing import enable_packing
 
 
 def random_examples(rng, lengths, vocabulary=1024):

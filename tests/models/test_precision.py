@@ -9,11 +9,11 @@ import pytest
 from gemma_tune.config_checks import PRECISIONS
 from gemma_tune.errors import ModelError
 from gemma_tune.models import precision as precision_module
-from gemma_tune.models.adapter import load_adapter, save_adapter
-from gemma_tune.models.attention_choice import Device
+from gemma_tune.models.attention.choice import Device
 from gemma_tune.models.functional import variables_by_path
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora import enable_lora
+from gemma_tune.models.lora.adapter import load_adapter, save_adapter
+from gemma_tune.models.lora.enable import enable_lora
 from gemma_tune.models.precision import check_precision, computes_in_float16, suitable_precisions
 
 CPU, TPU, ROCM = (Device(platform) for platform in ("cpu", "tpu", "rocm"))
@@ -88,7 +88,7 @@ def test_a_weight_beyond_float16_is_named(tiny, tmp_path):
 
 
 def test_a_weight_that_streams_in_is_named_without_numpys_warning(monkeypatch):
-    from gemma_tune.models import tiny as tiny_module
+    from gemma_tune.models.sources import tiny as tiny_module
 
     monkeypatch.setattr(tiny_module, "_random_value", lambda variable, seed: np.full(variable.shape, 1e5, np.float32))
     with warnings.catch_warnings():

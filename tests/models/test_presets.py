@@ -3,10 +3,10 @@
 import pytest
 
 from gemma_tune.errors import ModelError
-from gemma_tune.keras_runtime import keras_hub
-from gemma_tune.models.memory import parse_bytes, training_memory
-from gemma_tune.models.presets import preset_names, presets
-from gemma_tune.models.source import parse_source
+from gemma_tune.models.sources.preset_catalog import preset_names, presets
+from gemma_tune.models.sources.source import parse_source
+from gemma_tune.models.training_memory import parse_bytes, training_memory
+from gemma_tune.runtime.backend import keras_hub
 
 
 def test_it_lists_what_keras_hub_registers():

@@ -8,34 +8,40 @@ from test_blockwise import SPLIT_FAMILIES, assert_same, both_steps
 from test_step import num_targets, random_batch
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.adapter import save_adapter
 from gemma_tune.models.functional import assign, bound, hidden_states, parameters
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora import merge_lora
-from gemma_tune.models.low_rank import kernel_update
-from gemma_tune.models.prepare import LoraSettings, prepare_for_training
-from gemma_tune.models.qat import FakeQuantEinsumDense, enable_qat, rounded_kernel, rounded_params, weights_are_rounded
-from gemma_tune.models.quantize import matrix_shape, quantize_layers
-from gemma_tune.quantization.grids import dequantize, quantize
-from gemma_tune.quantization.scheme import Grid
-from gemma_tune.serving.generate import generate
-from gemma_tune.training.blockwise import Blockwise
-from gemma_tune.training.step import make_loss_fn
+from gemma_tune.models.lora.adapter import save_adapter
+from gemma_tune.models.lora.enable import merge_lora
+from gemma_tune.models.lora.factors import kernel_update
+from gemma_tune.models.quantized.convert import matrix_shape, quantize_layers
+from gemma_tune.models.quantized.qat import (
+    FakeQuantEinsumDense,
+    enable_qat,
+    rounded_kernel,
+    rounded_params,
+    weights_are_rounded,
+)
+from gemma_tune.models.transforms import LoraSettings, transform_for_training
+from gemma_tune.quantization.codes import dequantize, quantize
+from gemma_tune.quantization.spec import QuantSpec
+from gemma_tune.serving.generation import generate
+from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.train_step import make_loss_fn
 
-INT4 = Grid("int4", 32)
-GRIDS = [Grid("int8"), INT4, pytest.param(Grid("nf4", 32), marks=pytest.mark.slow)]
+INT4 = QuantSpec("int4", 32)
+GRIDS = [QuantSpec("int8"), INT4, pytest.param(QuantSpec("nf4", 32), marks=pytest.mark.slow)]
 LORA = LoraSettings(4, 8.0, ("all-linear", "token_embedding"), 0)
 SCALE = LORA.alpha / LORA.rank
 
 
 def prepare(model, lora=None, qat=None):
-    prepare_for_training(model, lora, qat=qat, packing=True, remat="none", row_length=64, program="whole")
+    transform_for_training(model, lora, qat=qat, packing=True, remat="none", row_length=64, program="whole")
     return model
 
 
-def qat_model(family, grid, lora=None, rng=None):
+def qat_model(family, quant_spec, lora=None, rng=None):
     """With LoRA: factors that change the model, no longer B = 0."""
-    model = prepare(load_model(f"tiny:{family}"), lora, grid)
+    model = prepare(load_model(f"tiny:{family}"), lora, quant_spec)
     if lora:
         trainable = parameters(model).trainable
         assign(model, {path: 0.1 * rng.normal(size=value.shape) for path, value in trainable.items()})
@@ -52,14 +58,14 @@ def merged_floats(layer):
     return kernel + np.float32(SCALE) * (factors[0] @ factors[1]) if factors else kernel
 
 
-def converted(model, family, grid):
+def converted(model, family, quant_spec):
     """A float model with what NumPy makes of each kernel: quantized, and back."""
     twin = load_model(f"tiny:{family}")
     kernels = {}
     for layer in fake_layers(model):
         floats = merged_floats(layer)
         matrix = floats.reshape(matrix_shape(layer))
-        kernels[layer._variables_to_round()[0].path] = dequantize(quantize(matrix, grid)).reshape(floats.shape)
+        kernels[layer._variables_to_round()[0].path] = dequantize(quantize(matrix, quant_spec)).reshape(floats.shape)
     assign(twin, kernels)
     return twin
 
@@ -78,12 +84,12 @@ def assert_gradients(ours, wanted):
         np.testing.assert_allclose(ours[path], gradient, atol=1e-3 * np.abs(gradient).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_loss_and_gradients_are_those_at_the_rounded_weights(some_family, grid, rng):
+@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+def test_loss_and_gradients_are_those_at_the_rounded_weights(some_family, quant_spec, rng):
     """Of all weights, the embedding with its two ends included: straight through is the gradient at the rounded ones."""
-    model, batch = qat_model(some_family, grid), random_batch(rng)
+    model, batch = qat_model(some_family, quant_spec), random_batch(rng)
     float_loss, _ = loss_and_gradients(load_model(f"tiny:{some_family}"), batch)
-    wanted, gradients = loss_and_gradients(prepare(converted(model, some_family, grid)), batch)
+    wanted, gradients = loss_and_gradients(prepare(converted(model, some_family, quant_spec)), batch)
     loss, ours = loss_and_gradients(model, batch)
     assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
     assert float(loss) != pytest.approx(float(float_loss), rel=1e-5)  # Rounding does change it.
@@ -119,11 +125,11 @@ def test_dora_is_refused():
         qat_model("gemma", INT4, LORA._replace(target_layers=("query",), use_dora=True))
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_lora_gradients_are_those_of_the_rounded_sum(some_family, grid, rng):
+@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+def test_lora_gradients_are_those_of_the_rounded_sum(some_family, quant_spec, rng):
     """With G the gradient at round(W + s·A·B): A gets s·G·Bᵀ and B gets s·Aᵀ·G (summed over heads); W gets none."""
-    model, batch = qat_model(some_family, grid, LORA, rng), random_batch(rng)
-    wanted_loss, gradients = loss_and_gradients(prepare(converted(model, some_family, grid)), batch)
+    model, batch = qat_model(some_family, quant_spec, LORA, rng), random_batch(rng)
+    wanted_loss, gradients = loss_and_gradients(prepare(converted(model, some_family, quant_spec)), batch)
     loss, ours = loss_and_gradients(model, batch)
     # Merging by NumPy and by XLA differs by roundings, which push a few values to the next code.
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-4)
@@ -138,11 +144,11 @@ def test_lora_gradients_are_those_of_the_rounded_sum(some_family, grid, rng):
         np.testing.assert_allclose(ours[path], gradient, atol=5e-3 * np.abs(gradient).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_converting_gives_the_weights_that_were_trained_with(grid):
+@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+def test_converting_gives_the_weights_that_were_trained_with(quant_spec):
     """Bit for bit: `quantize_layers` on the floats, and what the layers computed with."""
-    model, quantized = qat_model("gemma3", grid), load_model("tiny:gemma3")
-    quantize_layers(quantized.backbone, grid)
+    model, quantized = qat_model("gemma3", quant_spec), load_model("tiny:gemma3")
+    quantize_layers(quantized.backbone, quant_spec)
     rounded = jax.jit(rounded_kernel, static_argnums=0)
     trained_with = {layer.path: rounded(layer._rounding, *layer._arrays()) for layer in fake_layers(model)}
     layers = [layer for layer in quantized.backbone._flatten_layers() if hasattr(layer, "quantized_scheme")]
@@ -152,21 +158,21 @@ def test_converting_gives_the_weights_that_were_trained_with(grid):
         np.testing.assert_array_equal(trained_with[layer.path], codes.reshape(trained_with[layer.path].shape))
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_merging_and_converting_gives_the_weights_that_were_trained_with(grid, rng, tmp_path):
+@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+def test_merging_and_converting_gives_the_weights_that_were_trained_with(quant_spec, rng, tmp_path):
     """By way of the saved adapter, on the float base. Rounding W alone gives others."""
-    model = qat_model("gemma3", grid, LORA, rng)
+    model = qat_model("gemma3", quant_spec, LORA, rng)
     save_adapter(model, tmp_path)
     base = load_model("tiny:gemma3", adapter=str(tmp_path))
     merge_lora(base.backbone)
     layers = {layer.path: layer for layer in base.backbone._flatten_layers()}
     for layer in fake_layers(model):
         variable = layers[layer.path]._embeddings if layer.name == "token_embedding" else layers[layer.path]._kernel
-        again = dequantize(quantize(np.asarray(variable.value).reshape(matrix_shape(layer)), grid))
+        again = dequantize(quantize(np.asarray(variable.value).reshape(matrix_shape(layer)), quant_spec))
         trained_with = np.asarray(layer.rounded()).reshape(again.shape)
         # The compiled sum may round otherwise, so that one value in a hundred thousand goes to the next code.
         assert np.mean(np.abs(trained_with - again) > 1e-5 * np.abs(again).max()) < 1e-4, layer.path
-        alone = dequantize(quantize(np.asarray(layer._variables_to_round()[0].value).reshape(again.shape), grid))
+        alone = dequantize(quantize(np.asarray(layer._variables_to_round()[0].value).reshape(again.shape), quant_spec))
         assert np.mean(trained_with != alone) > 0.1
 
 
@@ -174,14 +180,14 @@ def test_merging_and_converting_gives_the_weights_that_were_trained_with(grid, r
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SPLIT_FAMILIES)
 def test_blockwise_is_the_whole_program(family, lora, rng):
-    assert_same(*both_steps(qat_model(family, INT4, lora, rng), random_batch(rng), "blocks"))
+    assert_same(*both_steps(qat_model(family, INT4, lora, rng), random_batch(rng), "dots"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("grid", [Grid("int8"), Grid("nf4", 32)], ids=str)
-def test_blockwise_with_other_grids_and_a_frozen_head(grid, remat, rng):
-    model = qat_model("gemma3", grid, LORA._replace(target_layers=("query", "value")), rng)
+@pytest.mark.parametrize("quant_spec", [QuantSpec("int8"), QuantSpec("nf4", 32)], ids=str)
+def test_blockwise_with_other_grids_and_a_frozen_head(quant_spec, remat, rng):
+    model = qat_model("gemma3", quant_spec, LORA._replace(target_layers=("query", "value")), rng)
     assert_same(*both_steps(model, random_batch(rng), remat))
 
 
@@ -191,7 +197,7 @@ def test_no_rounded_kernel_is_kept_for_the_backward_pass(lora, rng):
     model = qat_model("gemma3", INT4, lora, rng)
     groups, batch = parameters(model), jax.tree.map(jnp.asarray, random_batch(rng, (40,), 1, 64))
     kernels = {layer._kernel.shape for layer in fake_layers(model) if isinstance(layer, FakeQuantEinsumDense)}
-    forward = Blockwise(model, "none")._compile_forward(*groups, batch)
+    forward = PerBlockProgram(model, "none")._compile_forward(*groups, batch)
     kept = {leaf.shape for arrays in forward.kept.values() for leaf in arrays}
     assert len(kernels) > 3 and kept and not kept & kernels
 
@@ -263,6 +269,6 @@ def test_preparing_anew_takes_it_off(rng):
 
 def test_what_cannot_be_rounded():
     with pytest.raises(ModelError, match=r"int4: block_size=256 does not divide its 64 inputs.*--or_int8"):
-        qat_model("gemma3", Grid("int4", 256))
+        qat_model("gemma3", QuantSpec("int4", 256))
     with pytest.raises(ModelError, match="is held in int8: its floats are gone"):
-        enable_qat(load_model("tiny:gemma3", grid=Grid("int8")).backbone, INT4)
+        enable_qat(load_model("tiny:gemma3", quant_spec=QuantSpec("int8")).backbone, INT4)

@@ -7,22 +7,22 @@ import pytest
 from test_step import num_targets, random_batch
 
 from gemma_tune.errors import ModelError
-from gemma_tune.files import CHECKSUMS
-from gemma_tune.models.adapter import save_adapter
-from gemma_tune.models.fingerprint import fingerprint
+from gemma_tune.models.base_fingerprint import fingerprint
 from gemma_tune.models.functional import assign, parameters
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora import merge_lora
-from gemma_tune.models.prepare import LoraSettings, prepare_for_training
+from gemma_tune.models.lora.adapter import save_adapter
+from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.preset import save_preset
-from gemma_tune.models.quantize import quantize_layers
-from gemma_tune.models.quantized import QuantizedEinsumDense, quantized_product
-from gemma_tune.quantization.grids import dequantize, quantize
-from gemma_tune.quantization.scheme import Grid
-from gemma_tune.training.blockwise import Blockwise
-from gemma_tune.training.step import make_loss_fn, make_loss_of_hidden
+from gemma_tune.models.quantized.convert import quantize_layers
+from gemma_tune.models.quantized.layers import QuantizedEinsumDense, quantized_product
+from gemma_tune.models.transforms import LoraSettings, transform_for_training
+from gemma_tune.quantization.codes import dequantize, quantize
+from gemma_tune.quantization.spec import QuantSpec
+from gemma_tune.runtime.atomic_files import CHECKSUMS
+from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.train_step import make_loss_fn, make_loss_of_hidden
 
-GRIDS = [Grid("int8"), Grid("int4", 32), Grid("nf4", 32), Grid("nf4", 32, double=True)]
+GRIDS = [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("nf4", 32), QuantSpec("nf4", 32, double=True)]
 
 
 def dequantized(model, family, precision="float32"):
@@ -39,7 +39,7 @@ def dequantized(model, family, precision="float32"):
 
 def with_factors(model, seed):
     """LoRA on all linear layers, B no longer zero."""
-    prepare_for_training(model, LoraSettings(4, 8.0, ("all-linear",), 0), packing=True, remat="blocks", row_length=64)
+    transform_for_training(model, LoraSettings(4, 8.0, ("all-linear",), 0), packing=True, remat="dots", row_length=64)
     groups, rng = parameters(model), np.random.default_rng(seed)
     return {
         path: jnp.asarray(0.1 * rng.normal(size=value.shape), jnp.float32) for path, value in groups.trainable.items()
@@ -47,7 +47,7 @@ def with_factors(model, seed):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
 @pytest.mark.parametrize(
     ("equation", "x_shape", "shape"),
     [
@@ -56,11 +56,11 @@ def with_factors(model, seed):
         ("btd,df->btf", (2, 5, 64), (64, 24)),
     ],
 )
-def test_product(rng, grid, equation, x_shape, shape, dtype):
+def test_product(rng, quant_spec, equation, x_shape, shape, dtype):
     """And its gradient, which only x has."""
     x, kernel = jnp.asarray(rng.normal(size=x_shape), dtype), rng.normal(size=shape).astype(np.float32)
     matrix = {"ndh": (4, 64, 8), "nhd": (1, 64, 24), "df": (1, 64, 24)}[equation.split(",")[1].split("-")[0]]
-    quantized = jax.tree.map(jnp.asarray, quantize(kernel.reshape(matrix), grid))
+    quantized = jax.tree.map(jnp.asarray, quantize(kernel.reshape(matrix), quant_spec))
     floats = dequantize(quantized, x.dtype).reshape(shape).astype(jnp.float32)
     ours, pullback = jax.vjp(lambda x: quantized_product(equation, shape, False, x, quantized), x)
     theirs, their_pullback = jax.vjp(lambda x: jnp.einsum(equation, x, floats), x.astype(jnp.float32))
@@ -74,12 +74,12 @@ def test_product(rng, grid, equation, x_shape, shape, dtype):
 
 
 @pytest.mark.parametrize(
-    "grid",
-    [GRIDS[1], GRIDS[3], *(pytest.param(grid, marks=pytest.mark.slow) for grid in (GRIDS[0], GRIDS[2]))],
+    "quant_spec",
+    [GRIDS[1], GRIDS[3], *(pytest.param(quant_spec, marks=pytest.mark.slow) for quant_spec in (GRIDS[0], GRIDS[2]))],
     ids=str,
 )
-def test_loss_and_gradients_are_those_of_the_dequantized_model(some_family, grid, rng):
-    model = load_model(f"tiny:{some_family}", grid=grid)
+def test_loss_and_gradients_are_those_of_the_dequantized_model(some_family, quant_spec, rng):
+    model = load_model(f"tiny:{some_family}", quant_spec=quant_spec)
     twin = dequantized(model, some_family)
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (40, 20, 30), 3, 64))
     results = []
@@ -94,28 +94,28 @@ def test_loss_and_gradients_are_those_of_the_dequantized_model(some_family, grid
         np.testing.assert_allclose(ours[path], gradient, atol=1e-3 * np.abs(gradient).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("grid", [GRIDS[1], GRIDS[3]], ids=str)
-def test_blockwise_is_the_whole_program(grid, rng):
-    model = load_model("tiny:gemma3", grid=grid)
+@pytest.mark.parametrize("quant_spec", [GRIDS[1], GRIDS[3]], ids=str)
+def test_blockwise_is_the_whole_program(quant_spec, rng):
+    model = load_model("tiny:gemma3", quant_spec=quant_spec)
     factors, frozen = with_factors(model, 0), parameters(model).frozen
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (40, 20, 30), 3, 64))
     loss_fn = make_loss_fn(model, num_targets(batch))
     wanted = jax.jit(jax.grad(lambda t: loss_fn(t, frozen, batch).loss_sum))(factors)
     count = num_targets(batch)
-    gradients = Blockwise(model, "none").make_gradients({count: make_loss_of_hidden(model, count)})
+    gradients = PerBlockProgram(model, "none").make_gradients({count: make_loss_of_hidden(model, count)})
     for path, gradient in gradients(factors, frozen, None, batch)[0].items():
         np.testing.assert_allclose(gradient, wanted[path], atol=1e-4 * np.abs(wanted[path]).max(), err_msg=path)
 
 
 def test_no_floats_are_kept_for_the_backward_pass(rng):
     """Even where all activations are: of a kernel, only its codes cross from the forward to the backward program."""
-    model = load_model("tiny:gemma3", grid=Grid("nf4", 32))
+    model = load_model("tiny:gemma3", quant_spec=QuantSpec("nf4", 32))
     factors, frozen = with_factors(model, 0), parameters(model).frozen
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (40,), 1, 64))
     kernels = {layer.kernel.shape for layer in model.backbone._flatten_layers() if hasattr(layer, "quantized_scheme")
                and isinstance(layer, QuantizedEinsumDense)}  # fmt: skip
-    blockwise = Blockwise(model, "none")
-    forward = blockwise._compile_forward(factors, frozen, batch)
+    per_block = PerBlockProgram(model, "none")
+    forward = per_block._compile_forward(factors, frozen, batch)
     kept = {leaf.shape for arrays in forward.kept.values() for leaf in arrays}
     assert kept and not kept & kernels
     twin = load_model("tiny:gemma3")
@@ -123,10 +123,10 @@ def test_no_floats_are_kept_for_the_backward_pass(rng):
     assert len(kernels) > 3 and any(value.shape in kernels for value in frozen.values())
 
 
-@pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[3]], ids=str)
-def test_generating_is_that_of_the_dequantized_model(some_family, grid):
+@pytest.mark.parametrize("quant_spec", [GRIDS[0], GRIDS[3]], ids=str)
+def test_generating_is_that_of_the_dequantized_model(some_family, quant_spec):
     """KerasHub's generate, with a cache and all logits at once."""
-    model = load_model(f"tiny:{some_family}", grid=grid)
+    model = load_model(f"tiny:{some_family}", quant_spec=quant_spec)
     wanted = dequantized(model, some_family).generate("How do I", max_length=16)
     assert model.generate("How do I", max_length=16) == wanted
 
@@ -134,38 +134,38 @@ def test_generating_is_that_of_the_dequantized_model(some_family, grid):
 def test_bytes_in_memory():
     """Of the quantized layers; norms stay float."""
     floats = sum(value.nbytes for value in parameters(load_model("tiny:gemma3")).trainable.values())
-    for grid, most in ((Grid("int8"), 0.28), (Grid("int4"), 0.16), (Grid("nf4"), 0.16)):
-        model = load_model("tiny:gemma3", grid=grid)
+    for quant_spec, most in ((QuantSpec("int8"), 0.28), (QuantSpec("int4"), 0.16), (QuantSpec("nf4"), 0.16)):
+        model = load_model("tiny:gemma3", quant_spec=quant_spec)
         groups = parameters(model)
         held = sum(value.nbytes for group in groups for value in group.values())
-        assert held <= most * floats, grid
+        assert held <= most * floats, quant_spec
 
 
 def test_what_cannot_be_quantized():
     model = load_model("tiny:gemma3")
-    prepare_for_training(model, LoraSettings(4, 8.0, ("query",), 0), packing=True, remat="blocks", row_length=64)
+    transform_for_training(model, LoraSettings(4, 8.0, ("query",), 0), packing=True, remat="dots", row_length=64)
     with pytest.raises(ModelError, match="Quantize first, then enable LoRA"):
-        quantize_layers(model.backbone, Grid("int8"))
+        quantize_layers(model.backbone, QuantSpec("int8"))
     with pytest.raises(ModelError, match="block_size=256 does not divide its"):
-        load_model("tiny:gemma3", grid=Grid("int4", 256))
-    quantized = load_model("tiny:gemma3", grid=Grid("int8"))
+        load_model("tiny:gemma3", quant_spec=QuantSpec("int4", 256))
+    quantized = load_model("tiny:gemma3", quant_spec=QuantSpec("int8"))
     with pytest.raises(ModelError, match="can't have LoRA factors"):
-        prepare_for_training(
-            quantized, LoraSettings(4, 8.0, ("token_embedding",), 0), packing=True, remat="blocks", row_length=64
+        transform_for_training(
+            quantized, LoraSettings(4, 8.0, ("token_embedding",), 0), packing=True, remat="dots", row_length=64
         )
 
 
 def test_lora_is_not_merged_into_codes():
-    model = load_model("tiny:gemma3", grid=Grid("nf4", 32))
+    model = load_model("tiny:gemma3", quant_spec=QuantSpec("nf4", 32))
     with_factors(model, 0)
     with pytest.raises(ModelError, match="without quantization"):
-        prepare_for_training(model, None, packing=True, remat="blocks", row_length=64)
+        transform_for_training(model, None, packing=True, remat="dots", row_length=64)
 
 
-@pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[3]], ids=str)
-def test_an_adapter_of_a_quantized_model_fits_its_float_base(grid, tmp_path):
+@pytest.mark.parametrize("quant_spec", [GRIDS[0], GRIDS[3]], ids=str)
+def test_an_adapter_of_a_quantized_model_fits_its_float_base(quant_spec, tmp_path):
     """So that it can be merged where nothing is rounded; and no other base."""
-    model = load_model("tiny:gemma3", grid=grid)
+    model = load_model("tiny:gemma3", quant_spec=quant_spec)
     assign(model, with_factors(model, 0))
     save_adapter(model, tmp_path, base_model="tiny:gemma3")
     base = load_model("tiny:gemma3", adapter=str(tmp_path))
@@ -178,11 +178,11 @@ def test_an_adapter_of_a_quantized_model_fits_its_float_base(grid, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma4"])
-@pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[3]], ids=str)
-def test_a_checkpoint_is_quantized_as_it_is_read(grid, tmp_path, name):
+@pytest.mark.parametrize("quant_spec", [GRIDS[0], GRIDS[3]], ids=str)
+def test_a_checkpoint_is_quantized_as_it_is_read(quant_spec, tmp_path, name):
     """From a Keras preset: the same codes as quantizing the loaded model. What is saved quantized has them too."""
     load_model(f"tiny:{name}").save_to_preset(str(tmp_path / "preset"))
-    wanted, model = (load_model(source, grid=grid) for source in (f"tiny:{name}", str(tmp_path / "preset")))
+    wanted, model = (load_model(source, quant_spec=quant_spec) for source in (f"tiny:{name}", str(tmp_path / "preset")))
     save_preset(model, tmp_path / "codes")
     again = load_model(str(tmp_path / "codes"))
     assert fingerprint(again) == fingerprint(load_model(f"tiny:{name}"))
@@ -194,14 +194,14 @@ def test_a_checkpoint_is_quantized_as_it_is_read(grid, tmp_path, name):
 
 def test_what_is_saved_quantized(tmp_path):
     """Whole or not at all, on no other's place, and not twice quantized."""
-    model = load_model("tiny:gemma3", grid=Grid("int4", 32))
+    model = load_model("tiny:gemma3", quant_spec=QuantSpec("int4", 32))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     with pytest.raises(ModelError, match="exists already"):
         save_preset(model, tmp_path / "taken")
     save_preset(model, tmp_path / "codes")
     with pytest.raises(ModelError, match="held in int4 already"):
-        load_model(str(tmp_path / "codes"), grid=Grid("int8"))
+        load_model(str(tmp_path / "codes"), quant_spec=QuantSpec("int8"))
     with_factors(model, 0)
     with pytest.raises(ModelError, match="LoRA factors"):
         save_preset(model, tmp_path / "factors")

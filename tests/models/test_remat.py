@@ -6,10 +6,10 @@ import pytest
 from test_step import lora_model, num_targets, random_batch
 
 from gemma_tune.errors import ModelError
+from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.functional import parameters
-from gemma_tune.models.packing import enable_packing
 from gemma_tune.models.remat import enable_remat
-from gemma_tune.training.step import make_loss_fn
+from gemma_tune.training.step.train_step import make_loss_fn
 
 
 def value_and_gradients(model, trainable, frozen, batch):
@@ -18,7 +18,7 @@ def value_and_gradients(model, trainable, frozen, batch):
     return jax.jit(loss)(trainable, batch)
 
 
-@pytest.mark.parametrize("remat", ["blocks", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_loss_and_gradients_are_the_same(tiny, some_family, remat, rng):
     model, trainable, frozen = lora_model(tiny, some_family, rng)
     enable_packing(model.backbone)
@@ -37,7 +37,7 @@ def test_full_fine_tuning_too(tiny, rng):
     trainable = parameters(model).trainable
     batch = random_batch(rng)
     _, gradients = value_and_gradients(model, trainable, {}, batch)
-    enable_remat(model.backbone, "blocks")
+    enable_remat(model.backbone, "dots")
     _, recomputed = value_and_gradients(model, trainable, {}, batch)
     for path, gradient in gradients.items():
         np.testing.assert_allclose(recomputed[path], gradient, atol=5e-4 * np.abs(gradient).max(), err_msg=path)
@@ -46,7 +46,7 @@ def test_full_fine_tuning_too(tiny, rng):
 def test_each_policy_needs_less_memory_than_the_one_before(tiny, rng):
     """As XLA counts it. The batch is large enough for activations to outweigh everything else."""
     temporary = []
-    for remat in ("none", "blocks", "full"):
+    for remat in ("none", "dots", "full"):
         model, trainable, frozen = lora_model(tiny, "gemma3", rng)
         enable_remat(model.backbone, remat)
         batch = random_batch(rng, (200,) * 8, 8, 200)
@@ -77,4 +77,4 @@ def test_generating_is_left_alone(tiny):
 
 def test_a_backbone_without_blocks_is_refused():
     with pytest.raises(ModelError, match=r"training\.remat=none"):
-        enable_remat(object(), "blocks")
+        enable_remat(object(), "dots")

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_tune.keras_runtime import keras_hub
-from gemma_tune.models import rotary
+from gemma_tune.models.cpu import rotary_tables as rotary
+from gemma_tune.models.cpu.rotary_tables import use_rotary_tables
 from gemma_tune.models.functional import hidden_states
-from gemma_tune.models.rotary import use_rotary_tables
+from gemma_tune.runtime.backend import keras_hub
 
 LENGTH = 24
 

@@ -8,40 +8,38 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.lora import enable_lora
-from gemma_tune.models.sharding import Layout, axes_of, matrix_axes
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.models.lora.enable import enable_lora
+from gemma_tune.models.sharding.placement import MeshSharding, axes_of, matrix_axes
+from gemma_tune.quantization.spec import QuantSpec
 
 
-def layout_of(data=1, fsdp=1, model=1):
+def abstract_sharding(data=1, fsdp=1, model=1):
     types = (jax.sharding.AxisType.Auto,) * 3
-    return Layout(AbstractMesh((data, fsdp, model), ("data", "fsdp", "model"), types))
+    return MeshSharding(AbstractMesh((data, fsdp, model), ("data", "fsdp", "model"), types))
 
 
 @pytest.mark.parametrize(
-    ("grid", "method"),
+    ("quant_spec", "method"),
     [
         (None, {}),
-        (Grid("int8"), {}),
-        (Grid("int4", 32), {}),
-        (Grid("nf4", 32, True), {}),
+        (QuantSpec("int8"), {}),
+        (QuantSpec("int4", 32), {}),
+        (QuantSpec("nf4", 32, True), {}),
         (None, {"layout": "peft", "use_dora": True}),
     ],
     ids=str,
 )
-def test_every_variable_of_every_family_has_a_place_that_it_fits(tiny, family, grid, method):
-    model = tiny(family, grid=grid)
+def test_every_variable_of_every_family_has_a_place_that_it_fits(tiny, family, quant_spec, method):
+    model = tiny(family, quant_spec=quant_spec)
     enable_lora(model.backbone, 2, 2.0, ["all-linear"], seed=0, **method)
-    layout = layout_of(fsdp=2, model=2)
+    sharding = abstract_sharding(fsdp=2, model=2)
     num_cut = 0
-    for variable, sharding in layout._shardings(model.backbone):
-        sharding.shard_shape(tuple(variable.shape))  # Raises where an axis isn't divided evenly.
-        num_cut += any(entry is not None for entry in sharding.spec)
+    for variable, place in sharding._shardings(model.backbone):
+        place.shard_shape(tuple(variable.shape))  # Raises where an axis isn't divided evenly.
+        num_cut += any(entry is not None for entry in place.spec)
         if variable.path.endswith("/kernel") and not any(name in variable.path for name in ("key", "value")):
             # As a layer's weights do, its codes lie in four parts.
-            assert math.prod(sharding.shard_shape(tuple(variable.shape))) * 4 == math.prod(variable.shape), (
-                variable.path
-            )
+            assert math.prod(place.shard_shape(tuple(variable.shape))) * 4 == math.prod(variable.shape), variable.path
     assert num_cut >= 10
 
 
@@ -73,13 +71,13 @@ def test_a_weight_without_a_rule_is_named():
 
 
 def test_what_cannot_be_cut():
-    layout = layout_of(data=2, fsdp=4, model=2)
+    sharding = abstract_sharding(data=2, fsdp=4, model=2)
     # One key/value head is on every device; what fsdp can't cut in its place, it cuts along another axis.
-    assert layout.fit(("model", "fsdp", None), (1, 64, 16)).spec == P(None, "fsdp", None)
-    assert layout.fit(("model", "fsdp", None), (2, 10, 16)).spec == P("model", None, "fsdp")
-    assert layout.fit(("model", "fsdp", None), (3, 10, 15)).spec == P(None, None, None)
-    assert layout.cuts(1024) == ("model", "fsdp") and layout.cuts(12) == ("fsdp",)
-    assert layout.cuts(2) == ("model",) and layout.cuts(7) == ()
+    assert sharding.fit(("model", "fsdp", None), (1, 64, 16)).spec == P(None, "fsdp", None)
+    assert sharding.fit(("model", "fsdp", None), (2, 10, 16)).spec == P("model", None, "fsdp")
+    assert sharding.fit(("model", "fsdp", None), (3, 10, 15)).spec == P(None, None, None)
+    assert sharding.cuts(1024) == ("model", "fsdp") and sharding.cuts(12) == ("fsdp",)
+    assert sharding.cuts(2) == ("model",) and sharding.cuts(7) == ()
 
 
 def test_kernels_as_they_are_quantized():

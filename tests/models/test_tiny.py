@@ -6,8 +6,8 @@ import pytest
 from gemma_tune.errors import ModelError
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import parameters, variables_by_path
-from gemma_tune.models.tiny import TOKENIZER_PATH
-from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.models.sources.tiny import TOKENIZER_PATH
+from gemma_tune.models.sources.tokenizer import tokenizer_of
 
 
 def test_seeded_weights(tiny, family):

@@ -11,7 +11,7 @@ from gemma_tune.export import export_model
 from gemma_tune.export.options import Options
 from gemma_tune.models.functional import hidden_states
 from gemma_tune.models.load import load_model
-from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.models.sources.tokenizer import tokenizer_of
 
 pytestmark = [
     pytest.mark.peers,
@@ -116,7 +116,7 @@ VARIANTS = {
 @pytest.mark.parametrize(("family", "sizes"), VARIANTS.values(), ids=VARIANTS.keys())
 def test_what_published_sizes_have(tiny, rng, tmp_path, monkeypatch, family, sizes):
     """Each of them in a tiny model: equal to transformers, and to itself when read back."""
-    from gemma_tune.models import tiny as module
+    from gemma_tune.models.sources import tiny as module
 
     monkeypatch.setitem(module._CONFIGS, family, {**module._CONFIGS[family], **sizes})
     model = tiny(family)

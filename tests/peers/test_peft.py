@@ -10,11 +10,11 @@ import pytest
 from models.test_lora_methods import METHODS, with_lora
 
 from gemma_tune.config import Config
-from gemma_tune.export.peft_adapter import write_peft_adapter
+from gemma_tune.export.peft.adapter import write_peft_adapter
 from gemma_tune.models.functional import hidden_states
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora import lora_layers, low_ranks
-from gemma_tune.models.tiny import TOKENIZER_PATH
+from gemma_tune.models.lora.enable import lora_layers, low_ranks
+from gemma_tune.models.sources.tiny import TOKENIZER_PATH
 
 pytestmark = [
     pytest.mark.peers,
@@ -228,7 +228,7 @@ def test_ours_begins_as_peft_begins(base, tmp_path):
     """DoRA's magnitudes are the norms, and A keeps within PEFT's bounds."""
     import peft
 
-    from gemma_tune.models.lora import enable_lora
+    from gemma_tune.models.lora.enable import enable_lora
 
     folder = base("gemma3", 4)
     model = load_model(str(folder))

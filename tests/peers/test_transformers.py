@@ -65,11 +65,11 @@ def test_the_loss_of_one_batch_equals_transformers(demo_peer):
 
     from gemma_tune.data import load_examples, make_batch, template_for
     from gemma_tune.data.tokenize import tokenize_examples
+    from gemma_tune.models.attention.packing_masks import enable_packing
     from gemma_tune.models.functional import parameters
     from gemma_tune.models.load import load_model
-    from gemma_tune.models.packing import enable_packing
-    from gemma_tune.models.tokenizer import tokenizer_of
-    from gemma_tune.training.step import make_eval_step
+    from gemma_tune.models.sources.tokenizer import tokenizer_of
+    from gemma_tune.training.step.train_step import make_eval_step
 
     model = load_model("demo")
     examples = load_examples("sample:smartphone_support")[:8]

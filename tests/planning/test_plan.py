@@ -8,15 +8,15 @@ import pytest
 from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError, ModelError
 from gemma_tune.mesh import MeshShape
-from gemma_tune.models import architectures
+from gemma_tune.models.sources import published_sizes as architectures
 from gemma_tune.pipeline import read_splits, set_up
-from gemma_tune.planning.abstract_run import abstract_run, with_batch_size
+from gemma_tune.planning.abstract_train_state import abstract_train_state, with_batch_size
 from gemma_tune.planning.calibrate import calibrated
 from gemma_tune.planning.duration import planned_step, step_operations
 from gemma_tune.planning.hardware import HARDWARE, find_hardware, usable_bytes
-from gemma_tune.planning.memory import planned_memory
 from gemma_tune.planning.plan import first_that_fits, make_plans, mesh_shape
 from gemma_tune.planning.sizes import sizes_of
+from gemma_tune.planning.step_memory import planned_memory
 
 ONE = MeshShape()
 V5E = HARDWARE["v5e"]
@@ -34,7 +34,7 @@ def test_the_arguments_of_a_step_are_those_of_a_real_run(family, method):
         pytest.skip("tiny Gemma 4's inputs can't be cut into groups of 64")
     small = config(model__source=f"tiny:{family}", data__max_length=32, training__method=method)
     setup = set_up(small, read_splits(small))
-    run = abstract_run(small, ONE, 0.5)
+    run = abstract_train_state(small, ONE, 0.5)
     found, wanted = (
         jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree)
         for tree in ((run.state, run.frozen), (setup.state, setup.frozen))
@@ -59,14 +59,14 @@ def test_memory_is_what_a_compiled_step_takes(settings, monkeypatch):
     monkeypatch.setattr(
         architectures, "preset_sizes", lambda name: (sizes(name)[0], {**sizes(name)[1], "num_layers": 3})
     )
-    run = abstract_run(config(**settings), ONE, 0.6)
+    run = abstract_train_state(config(**settings), ONE, 0.6)
     assert planned_memory(run).total == pytest.approx(run.compiled_memory().total_bytes, rel=0.1)
 
 
 def test_a_mesh_takes_its_share_of_what_can_be_cut():
     full = config(training__method="full", training__batch_size=8)
     whole, parts, copies = (
-        planned_memory(abstract_run(full, shape, 0.6)) for shape in (ONE, MeshShape(fsdp=8), MeshShape(data=8))
+        planned_memory(abstract_train_state(full, shape, 0.6)) for shape in (ONE, MeshShape(fsdp=8), MeshShape(data=8))
     )
     assert parts.optimizer == pytest.approx(whole.optimizer / 8, rel=2e-3)  # Norms are on every device.
     assert copies.optimizer == whole.optimizer
@@ -77,7 +77,7 @@ def test_operations_are_those_of_the_definition():
     """Frozen products: 2 a weight and token forward, 2 backward; the head the same where there is a loss. What is left
     is attention, counted here by hand: scores and sums over half a row, forward, anew and twice backward.
     """
-    run = abstract_run(config(training__batch_size=1, data__max_length=512, training__remat="none"), ONE, 0.5)
+    run = abstract_train_state(config(training__batch_size=1, data__max_length=512, training__remat="none"), ONE, 0.5)
     layer = 640 * 256 * (4 + 1 + 1 + 4) + 3 * 640 * 2048
     weights = 4 * 18 * layer * 512 + 4 * 262_144 * 640 * 256
     attention = 4 * 18 * (2 * 2 * 4 * 256 * 512 * 512 / 2)
@@ -86,21 +86,23 @@ def test_operations_are_those_of_the_definition():
 
 def test_time_follows_what_bounds_it():
     many, few = (
-        planned_step(abstract_run(config(training__batch_size=rows, model__precision="bfloat16"), ONE, 0.6), V5E)
+        planned_step(
+            abstract_train_state(config(training__batch_size=rows, model__precision="bfloat16"), ONE, 0.6), V5E
+        )
         for rows in (32, 1)
     )
     assert many.bound_by == "arithmetic" and many.seconds == many.computing
     slow = V5E._replace(memory_bandwidth=V5E.memory_bandwidth / 1000)
-    run = abstract_run(config(training__batch_size=1), ONE, 0.6)
+    run = abstract_train_state(config(training__batch_size=1), ONE, 0.6)
     assert planned_step(run, slow).bound_by == "memory"
-    spread = abstract_run(config(training__batch_size=4), MeshShape(model=4), 0.6)
+    spread = abstract_train_state(config(training__batch_size=4), MeshShape(model=4), 0.6)
     assert planned_step(spread, V5E._replace(link_bandwidth=1e6)).bound_by == "connection"
     assert few.seconds < many.seconds < 32.01 * few.seconds
 
 
 def test_the_biggest_batch_is_the_biggest():
     (plan,) = make_plans(config(training__batch_size=4), MeshShape(fsdp=4), 0.6, [V5E])
-    run = abstract_run(config(training__batch_size=4), MeshShape(fsdp=4), 0.6)
+    run = abstract_train_state(config(training__batch_size=4), MeshShape(fsdp=4), 0.6)
     room, biggest = usable_bytes(V5E), plan.biggest_batch
     assert biggest % 4 == 0 and biggest > 4
     assert planned_memory(with_batch_size(run, biggest)).total <= room
@@ -124,7 +126,7 @@ def test_calibrating_gives_back_what_was_measured():
     some, seconds = config(training__batch_size=1), 3.3
     slow_chip = V5E._replace(flops_32=200e9)
     chip = calibrated(slow_chip, some, ONE, 0.6, seconds)
-    assert planned_step(abstract_run(some, ONE, 0.6), chip).seconds == pytest.approx(seconds)
+    assert planned_step(abstract_train_state(some, ONE, 0.6), chip).seconds == pytest.approx(seconds)
     assert 0 < chip.share < 1
     with pytest.raises(ConfigError, match="can't have run on v5e"):
         calibrated(slow_chip, some, ONE, 0.6, 0.01)
@@ -138,15 +140,15 @@ def test_meshes_and_names_that_are_wrong():
     with pytest.raises(ConfigError, match="Did you mean v5"):
         find_hardware("v5f")
     with pytest.raises(ModelError, match="not known without its weights"):
-        abstract_run(config(model__source="gemma4_2b"), ONE, 0.6)
+        abstract_train_state(config(model__source="gemma4_2b"), ONE, 0.6)
 
 
 @pytest.mark.parametrize("name", ["gemma_2b_en", "gemma2_9b_en", "gemma3_27b"])
 def test_published_sizes_have_the_published_number_of_parameters(name):
     """KerasHub's presets say how many parameters they have; that of a multimodal one counts its vision part too."""
-    from gemma_tune.models.presets import presets
+    from gemma_tune.models.sources.preset_catalog import presets
 
     published = {preset.name: preset.num_params for preset in presets()}[name]
-    run = abstract_run(config(model__source=name, training__method="full"), ONE, 0.6)
+    run = abstract_train_state(config(model__source=name, training__method="full"), ONE, 0.6)
     found = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((run.state.trainable, run.frozen)))
     assert published * (0.98 if name == "gemma3_27b" else 1) <= found <= published

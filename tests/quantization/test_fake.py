@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_tune.quantization.codes import dequantize, fake_quantize, quantize
 from gemma_tune.quantization.fake import FakeQuantized
-from gemma_tune.quantization.grids import dequantize, fake_quantize, quantize
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.spec import QuantSpec
 
-GRIDS = [Grid("int8"), Grid("int4", 32), Grid("int4", 64), Grid("nf4", 32)]
+GRIDS = [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("int4", 64), QuantSpec("nf4", 32)]
 
 
 def weights(rng, shape):
@@ -21,39 +21,39 @@ def weights(rng, shape):
     return values
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 640, 256), (4, 128, 96), (512, 640, 1)])
-def test_it_is_the_conversion_bit_for_bit(rng, grid, shape):
+def test_it_is_the_conversion_bit_for_bit(rng, quant_spec, shape):
     """XLA, in one compiled program, against NumPy, which converts: no value may go to another code."""
     values = weights(rng, shape)
-    wanted = dequantize(quantize(values, grid))
-    np.testing.assert_array_equal(jax.jit(lambda x: fake_quantize(x, grid))(values), wanted)
+    wanted = dequantize(quantize(values, quant_spec))
+    np.testing.assert_array_equal(jax.jit(lambda x: fake_quantize(x, quant_spec))(values), wanted)
     assert not np.array_equal(wanted, values)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_bfloat16_is_rounded_in_float32(rng, grid):
+@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+def test_bfloat16_is_rounded_in_float32(rng, quant_spec):
     values = jnp.asarray(weights(rng, (2, 128, 32)), jnp.bfloat16)
-    wanted = dequantize(quantize(np.asarray(values, np.float32), grid), jnp.bfloat16)
-    np.testing.assert_array_equal(np.asarray(fake_quantize(values, grid)), np.asarray(wanted))
+    wanted = dequantize(quantize(np.asarray(values, np.float32), quant_spec), jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(fake_quantize(values, quant_spec)), np.asarray(wanted))
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_rows_are_those_of_the_whole(rng, grid):
+@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+def test_rows_are_those_of_the_whole(rng, quant_spec):
     values = weights(rng, (90, 128, 1))
-    whole = dequantize(quantize(values, grid))[..., 0]
-    head = FakeQuantized(jnp.asarray(values[..., 0]), grid)
+    whole = dequantize(quantize(values, quant_spec))[..., 0]
+    head = FakeQuantized(jnp.asarray(values[..., 0]), quant_spec)
     np.testing.assert_array_equal(jax.jit(lambda head, start: head.rows(start, 32))(head, 48), whole[48:80])
     indices = rng.integers(0, 90, 20)
     np.testing.assert_array_equal(head.take(jnp.asarray(indices)), whole[indices])
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_its_gradient_is_a_head_too(rng, grid):
+@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+def test_its_gradient_is_a_head_too(rng, quant_spec):
     """Of the floats, straight through, under the same grid."""
-    head = FakeQuantized(jnp.asarray(weights(rng, (40, 64, 1))[..., 0]), grid)
+    head = FakeQuantized(jnp.asarray(weights(rng, (40, 64, 1))[..., 0]), quant_spec)
     slope = jnp.asarray(rng.normal(size=(8, 64)), jnp.float32)
     gradient = jax.grad(lambda head: jnp.sum(head.rows(16, 8) * slope))(head)
-    assert gradient.grid == grid
+    assert gradient.quant_spec == quant_spec
     np.testing.assert_array_equal(gradient.values[16:24], slope)
     assert not np.asarray(gradient.values[:16]).any() and not np.asarray(gradient.values[24:]).any()

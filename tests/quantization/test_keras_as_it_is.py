@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_tune.keras_runtime import keras
-from gemma_tune.quantization.grids import dequantize, quantize
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.codes import dequantize, quantize
+from gemma_tune.quantization.spec import QuantSpec
+from gemma_tune.runtime.backend import keras
 
 NAMES = ("query", "value", "ffw_gating")
 
@@ -78,7 +78,7 @@ def test_int4_mixes_the_channels_of_several_heads(rng):
     kernel = (rng.normal(size=(4, 64, 16)) * np.exp(rng.normal(size=(4, 1, 16)))).astype(np.float32)
     mixed = int4_error("btd,ndh->btnh", (4, 16), kernel)
     right = int4_error("btd,df->btf", (64,), kernel.transpose(1, 0, 2).reshape(64, 64))
-    ours = np.square(dequantize(quantize(kernel, Grid("int4", 64))) - kernel).sum()
+    ours = np.square(dequantize(quantize(kernel, QuantSpec("int4", 64))) - kernel).sum()
     assert mixed > 1.5 * right
     assert ours < 1.1 * right
 

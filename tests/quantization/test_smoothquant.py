@@ -7,9 +7,9 @@ import pytest
 from rounding import correlated_inputs
 
 from gemma_tune.errors import ConfigError, ModelError
-from gemma_tune.quantization.grids import Quantized, quantize
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.codes import Quantized, quantize
 from gemma_tune.quantization.smoothquant import dynamic_product, quantize_activations, smooth_scale
+from gemma_tune.quantization.spec import QuantSpec
 
 SHAPE = (2, 64, 8)
 
@@ -63,9 +63,9 @@ def test_activations_are_rounded_token_by_token(rng):
 def test_products_are_those_of_the_integers(rng):
     """As large as they can be, which sums of 8 or 16 bits would not hold."""
     x, values = np.full((1, 2048), 3.0, np.float32), np.full((1, 2048, 2), -5.0, np.float32)
-    np.testing.assert_allclose(dynamic_product(x, quantize(values, Grid("int8"))), 2048 * -15.0, rtol=1e-5)
+    np.testing.assert_allclose(dynamic_product(x, quantize(values, QuantSpec("int8"))), 2048 * -15.0, rtol=1e-5)
     x, values = with_outliers(rng), rng.normal(size=SHAPE).astype(np.float32)
-    kernel = quantize(values, Grid("int8"))
+    kernel = quantize(values, QuantSpec("int8"))
     codes, scale = (np.asarray(part) for part in jax.jit(quantize_activations)(x))
     integers = np.einsum("tc,pcq->tpq", codes.astype(np.int64), kernel.codes.astype(np.int64))
     wanted = integers * scale.astype(np.float64)[..., None] * kernel.scales.values[:, 0, 0]
@@ -79,7 +79,7 @@ def test_smoothing_is_what_makes_integers_do(rng):
     scale = np.asarray(smooth_scale(values, np.abs(x).max(0)))
     wanted, errors = product(x, values), []
     for inputs, weights in ((x, values), (x / scale, values * scale[:, None])):
-        errors.append(np.square(dynamic_product(inputs, quantize(weights, Grid("int8"))) - wanted).sum())
+        errors.append(np.square(dynamic_product(inputs, quantize(weights, QuantSpec("int8"))) - wanted).sum())
     assert errors[1] < 0.3 * errors[0]
 
 
@@ -87,6 +87,6 @@ def test_what_is_refused(rng):
     values = rng.normal(size=SHAPE).astype(np.float32)
     with pytest.raises(ConfigError, match=r"from 0 to 1, got 1\.5"):
         smooth_scale(values, np.ones(SHAPE[1]), 1.5)
-    packed: Quantized = quantize(values, Grid("nf4", 32))
+    packed: Quantized = quantize(values, QuantSpec("nf4", 32))
     with pytest.raises(ModelError, match="need an int8 kernel, but its codes are uint8"):
         dynamic_product(np.ones((1, SHAPE[1])), packed)

@@ -7,8 +7,8 @@ import pytest
 from rounding import correlated_inputs
 
 from gemma_tune.errors import ModelError
-from gemma_tune.quantization.grids import dequantize, quantize
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.codes import dequantize, quantize
+from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.quantization.statistics import add, check_fit, observe, output_error
 
 
@@ -50,7 +50,7 @@ def test_all_in_float32(rng):
 
 def test_output_error_is_that_of_the_outputs(rng):
     x, values = correlated_inputs(rng, 200, 64), rng.normal(size=(3, 64, 5)).astype(np.float32)
-    rounded = dequantize(quantize(values, Grid("int4", 32)))
+    rounded = dequantize(quantize(values, QuantSpec("int4", 32)))
     outputs, wanted = (np.einsum("tc,pcq->tpq", x.astype(np.float64), kernel) for kernel in (rounded, values))
     relative = np.square(outputs - wanted).sum() / np.square(wanted).sum()
     hessian = observe(x).hessian
@@ -60,10 +60,10 @@ def test_output_error_is_that_of_the_outputs(rng):
 
 
 def test_what_does_not_fit():
-    check_fit(np.zeros((2, 64, 3)), np.zeros((64, 64)), Grid("int4", 32))
+    check_fit(np.zeros((2, 64, 3)), np.zeros((64, 64)), QuantSpec("int4", 32))
     with pytest.raises(ModelError, match=r"shapes \(2, 64, 3\) and \(128, 128\)"):
-        check_fit(np.zeros((2, 64, 3)), np.zeros((128, 128)), Grid("int4", 32))
+        check_fit(np.zeros((2, 64, 3)), np.zeros((128, 128)), QuantSpec("int4", 32))
     with pytest.raises(ModelError, match="needs a Hessian"):
-        check_fit(np.zeros((64, 3)), np.zeros((64, 64)), Grid("int8"))
+        check_fit(np.zeros((64, 3)), np.zeros((64, 64)), QuantSpec("int8"))
     with pytest.raises(ModelError, match="block_size=128 does not divide its 64 inputs"):
-        check_fit(np.zeros((2, 64, 3)), np.zeros((64, 64)), Grid("nf4", 128))
+        check_fit(np.zeros((2, 64, 3)), np.zeros((64, 64)), QuantSpec("nf4", 128))

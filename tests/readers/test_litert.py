@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from gemma_tune.export.litert import Lengths, write_litert
+from gemma_tune.export.litert.model import Lengths, write_litert
 from gemma_tune.models.load import load_model
-from gemma_tune.models.tokenizer import TextTokenizer, tokenizer_of
+from gemma_tune.models.sources.tokenizer import TextTokenizer, tokenizer_of
 from gemma_tune.serving.decode import decoder_of
 
 pytestmark = [

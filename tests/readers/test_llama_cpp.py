@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from readers.prompts import PROMPTS, TEXTS
 
-from gemma_tune.export.gguf_file import write_gguf
+from gemma_tune.export.gguf.writer import write_gguf
 from gemma_tune.models.load import load_model
-from gemma_tune.models.tokenizer import tokenizer_of
+from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.serving.decode import decoder_of
 
 pytestmark = [
@@ -104,7 +104,7 @@ def test_ggml_rounds_to_k_quants_no_better(rng):
     import gguf
     import llama_cpp
 
-    from gemma_tune.export.gguf_types import to_type
+    from gemma_tune.export.gguf.tensor_types import to_type
 
     library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.so*"))))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t

@@ -12,10 +12,10 @@ import pytest
 
 from gemma_tune.errors import ConfigError, EngineClosed, EngineFull, ModelError
 from gemma_tune.models.functional import hidden_states
-from gemma_tune.quantization.scheme import Grid
+from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.serving.decode import Decoder
-from gemma_tune.serving.engine import Engine
-from gemma_tune.serving.request import Request
+from gemma_tune.serving.engine.engine import Engine
+from gemma_tune.serving.engine.request import Request
 from gemma_tune.serving.sampling import Sampling
 
 LONG = tuple(2 + (7 * index * index + index) % 900 for index in range(150))  # Three pieces, nine windows.
@@ -116,16 +116,16 @@ def test_every_family_answers_as_keras_hub_does(tiny, family):
 
 
 @pytest.mark.parametrize(
-    ("family", "grid"),
+    ("family", "quant_spec"),
     [
-        pytest.param("gemma3", Grid("int8")),
-        pytest.param("gemma3", Grid("nf4", 32), marks=pytest.mark.slow),
-        pytest.param("gemma2", Grid("int4", 32), marks=pytest.mark.slow),
-        pytest.param("gemma4", Grid("int8"), marks=pytest.mark.slow),
+        pytest.param("gemma3", QuantSpec("int8")),
+        pytest.param("gemma3", QuantSpec("nf4", 32), marks=pytest.mark.slow),
+        pytest.param("gemma2", QuantSpec("int4", 32), marks=pytest.mark.slow),
+        pytest.param("gemma4", QuantSpec("int8"), marks=pytest.mark.slow),
     ],
 )
-def test_weights_in_few_bits_answer_as_the_decoder_does(tiny, family, grid):
-    model = tiny(family, grid=grid)
+def test_weights_in_few_bits_answer_as_the_decoder_does(tiny, family, quant_spec):
+    model = tiny(family, quant_spec=quant_spec)
     wanted = []
     for prompt in PROMPTS[:3]:
         wanted.append(tuple(token for (token,) in Decoder(model).generate([prompt], NUM_NEW, ())))
@@ -137,8 +137,8 @@ def test_weights_in_few_bits_answer_as_the_decoder_does(tiny, family, grid):
 
 def make_adapters(tiny, folder, num=3):
     """Adapters whose factors are far from zero, of several ranks and layers, and of both layouts, one with DoRA."""
-    from gemma_tune.models.adapter import save_adapter
-    from gemma_tune.models.lora import enable_lora, lora_layers
+    from gemma_tune.models.lora.adapter import save_adapter
+    from gemma_tune.models.lora.enable import enable_lora, lora_layers
 
     paths = {}
     for index in range(num):

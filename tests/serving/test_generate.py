@@ -5,8 +5,8 @@ import pytest
 import gemma_tune
 from gemma_tune.data import Turn
 from gemma_tune.errors import ModelError
-from gemma_tune.models.tokenizer import tokenizer_of
-from gemma_tune.serving.generate import encode_prompt
+from gemma_tune.models.sources.tokenizer import tokenizer_of
+from gemma_tune.serving.generation import encode_prompt
 
 QUESTIONS = ["How do I reset it?", "Where is the menu with all the settings for the camera of my phone, please?", "Hi"]
 
@@ -46,7 +46,7 @@ def test_a_trained_model_stops_at_the_end_of_its_turn(tiny):
     from gemma_tune.models.functional import assign, parameters
     from gemma_tune.training.optimizer import make_optimizer, make_schedule
     from gemma_tune.training.state import init_state
-    from gemma_tune.training.step import make_train_step
+    from gemma_tune.training.step.train_step import make_train_step
 
     model = tiny("gemma3")
     example = Example((Turn("user", "How do I reset it?"), Turn("model", "Go to Settings.")))

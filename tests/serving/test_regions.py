@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from gemma_tune.serving.regions import Regions
+from gemma_tune.serving.engine.kv_cache import KVCacheAllocator
 
 CHUNK = 4
 
 
 def test_regions_never_overlap_and_all_room_comes_back(rng):
-    regions, live = Regions(64, CHUNK), []
+    regions, live = KVCacheAllocator(64, CHUNK), []
     for _ in range(2000):
         if live and rng.random() < 0.5:
             region = live.pop(rng.integers(len(live)))
@@ -30,7 +30,7 @@ def test_regions_never_overlap_and_all_room_comes_back(rng):
 
 
 def test_the_longest_beginning_is_found_in_whole_chunks_and_of_the_same_adapter():
-    regions = Regions(64, CHUNK)
+    regions = KVCacheAllocator(64, CHUNK)
     region, source, common = regions.allocate(12, list(range(9)), 1)
     assert (source, common) == (None, 0)
     region.tokens = tuple(range(8))
@@ -42,7 +42,7 @@ def test_the_longest_beginning_is_found_in_whole_chunks_and_of_the_same_adapter(
 
 
 def test_no_room_until_a_request_is_done_and_the_longest_unused_goes_first():
-    regions = Regions(16, CHUNK)
+    regions = KVCacheAllocator(16, CHUNK)
     first, second = (regions.allocate(8, [], 0)[0] for _ in range(2))
     assert regions.allocate(4, [], 0) is None
     for region, tokens in ((second, (1, 1, 1, 1)), (first, (2, 2, 2, 2))):
@@ -53,7 +53,7 @@ def test_no_room_until_a_request_is_done_and_the_longest_unused_goes_first():
 
 
 def test_a_source_that_must_make_room_is_no_source():
-    regions = Regions(8, CHUNK)
+    regions = KVCacheAllocator(8, CHUNK)
     region, _, _ = regions.allocate(8, [], 0)
     region.tokens = (1, 1, 1, 1)
     regions.give_back(region)

@@ -7,13 +7,13 @@ import pytest
 from test_step import lora_model, num_targets, random_batch, sgd
 
 from gemma_tune.errors import ModelError
+from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.blocks import block_kinds, can_be_split
 from gemma_tune.models.functional import parameters
-from gemma_tune.models.packing import enable_packing
-from gemma_tune.models.prepare import LoraSettings, prepare_for_training
-from gemma_tune.training.blockwise import Blockwise
+from gemma_tune.models.transforms import LoraSettings, transform_for_training
 from gemma_tune.training.state import init_state
-from gemma_tune.training.step import make_eval_step, make_train_step
+from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.train_step import make_eval_step, make_train_step
 
 SPLIT_FAMILIES = ("gemma", "gemma2", "gemma3")
 
@@ -22,8 +22,8 @@ def both_steps(model, batch, remat, grad_accum_steps=1):
     """Returns (state, metrics) of one step with each program. SGD at rate 1: the state is the gradient."""
     optimizer = sgd()
     results = []
-    for blockwise in (None, Blockwise(model, remat)):
-        step = make_train_step(model, optimizer, num_targets(batch), grad_accum_steps, blockwise)
+    for per_block in (None, PerBlockProgram(model, remat)):
+        step = make_train_step(model, optimizer, num_targets(batch), grad_accum_steps, per_block)
         results.append(step(init_state(model, optimizer), parameters(model).frozen, batch))
     return results
 
@@ -36,7 +36,7 @@ def assert_same(whole, blocks):
         np.testing.assert_allclose(blocks[0].trainable[path], value, atol=1e-4 * np.abs(value).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("remat", ["none", "blocks", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("family", SPLIT_FAMILIES)
 def test_a_lora_step_is_the_same(tiny, family, remat, rng):
     model, trainable, _ = lora_model(tiny, family, rng)
@@ -46,7 +46,7 @@ def test_a_lora_step_is_the_same(tiny, family, remat, rng):
     assert_same(*both_steps(model, random_batch(rng), remat))
 
 
-@pytest.mark.parametrize("remat", ["blocks", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_step_with_pefts_layout_and_dora_is_the_same(tiny, remat, rng):
     model, trainable, _ = lora_model(tiny, "gemma", rng, layout="peft", use_rslora=True, use_dora=True)
     for variable in model.backbone.trainable_variables:
@@ -58,14 +58,14 @@ def test_a_step_with_pefts_layout_and_dora_is_the_same(tiny, remat, rng):
 @pytest.mark.parametrize("family", SPLIT_FAMILIES)
 def test_a_full_step_is_the_same(tiny, family, rng):
     """The embedding gets gradients from both of its ends."""
-    assert_same(*both_steps(tiny(family), random_batch(rng), "blocks"))
+    assert_same(*both_steps(tiny(family), random_batch(rng), "dots"))
 
 
 def test_lora_on_the_embedding_and_one_layer(tiny, rng):
     model, trainable, _ = lora_model(tiny, "gemma3", rng, ("token_embedding", "value"))
     for variable in model.backbone.trainable_variables:
         variable.assign(trainable[variable.path])
-    assert_same(*both_steps(model, random_batch(rng), "blocks"))
+    assert_same(*both_steps(model, random_batch(rng), "dots"))
 
 
 def test_accumulation_is_the_same(tiny, rng):
@@ -73,7 +73,7 @@ def test_accumulation_is_the_same(tiny, rng):
     for variable in model.backbone.trainable_variables:
         variable.assign(trainable[variable.path])
     batch = random_batch(rng, lengths=(38, 6, 3, 30))
-    assert_same(*both_steps(model, batch, "blocks", grad_accum_steps=2))
+    assert_same(*both_steps(model, batch, "dots", grad_accum_steps=2))
 
 
 def test_a_batch_with_few_targets_takes_a_smaller_head(tiny, rng):
@@ -81,25 +81,25 @@ def test_a_batch_with_few_targets_takes_a_smaller_head(tiny, rng):
     model, trainable, _ = lora_model(tiny, "gemma3", rng)
     for variable in model.backbone.trainable_variables:
         variable.assign(trainable[variable.path])
-    batch, optimizer, blockwise = random_batch(rng), sgd(), Blockwise(model, "blocks")
+    batch, optimizer, per_block = random_batch(rng), sgd(), PerBlockProgram(model, "dots")
     count, frozen = num_targets(batch), parameters(model).frozen
     padded, sized, exact = (
-        make_train_step(model, optimizer, sizes, 1, blockwise)(init_state(model, optimizer), frozen, batch)
+        make_train_step(model, optimizer, sizes, 1, per_block)(init_state(model, optimizer), frozen, batch)
         for sizes in (count + 50, (count // 2, count, count + 50), count)
     )
     assert_same(padded, sized)
     for path, value in exact[0].trainable.items():
         np.testing.assert_array_equal(sized[0].trainable[path], value)
     with pytest.raises(AssertionError, match=f"has {count} positions"):
-        make_train_step(model, optimizer, count - 1, 1, blockwise)(init_state(model, optimizer), frozen, batch)
+        make_train_step(model, optimizer, count - 1, 1, per_block)(init_state(model, optimizer), frozen, batch)
 
 
 def test_the_held_out_loss_is_the_same(tiny, rng):
     model, batch = tiny("gemma2"), random_batch(rng)
     groups = parameters(model)
     whole, blocks = (
-        make_eval_step(model, num_targets(batch), blockwise)(groups.trainable, groups.frozen, batch)
-        for blockwise in (None, Blockwise(model, "blocks"))
+        make_eval_step(model, num_targets(batch), per_block)(groups.trainable, groups.frozen, batch)
+        for per_block in (None, PerBlockProgram(model, "dots"))
     )
     np.testing.assert_allclose(blocks, whole, rtol=1e-5)
 
@@ -118,17 +118,20 @@ def test_gemma_4_takes_one_whole_program(tiny):
     model = tiny("gemma4")
     assert not can_be_split(model.backbone)
     lora = LoraSettings(2, 2.0, ("query",), 0)
-    assert prepare_for_training(model, lora, packing=True, remat="blocks", row_length=64).program == "whole"
+    assert transform_for_training(model, lora, packing=True, remat="dots", row_length=64).program == "whole"
     with pytest.raises(ModelError, match="training.program=whole"):
-        prepare_for_training(tiny("gemma4"), lora, packing=True, remat="blocks", row_length=64, program="blocks")
+        transform_for_training(tiny("gemma4"), lora, packing=True, remat="dots", row_length=64, program="per_block")
 
 
 def test_the_program_is_compiled_once_for_a_shape(tiny, rng):
     model = tiny("gemma3")
     lora = LoraSettings(2, 2.0, ("query",), 0)
-    assert prepare_for_training(model, lora, packing=True, remat="blocks", row_length=40).program == "blocks"
+    assert transform_for_training(model, lora, packing=True, remat="dots", row_length=40).program == "per_block"
     optimizer = sgd()
-    step, state = make_train_step(model, optimizer, 160, 1, Blockwise(model, "blocks")), init_state(model, optimizer)
+    step, state = (
+        make_train_step(model, optimizer, 160, 1, PerBlockProgram(model, "dots")),
+        init_state(model, optimizer),
+    )
     frozen = parameters(model).frozen
     for lengths in ((20, 9), (5, 30, 12), (40, 3)):
         state, _ = step(state, frozen, random_batch(rng, lengths))
@@ -141,11 +144,11 @@ def test_the_program_is_compiled_once_for_a_shape(tiny, rng):
 def test_the_forecast_counts_what_is_kept_for_the_backward_pass(tiny, rng):
     """Nothing is run. Recomputing keeps less; twice the rows keep about twice as much."""
     totals = []
-    for remat, num_rows in (("none", 8), ("blocks", 8), ("full", 8), ("none", 16)):
+    for remat, num_rows in (("none", 8), ("dots", 8), ("full", 8), ("none", 16)):
         model, _, frozen = lora_model(tiny, "gemma3", rng)
         batch = random_batch(rng, (200,) * num_rows, num_rows, 200)
         optimizer = sgd()
-        step = make_train_step(model, optimizer, 64, 1, Blockwise(model, remat))
+        step = make_train_step(model, optimizer, 64, 1, PerBlockProgram(model, remat))
         inputs = init_state(model, optimizer), frozen, batch
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), inputs)
         totals.append(step.memory(*shapes).temporary_bytes)

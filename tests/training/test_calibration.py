@@ -9,21 +9,21 @@ from test_step import num_targets, random_batch
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import bound, hidden_states, parameters
 from gemma_tune.models.load import load_model
-from gemma_tune.models.prepare import prepare_for_training
 from gemma_tune.models.preset import save_preset
-from gemma_tune.models.quantize import matrix_shape, quantize_layer, quantize_layers
-from gemma_tune.quantization.grids import dequantize
-from gemma_tune.quantization.scheme import Grid, LayerScheme
+from gemma_tune.models.quantized.convert import matrix_shape, quantize_layer, quantize_layers
+from gemma_tune.models.transforms import transform_for_training
+from gemma_tune.quantization.codes import dequantize
+from gemma_tune.quantization.spec import LayerScheme, QuantSpec
 from gemma_tune.training import calibration
 from gemma_tune.training.calibration import _linear_layers, quantize_calibrated
-from gemma_tune.training.step import make_loss_fn
+from gemma_tune.training.step.train_step import make_loss_fn
 
-METHODS = {"gptq": Grid("int4", 32), "awq": Grid("int4", 32), "smoothquant": Grid("int8")}
+METHODS = {"gptq": QuantSpec("int4", 32), "awq": QuantSpec("int4", 32), "smoothquant": QuantSpec("int8")}
 
 
 def prepared(name):
     model = load_model(f"tiny:{name}")
-    prepare_for_training(model, None, packing=True, remat="none", row_length=64)
+    transform_for_training(model, None, packing=True, remat="none", row_length=64)
     return model
 
 
@@ -71,18 +71,18 @@ def test_inputs_are_those_of_each_layer():
     found = {}
     whole = calibration._quantize_one
 
-    def remember(layer, statistics, method, grid):
+    def remember(layer, statistics, method, quant_spec):
         found[layer.path] = statistics
-        return whole(layer, statistics, method, grid)
+        return whole(layer, statistics, method, quant_spec)
 
     calibration._quantize_one = remember
     try:
         (batch,) = batches(0, 1)
         twin = load_model("tiny:gemma3")
-        quantize_calibrated(model, [batch], "gptq", Grid("int8"))
+        quantize_calibrated(model, [batch], "gptq", QuantSpec("int8"))
     finally:
         calibration._quantize_one = whole
-    quantize_layer(twin.backbone.token_embedding, LayerScheme(Grid("int8")))
+    quantize_layer(twin.backbone.token_embedding, LayerScheme(QuantSpec("int8")))
     first = twin.backbone.transformer_layers[0]
     x = twin.backbone.token_embedding(batch.token_ids) * twin.backbone.hidden_dim**0.5
     x = np.asarray(first.pre_attention_norm(x), np.float64)[np.asarray(batch.segment_ids) > 0]
@@ -101,9 +101,9 @@ def test_gptq_loses_less_on_held_out_text_than_rounding():
     for way in ("float", "rounded", "gptq"):
         model = prepared("gemma2")
         if way == "rounded":
-            quantize_layers(model.backbone, Grid("int4", 32))
+            quantize_layers(model.backbone, QuantSpec("int4", 32))
         elif way == "gptq":
-            quantize_calibrated(model, batches(0, 8), "gptq", Grid("int4", 32))
+            quantize_calibrated(model, batches(0, 8), "gptq", QuantSpec("int4", 32))
         groups = parameters(model)
         held_out = batches(7, 1)[0]
         with bound(model, groups.trainable, groups.frozen):
@@ -129,7 +129,7 @@ def test_saved_and_loaded_it_is_the_same(method, tmp_path):
 def test_integers_and_their_floats_are_the_same_product(rng, monkeypatch):
     """What accelerators multiply as integers, for each form of kernel; with a scale for the inputs."""
     model = prepared("gemma3")
-    quantize_calibrated(model, batches(0, 2), "smoothquant", Grid("int8"))
+    quantize_calibrated(model, batches(0, 2), "smoothquant", QuantSpec("int8"))
     block = model.backbone.transformer_layers[0]
     for layer in (block.attention.query_dense, block.attention.output_dense, block.ffw_linear):
         inputs = layer._float_kernel.shape[:2] if layer.equation.startswith("btnh") else (matrix_shape(layer)[1],)
@@ -144,7 +144,7 @@ def test_integers_and_their_floats_are_the_same_product(rng, monkeypatch):
 def test_rounded_inputs_are_an_int8_product(rng):
     """smoothquant-int8 and int8-dynamic: integers times integers, and two scales."""
     model = prepared("gemma3")
-    quantize_calibrated(model, batches(0, 2), "smoothquant", Grid("int8"))
+    quantize_calibrated(model, batches(0, 2), "smoothquant", QuantSpec("int8"))
     layer = model.backbone.transformer_layers[0].gating_ffw
     x = jnp.asarray(rng.normal(size=(2, 5, matrix_shape(layer)[1])), jnp.float32)
     quantized = layer.quantized()
@@ -164,4 +164,4 @@ def test_rounded_inputs_are_an_int8_product(rng):
 
 def test_gemma4_is_refused():
     with pytest.raises(ModelError, match="don't just follow one another"):
-        quantize_calibrated(prepared("gemma4"), batches(0, 1), "gptq", Grid("int4", 32))
+        quantize_calibrated(prepared("gemma4"), batches(0, 1), "gptq", QuantSpec("int4", 32))

@@ -12,10 +12,10 @@ import optax
 import pytest
 
 from gemma_tune.errors import TrainingError
-from gemma_tune.training.checkpoints import Checkpoints, Progress
-from gemma_tune.training.interrupts import Interrupted
-from gemma_tune.training.loop import Loop, LoopSettings
-from gemma_tune.training.metrics import MetricsWriter, read_metrics
+from gemma_tune.runtime.interrupts import Interrupted
+from gemma_tune.training.run.checkpoints import Checkpoints, Progress
+from gemma_tune.training.run.loop import Loop, LoopSettings
+from gemma_tune.training.run.metrics import MetricsWriter, read_metrics
 from gemma_tune.training.state import StepMetrics, TrainState
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_tune.training.losses import fused_linear_cross_entropy
+from gemma_tune.training.losses.cross_entropy import fused_linear_cross_entropy
 
 
 def plain_loss(hidden, head, target_ids, weights, soft_cap):

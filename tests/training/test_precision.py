@@ -14,17 +14,17 @@ from test_step import num_targets, random_batch, sgd
 from gemma_tune.cli.main import run as run_command
 from gemma_tune.data import Batch, TokenizedExample, make_batch
 from gemma_tune.errors import TrainingError
-from gemma_tune.models import prepare
+from gemma_tune.models import transforms as prepare
 from gemma_tune.models.functional import parameters, variables_by_path
-from gemma_tune.models.lora import enable_lora
-from gemma_tune.models.prepare import LoraSettings, prepare_for_training
-from gemma_tune.training import loss_scale as loss_scale_module
-from gemma_tune.training.blockwise import Blockwise
-from gemma_tune.training.checkpoints import Checkpoints, Progress, _to_tree
-from gemma_tune.training.loss_scale import FIRST_SCALE, LossScale, init_loss_scale, next_loss_scale, power_of_two
+from gemma_tune.models.lora.enable import enable_lora
+from gemma_tune.models.transforms import LoraSettings, transform_for_training
+from gemma_tune.training.losses.cross_entropy import loss_scale as loss_scale_module
+from gemma_tune.training.losses.loss_scale import FIRST_SCALE, LossScale, init_loss_scale, next_loss_scale, power_of_two
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
+from gemma_tune.training.run.checkpoints import Checkpoints, Progress, _to_tree
 from gemma_tune.training.state import StepMetrics, init_state
-from gemma_tune.training.step import make_eval_step, make_loss_fn, make_train_step, make_update
+from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.train_step import make_eval_step, make_loss_fn, make_train_step, make_update
 
 FLOAT16 = ("float16", "mixed_float16")
 NUM_STEPS, WINDOW = 100, 20
@@ -70,10 +70,10 @@ def curve(method, precision, learning_rate=3e-3):
 
     model = load_model("tiny:gemma3", precision=precision)
     lora = LoraSettings(4, 4.0, ("all-linear",), seed=0) if method == "lora" else None
-    prepare_for_training(model, lora, packing=True, remat="blocks", row_length=40)
+    transform_for_training(model, lora, packing=True, remat="dots", row_length=40)
     rng = np.random.default_rng(5)
     frequency = 1 / np.arange(1, 1001) ** 1.5
-    step = make_train_step(model, adamw(learning_rate), 60, 1, Blockwise(model, "blocks"))
+    step = make_train_step(model, adamw(learning_rate), 60, 1, PerBlockProgram(model, "dots"))
     state, frozen, losses = init_state(model, adamw(learning_rate), take_over=True), parameters(model).frozen, []
     for _ in range(NUM_STEPS):
         tokens = rng.choice(np.arange(10, 1010), size=(2, 40), p=frequency / frequency.sum()).astype(np.int32)
@@ -127,12 +127,12 @@ def test_tiny_gradients_live_by_the_scale(tiny, precision):
     assert error(unscaled) > 0.5 and np.mean(unscaled == 0) > 0.5 > np.mean(scaled == 0)
 
 
-@pytest.mark.parametrize("program", ["whole", "blocks"])
+@pytest.mark.parametrize("program", ["whole", "per_block"])
 @pytest.mark.parametrize("precision", FLOAT16)
 def test_a_step_that_overflows_changes_nothing_but_the_scale(tiny, precision, program):
     model, batch = lora_model(tiny, precision), random_batch(np.random.default_rng(1))
-    blockwise = Blockwise(model, "blocks") if program == "blocks" else None
-    step, frozen = make_train_step(model, adamw(), num_targets(batch), 1, blockwise), parameters(model).frozen
+    per_block = PerBlockProgram(model, "dots") if program == "per_block" else None
+    step, frozen = make_train_step(model, adamw(), num_targets(batch), 1, per_block), parameters(model).frozen
     state, _ = step(init_state(model, adamw()), frozen, batch)  # A good one first, so that there are moments to keep.
     assert state.loss_scale.scale == FIRST_SCALE and state.loss_scale.num_good == 1
     state = with_scale(state, 2.0**40)
@@ -165,15 +165,15 @@ def test_blocks_accumulation_and_scale_change_no_gradient(tiny, precision, num_m
 
     def gradient(precision, program, scale=None):
         model = lora_model(tiny, precision, "gemma")
-        blockwise = Blockwise(model, "blocks") if program == "blocks" else None
-        step = make_train_step(model, sgd(), num_targets(batch), num_micro, blockwise)
+        per_block = PerBlockProgram(model, "dots") if program == "per_block" else None
+        step = make_train_step(model, sgd(), num_targets(batch), num_micro, per_block)
         state = init_state(model, sgd())
         state, metrics = step(with_scale(state, scale) if scale else state, parameters(model).frozen, batch)
         trace = state.opt_state[0].trace
         return np.concatenate([np.ravel(trace[path]) for path in sorted(trace)]), metrics
 
     wanted, wanted_metrics = gradient("float32", "whole")
-    for program, scale in (("whole", 2.0**15), ("blocks", 2.0**15), ("blocks", 2.0**11)):
+    for program, scale in (("whole", 2.0**15), ("per_block", 2.0**15), ("per_block", 2.0**11)):
         found, metrics = gradient(precision, program, scale)
         np.testing.assert_allclose(metrics.loss, wanted_metrics.loss, rtol=1e-3)  # 2^-11 and some.
         np.testing.assert_allclose(metrics.grad_norm, wanted_metrics.grad_norm, rtol=5e-3)
@@ -257,7 +257,7 @@ def test_what_stays_float32(tiny, monkeypatch, family, precision):
     monkeypatch.setattr(prepare, "use_rotary_tables", lambda backbone: None)
     model = tiny(family, precision=precision)
     lora = LoraSettings(4, 4.0, ("all-linear",), seed=0)
-    prepare_for_training(model, lora, packing=True, remat="none", row_length=40, program="whole")
+    transform_for_training(model, lora, packing=True, remat="none", row_length=40, program="whole")
     groups, batch = parameters(model), Batch(*map(jnp.asarray, random_batch(np.random.default_rng(1))))
     loss_fn = make_loss_fn(model, num_targets(batch))
     jaxpr = jax.make_jaxpr(jax.value_and_grad(lambda t: loss_fn(t, groups.frozen, batch).loss_sum))(groups.trainable)

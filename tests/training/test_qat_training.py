@@ -13,24 +13,24 @@ from test_step import num_targets, random_batch
 from gemma_tune import Config, pipeline
 from gemma_tune.models.functional import assign, parameters
 from gemma_tune.models.load import load_model
-from gemma_tune.models.prepare import prepare_for_training
-from gemma_tune.models.quantize import quantize_layers
+from gemma_tune.models.quantized.convert import quantize_layers
+from gemma_tune.models.transforms import transform_for_training
 from gemma_tune.pipeline.setup import read_splits
 from gemma_tune.quantization.fake import FakeQuantized
-from gemma_tune.quantization.scheme import Grid
-from gemma_tune.training.losses import fused_linear_cross_entropy
+from gemma_tune.quantization.spec import QuantSpec
+from gemma_tune.training.losses.cross_entropy import fused_linear_cross_entropy
 from gemma_tune.training.state import init_state
-from gemma_tune.training.step import make_eval_step, make_train_step
+from gemma_tune.training.step.train_step import make_eval_step, make_train_step
 
-INT4 = Grid("int4", 32)
+INT4 = QuantSpec("int4", 32)
 
 
-@pytest.mark.parametrize("grid", [Grid("int8"), Grid("int4", 32), Grid("nf4", 32)], ids=str)
+@pytest.mark.parametrize("quant_spec", [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("nf4", 32)], ids=str)
 @pytest.mark.parametrize("head_is_trained", [False, True])
-def test_a_head_that_counts_as_rounded(rng, grid, head_is_trained):
+def test_a_head_that_counts_as_rounded(rng, quant_spec, head_is_trained):
     """Loss and gradients are those of the rounded head, by blocks of which the last is shorter."""
     hidden, head, target_ids, weights = random_case(rng, 13, 101, width=64)
-    counts_as_rounded = FakeQuantized(head, grid)
+    counts_as_rounded = FakeQuantized(head, quant_spec)
     rounded = counts_as_rounded.rows(0, 101)
 
     def loss(hidden, head):
@@ -47,7 +47,7 @@ def test_a_head_that_counts_as_rounded(rng, grid, head_is_trained):
 def trained(batch, qat, num_steps):
     """The weights after some steps on one batch, from the same start."""
     model = load_model("tiny:gemma3")
-    prepare_for_training(model, None, qat=qat, packing=True, remat="none", row_length=40, program="whole")
+    transform_for_training(model, None, qat=qat, packing=True, remat="none", row_length=40, program="whole")
     optimizer = optax.adam(3e-3)
     step, state = make_train_step(model, optimizer, num_targets(batch), 1), init_state(model, optimizer)
     frozen = parameters(model).frozen
@@ -56,12 +56,12 @@ def trained(batch, qat, num_steps):
     return state.trainable
 
 
-def loss_of(trainable, batch, grid=None):
+def loss_of(trainable, batch, quant_spec=None):
     """With these weights, or what conversion makes of them."""
     model = load_model("tiny:gemma3")
     assign(model, trainable)
-    if grid:
-        quantize_layers(model.backbone, grid)
+    if quant_spec:
+        quantize_layers(model.backbone, quant_spec)
     groups = parameters(model)
     sums = make_eval_step(model, num_targets(batch))(*groups, batch)
     return float(sums.loss_sum / sums.weight_sum)
@@ -102,11 +102,13 @@ def test_a_run_s_figures_are_those_of_its_converted_model(tmp_path):
     )
     result = pipeline.run(config)
     remembered = Config.from_dict(json.loads((tmp_path / "run" / "config.json").read_text()))
-    assert remembered.qat_grid == INT4 and remembered.grid is None
+    assert remembered.qat_spec == INT4 and remembered.quant_spec is None
     heldout = read_splits(config).heldout
     losses = {
-        grid: pipeline.evaluate(load_model(str(result.saved_to), grid=grid), heldout, max_length=128, batch_size=8)
-        for grid in (remembered.qat_grid, None)
+        quant_spec: pipeline.evaluate(
+            load_model(str(result.saved_to), quant_spec=quant_spec), heldout, max_length=128, batch_size=8
+        )
+        for quant_spec in (remembered.qat_spec, None)
     }
     assert result.best_step == 4
     assert losses[INT4]["loss"] == pytest.approx(result.after["loss"], rel=1e-5)

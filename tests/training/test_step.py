@@ -9,12 +9,12 @@ import optax
 import pytest
 
 from gemma_tune.data import Batch, TokenizedExample, make_batch
+from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.functional import assign, bound, parameters
-from gemma_tune.models.lora import enable_lora
-from gemma_tune.models.packing import enable_packing
+from gemma_tune.models.lora.enable import enable_lora
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.state import init_state
-from gemma_tune.training.step import make_eval_step, make_loss_fn, make_train_step
+from gemma_tune.training.step.train_step import make_eval_step, make_loss_fn, make_train_step
 
 
 def random_batch(rng, lengths=(20, 9, 30, 5), num_rows=4, row_length=40):

@@ -5,13 +5,13 @@ import pytest
 
 from gemma_tune.data import load_examples, make_batch, plan_rows, template_for
 from gemma_tune.data.tokenize import tokenize_examples
-from gemma_tune.keras_runtime import keras, keras_hub
 from gemma_tune.models.functional import parameters, variables_by_path
-from gemma_tune.models.prepare import LoraSettings, prepare_for_training
-from gemma_tune.training.blockwise import Blockwise
+from gemma_tune.models.transforms import LoraSettings, transform_for_training
+from gemma_tune.runtime.backend import keras, keras_hub
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.state import init_state
-from gemma_tune.training.step import make_train_step
+from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.train_step import make_train_step
 
 NUM_STEPS, NUM_EXAMPLES, EXAMPLES_A_STEP, LENGTH = 200, 32, 4, 48
 NUM_ROWS, ROW_LENGTH = 2, 112
@@ -36,15 +36,15 @@ def steps(tiny_tokenizer):
 def our_curve(model, steps):
     """Packed rows, gemma_tune's step; returns the loss of each step and LoRA's values before the first."""
     lora = LoraSettings(RANK, float(RANK), TARGETS, seed=0)
-    program = prepare_for_training(model, lora, packing=True, remat="blocks", row_length=ROW_LENGTH).program
+    program = transform_for_training(model, lora, packing=True, remat="dots", row_length=ROW_LENGTH).program
     schedule = make_schedule("constant", LEARNING_RATE, 0, NUM_STEPS)
     optimizer = make_optimizer(
         "adamw", schedule, weight_decay=WEIGHT_DECAY, b1=B1, b2=B2, epsilon=EPSILON, clip_norm=0.0
     )
     groups = parameters(model)
     before = {path: np.array(value) for path, value in groups.trainable.items()}
-    blockwise = Blockwise(model, "blocks") if program == "blocks" else None
-    step = make_train_step(model, optimizer, NUM_ROWS * ROW_LENGTH, 1, blockwise)
+    per_block = PerBlockProgram(model, "dots") if program == "per_block" else None
+    step = make_train_step(model, optimizer, NUM_ROWS * ROW_LENGTH, 1, per_block)
     state, losses = init_state(model, optimizer), []
     for examples in steps:
         lengths = np.array([len(example.token_ids) - 1 for example in examples])

@@ -11,19 +11,19 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from gemma_tune.serve_config import ServeConfig
+from gemma_tune.serving.engine.request import Request
 from gemma_tune.serving.feedback import FeedbackStore
-from gemma_tune.serving.http import errors
-from gemma_tune.serving.http.answers import Answers, ClientLeft, unless_client_leaves
+from gemma_tune.serving.http import api_errors as errors
 from gemma_tune.serving.http.completions import CHAT, TEXT, Kind, Reply
 from gemma_tune.serving.http.gates import Gates
-from gemma_tune.serving.http.metrics import Counted, Metrics
 from gemma_tune.serving.http.page_routes import page_routes
+from gemma_tune.serving.http.pending_answers import Answers, ClientLeft, unless_client_leaves
+from gemma_tune.serving.http.prometheus import Counted, Metrics
 from gemma_tune.serving.http.prompts import chat_requests, completion_requests
 from gemma_tune.serving.http.replies import ChatReply, CompletionReply, Health, ModelList, ModelReply, documented
 from gemma_tune.serving.http.schema import Asked, ChatRequest, CompletionRequest
-from gemma_tune.serving.http.service import Service
+from gemma_tune.serving.http.served_models import Service
 from gemma_tune.serving.http.streaming import EventStream
-from gemma_tune.serving.request import Request
 from gemma_tune.version import __version__
 
 _OPEN_PATHS = frozenset({"/", "/page/", "/health", "/openapi.json", "/favicon.ico"})

@@ -5,12 +5,12 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
-from gemma_tune.models.tokenizer import TextTokenizer
-from gemma_tune.serving.http.answers import Answers
+from gemma_tune.models.sources.tokenizer import TextTokenizer
+from gemma_tune.serving.engine.request import Piece, Request
 from gemma_tune.serving.http.logprobs import chat_logprobs, text_logprobs
-from gemma_tune.serving.http.service import ServedModel
+from gemma_tune.serving.http.pending_answers import Answers
+from gemma_tune.serving.http.served_models import ServedModel
 from gemma_tune.serving.http.streaming import DONE, KEEP_ALIVE, event
-from gemma_tune.serving.request import Piece, Request
 
 
 class Kind(NamedTuple):

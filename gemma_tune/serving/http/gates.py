@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemma_tune.errors import ConfigError
-from gemma_tune.serving.http.errors import ApiError
+from gemma_tune.serving.http.api_errors import ApiError
 
 _SECONDS_FOR_A_BODY = 30.0
 _FORGOTTEN_BODIES = 10  # As long as so many of the longest that is let in.

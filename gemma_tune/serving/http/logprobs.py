@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from gemma_tune.models.tokenizer import TextTokenizer
-from gemma_tune.serving.request import Piece, TokenLogprob
+from gemma_tune.models.sources.tokenizer import TextTokenizer
+from gemma_tune.serving.engine.request import Piece, TokenLogprob
 
 
 def chat_logprobs(piece: Piece, num_top: int, tokenizer: TextTokenizer) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from starlette.responses import Response
 
 from gemma_tune.data import Turn
 from gemma_tune.serving.feedback import Exchange, FeedbackStore, RatedAnswer
-from gemma_tune.serving.http.errors import ApiError
+from gemma_tune.serving.http.api_errors import ApiError
 from gemma_tune.serving.http.page import Page
 from gemma_tune.serving.http.replies import Stored, documented
 from gemma_tune.serving.http.schema import FeedbackBody
-from gemma_tune.serving.http.service import Service
+from gemma_tune.serving.http.served_models import Service
 
 
 def page_routes(service: Service, store: FeedbackStore | None) -> APIRouter:

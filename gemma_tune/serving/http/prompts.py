@@ -4,10 +4,10 @@ import secrets
 from collections.abc import Sequence
 
 from gemma_tune.data import Turn
-from gemma_tune.serving.http.errors import ApiError
+from gemma_tune.serving.engine.request import Request
+from gemma_tune.serving.http.api_errors import ApiError
 from gemma_tune.serving.http.schema import Asked, ChatRequest, CompletionRequest, Message
-from gemma_tune.serving.http.service import Service
-from gemma_tune.serving.request import Request
+from gemma_tune.serving.http.served_models import Service
 from gemma_tune.serving.sampling import Sampling
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "model"}

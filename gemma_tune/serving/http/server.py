@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 
 from gemma_tune.errors import ConfigError
-from gemma_tune.serving.http.service import RunningEngine
+from gemma_tune.serving.http.served_models import RunningEngine
 
 _SECONDS_TO_SAY_SO = 5.0  # For the last words to clients whose answers didn't end in time.
 _BACKLOG = 2048

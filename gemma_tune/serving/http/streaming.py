@@ -8,8 +8,8 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gemma_tune.serving.http.answers import Answers, until_gone
-from gemma_tune.serving.http.errors import ApiError
+from gemma_tune.serving.http.api_errors import ApiError
+from gemma_tune.serving.http.pending_answers import Answers, until_gone
 
 KEEP_ALIVE = b": still there\n\n"
 DONE = b"data: [DONE]\n\n"

@@ -39,7 +39,7 @@ def listening(app):
 def adapter_folder(tmp_path_factory):
     """An adapter for the tiny model that changes its answers."""
     from gemma_tune.models import enable_lora, load_model, save_adapter
-    from gemma_tune.models.lora import lora_layers
+    from gemma_tune.models.lora.enable import lora_layers
 
     model = load_model("tiny:gemma3")
     enable_lora(model.backbone, rank=2, alpha=2.0, target_layers=["all-linear"], seed=1)
@@ -57,7 +57,7 @@ def service(adapter_folder):
     from rich.console import Console
 
     from gemma_tune.config import Config
-    from gemma_tune.pipeline.service import start_service
+    from gemma_tune.pipeline.serve import start_service
 
     settings = {"model.source": "tiny:gemma3", "generation.max_new_tokens": 12}
     service = start_service(
@@ -123,7 +123,7 @@ def scripted():
     from gemma_tune.data import template_for
     from gemma_tune.models.load import load_tokenizer
     from gemma_tune.serving.http.app import make_app
-    from gemma_tune.serving.http.service import Defaults, ServedModel, Service
+    from gemma_tune.serving.http.served_models import Defaults, ServedModel, Service
     from gemma_tune.serving.sampling import Sampling
 
     tokenizer, family = load_tokenizer("tiny")

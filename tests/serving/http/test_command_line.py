@@ -15,7 +15,7 @@ import pytest
 from gemma_tune.cli.main import run
 from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError
-from gemma_tune.files import write_json
+from gemma_tune.runtime.atomic_files import write_json
 from gemma_tune.serve_config import ServeConfig
 
 FAST = ["--max_concurrent=2", "--max_length=512", "--max_tokens_in_flight=1024", "--max_queued=4"]
@@ -141,14 +141,14 @@ def test_missing_packages_are_named_with_the_command_that_gets_them(capfd, monke
      ("hf://google/gemma-3-1b-it", "gemma-3-1b-it"), ("gemma3_1b", "gemma3_1b")],
 )  # fmt: skip
 def test_a_model_is_named_by_the_last_part_that_says_something(source, name):
-    from gemma_tune.pipeline.service import resolve_base
+    from gemma_tune.pipeline.serve import resolve_base
 
     assert resolve_base(Config().replace({"model.source": source}), "").name == name
     assert resolve_base(Config().replace({"model.source": source}), "mine").name == "mine"
 
 
 def test_a_run_is_its_base_and_an_adapter_held_as_it_was_trained(tmp_path):
-    from gemma_tune.pipeline.service import resolve_base
+    from gemma_tune.pipeline.serve import resolve_base
 
     for name, called in (("support", "tiny"), ("tiny", "tiny-base")):
         workdir = tmp_path / name
@@ -157,7 +157,7 @@ def test_a_run_is_its_base_and_an_adapter_held_as_it_was_trained(tmp_path):
         config = Config().replace({"model.source": "tiny", "training.method": "qlora"})
         write_json(workdir / "config.json", config.to_dict())
         base = resolve_base(Config().replace({"model.source": str(workdir)}), "")
-        assert (base.source, base.name, base.grid.scheme) == ("tiny", called, "nf4")
+        assert (base.source, base.name, base.quant_spec.scheme) == ("tiny", called, "nf4")
         assert base.adapters == {name: workdir / "adapter"}
 
 

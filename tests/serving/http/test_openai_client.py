@@ -120,8 +120,8 @@ def test_log_probabilities_are_the_model_s(client, service):
     import numpy as np
 
     from gemma_tune.data import Turn
-    from gemma_tune.serving.generate import encode_prompt
-    from gemma_tune.serving.request import Request
+    from gemma_tune.serving.engine.request import Request
+    from gemma_tune.serving.generation import encode_prompt
 
     reply = client.chat.completions.create(
         model=BASE, messages=USER, temperature=0, max_tokens=4, logprobs=True, top_logprobs=3

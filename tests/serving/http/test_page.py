@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from gemma_tune.serving.engine.request import Piece
 from gemma_tune.serving.feedback import FeedbackStore, RatedAnswer
 from gemma_tune.serving.http import page
-from gemma_tune.serving.request import Piece
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FILES = {

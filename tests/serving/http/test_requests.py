@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from gemma_tune.serving.request import BASE, Piece, TokenLogprob
+from gemma_tune.serving.engine.request import BASE, Piece, TokenLogprob
 
 USER = [{"role": "user", "content": "Hello"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -319,7 +319,7 @@ def test_an_answer_that_takes_too_long_is_504_and_is_let_go(scripted):
 
 
 def test_silence_is_filled_so_that_proxies_wait(scripted, monkeypatch):
-    from gemma_tune.serving.http import answers
+    from gemma_tune.serving.http import pending_answers as answers
 
     monkeypatch.setattr(answers, "_SECONDS_OF_SILENCE", 0.05)
     client = scripted()

@@ -1,0 +1,40 @@
+"""What a source and a tokenizer are known by: their content."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.data.example import Tokenizer
+from gemma_tune.data.sources.readers import resolve_files
+from gemma_tune.data.sources.tfds import TFDS, open_tfds
+from gemma_tune.errors import DataError
+
+
+def source_fingerprint(source: str, split: str) -> list[Any]:
+    """Returns plain values that change when what `source` holds changes.
+
+    Of files: their names, since their ending says how to read them and messages name them, and their SHA-256. Of a
+    TFDS data set: its name with version, the split, and its files with size and time.
+
+    Raises:
+        DataError: As `read_rows`, where something isn't there or can't be opened.
+    """
+    if source.startswith(TFDS):
+        info = open_tfds(source.removeprefix(TFDS), split).dataset_info
+        files = sorted(path for path in Path(info.data_dir).rglob("*") if path.is_file())
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return [source, info.full_name, split, stats]
+    return [[str(path), _file_hash(path)] for path in resolve_files(source)]
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """Returns the SHA-256 of a tokenizer's SentencePiece model."""
+    return hashlib.sha256(tokenizer.proto).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} can't be opened: {error.strerror or error}.") from error

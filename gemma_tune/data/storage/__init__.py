@@ -1,0 +1,1 @@
+"""Examples and tokens on disk, found again by their content."""

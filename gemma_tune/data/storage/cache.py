@@ -1,0 +1,125 @@
+"""Folders on disk with what took long to make: found again by a key, and whole or not there.
+
+An entry is built in a folder beside its place and renamed into it. Its last file, written when all others are on the
+disk, holds their checksums; an entry where these don't fit is thrown away and built again.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gemma_tune.errors import DataError
+from gemma_tune.runtime.atomic_files import damage, seal, to_disk, write_text
+
+CONTENTS = "contents.json"
+_FORMAT = 2  # Raise it when the files of an entry, or what they mean, change.
+_DAYS_KEPT_UNUSED = 30
+_DAYS_KEPT_PARTIAL = 1
+_PARTIAL = ".partial-"
+
+
+class Entry(NamedTuple):
+    """One entry.
+
+    Attributes:
+        folder: Where its files are.
+        values: What the builder returned.
+        owner: Without a cache: the temporary folder, which goes when nobody holds this any more.
+    """
+
+    folder: Path
+    values: dict[str, Any]
+    owner: Any = None
+
+
+def cache_key(settings: dict[str, Any]) -> str:
+    """Returns a key for settings of plain values: another one for each change in any of them."""
+    text = json.dumps({"format": _FORMAT, **settings}, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:32]
+
+
+def cached(root: Path | None, key: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
+    """Returns the entry of a key, and builds it if it isn't there or is damaged.
+
+    Args:
+        root: Folder of the entries. None, or a folder that can't be written: builds in a temporary folder.
+        key: From `cache_key`.
+        build: Writes files into the folder it is given, and returns plain values to keep with them.
+
+    Raises:
+        DataError: The disk is full, or fails otherwise; and whatever `build` raises. Nothing is left behind then.
+    """
+    if root is None or not _is_writable(root):
+        owner = tempfile.TemporaryDirectory(prefix="gemma_tune-", ignore_cleanup_errors=True)
+        with _disk_errors(Path(owner.name)):
+            return Entry(Path(owner.name), build(Path(owner.name)), owner)
+    folder = root / key
+    values = _read(folder)
+    if values is None:
+        with _disk_errors(root):
+            values = _build(folder, build)
+        _remove_unused(root)
+    with contextlib.suppress(OSError):
+        os.utime(folder)  # Used now.
+    return Entry(folder, values)
+
+
+def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    partial = Path(tempfile.mkdtemp(prefix=folder.name + _PARTIAL, dir=folder.parent))
+    try:
+        values = build(partial)
+        write_text(partial / CONTENTS, json.dumps(values))
+        for path in partial.iterdir():
+            to_disk(path)
+        seal(partial)
+        shutil.rmtree(folder, ignore_errors=True)  # A damaged one.
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if _read(folder) is None:  # Else another process built the same entry meanwhile.
+                raise
+        return values
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """Returns the values of a whole entry, else None."""
+    try:
+        return None if damage(folder) else json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _is_writable(root: Path) -> bool:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(root, os.W_OK)
+
+
+def _remove_unused(root: Path) -> None:
+    for folder in root.iterdir():
+        days = _DAYS_KEPT_PARTIAL if _PARTIAL in folder.name else _DAYS_KEPT_UNUSED
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > days * 86400:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(root: Path):
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"The prepared data can't be written to {root}: {error.strerror or error}. Make room there, or name "
+            "another folder in the environment variable GEMMA_TUNE_CACHE."
+        ) from error

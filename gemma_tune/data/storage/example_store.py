@@ -1,0 +1,88 @@
+"""Conversations on disk, as a sequence: only those that are looked at are in memory."""
+
+import contextlib
+import json
+import mmap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_tune.data.example import Example, Turn
+from gemma_tune.data.storage.array_files import OffsetWriter, read_array
+from gemma_tune.data.storage.lazy_sequence import LazySequence
+
+_TEXT, _OFFSETS = "examples.jsonl", "examples.offsets"
+_FORGET_EVERY_BYTES = 16 << 20
+
+
+class ExampleWriter(contextlib.ExitStack):
+    """Writes examples into a folder, as lines `["origin", [["role", "content"], …]]`. Use as a context manager."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        text, offsets = (self.enter_context((folder / name).open("wb")) for name in (_TEXT, _OFFSETS))
+        self._text, self._offsets = text, OffsetWriter(offsets)
+
+    def append(self, examples: Iterable[Example]) -> None:
+        """Adds examples."""
+        lines = [_to_line(example) for example in examples]
+        self._text.write(b"".join(lines))
+        self._offsets.append([len(line) for line in lines])
+
+
+class ExampleStore(LazySequence[Example]):
+    """Examples that an ExampleWriter wrote, or some of them.
+
+    Args:
+        text: The lines.
+        offsets: [all + 1] where each begins.
+        indices: [n] which of them are here, in which order.
+        owner: Kept as long as this is, such as the temporary folder of mapped files.
+    """
+
+    def __init__(self, text: mmap.mmap | bytes, offsets: np.ndarray, indices: np.ndarray, owner: Any = None):
+        self._text, self._offsets, self._indices, self._owner = text, offsets, indices, owner
+
+    @staticmethod
+    def open(folder: Path, owner: Any = None) -> "ExampleStore":
+        """Maps what an ExampleWriter wrote."""
+        offsets = read_array(folder / _OFFSETS, np.int64)
+        text: mmap.mmap | bytes = b""  # An empty file can't be mapped.
+        if len(offsets) > 1:
+            with (folder / _TEXT).open("rb") as file:
+                text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return ExampleStore(text, offsets, np.arange(len(offsets) - 1), owner)
+
+    def select(self, places: np.ndarray) -> "ExampleStore":
+        """Returns the examples at these places of this sequence."""
+        return ExampleStore(self._text, self._offsets, self._indices[places], self._owner)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def item(self, index: int) -> Example:
+        """Reads one example."""
+        line = self._indices[index]
+        return _from_line(self._text[self._offsets[line] : self._offsets[line + 1]])
+
+    def __iter__(self) -> Iterator[Example]:
+        last = 0
+        for place in range(len(self)):
+            yield self[place]
+            offset = int(self._offsets[self._indices[place]])
+            if offset - last > _FORGET_EVERY_BYTES and isinstance(self._text, mmap.mmap):
+                last = offset
+                if hasattr(mmap, "MADV_DONTNEED"):  # Else what has been read counts as this process's memory.
+                    self._text.madvise(mmap.MADV_DONTNEED)
+
+
+def _to_line(example: Example) -> bytes:
+    text = json.dumps([example.origin, example.turns], ensure_ascii=False, separators=(",", ":")) + "\n"
+    return text.encode("utf-8", errors="surrogatepass")  # JSON may spell halves of surrogate pairs.
+
+
+def _from_line(line: bytes) -> Example:
+    origin, turns = json.loads(line.decode("utf-8", errors="surrogatepass"))
+    return Example(tuple(Turn(role, content) for role, content in turns), origin)

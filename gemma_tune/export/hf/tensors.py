@@ -1,0 +1,120 @@
+"""A backbone's weights as the tensors of a Hugging Face checkpoint: their names and shapes, and, one at a time, values.
+
+KerasHub's converters know which tensor goes where. Each of their hooks only looks at a tensor's values in another
+order, so a hook that is given empty memory shows where in it each of a variable's values belongs.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gemma_tune.errors import ModelError
+from gemma_tune.models.quantized.layers import QuantizedKernel
+from gemma_tune.models.sources.hf_checkpoint import Port, ports
+from gemma_tune.quantization.codes import dequantize, rows_of
+from gemma_tune.runtime.backend import keras_hub
+
+_ROWS_AT_ONCE = 4096  # Of an embedding. A multiple of 256, as doubly quantized scales want it.
+
+
+class Tensor(NamedTuple):
+    """One tensor. ports: What it is made of: one variable, or several parts."""
+
+    name: str
+    shape: tuple[int, ...]
+    ports: list[Port]
+
+    def chunks(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """Yields the values: what follows each other along the first axis, so that no copy of a large tensor is made.
+
+        Raises:
+            ModelError: float16 can't hold one of them.
+        """
+        if self.ports[0].hook is None:
+            yield from (_cast(rows, dtype, self.name) for rows in _rows(self.ports[0].value))
+            return
+        buffer = np.empty(self.shape, dtype)
+        for port in self.ports:
+            view = port.hook(buffer, list(port.value.shape))
+            if view.shape != tuple(port.value.shape) or not np.may_share_memory(view, buffer):
+                raise ModelError(f"{self.name} can't be written: KerasHub's reader does more than move its values.")
+            for rows in _rows(port.value):
+                view[...] = _cast(rows, dtype, self.name)
+        yield buffer
+
+
+def tensors_of(backbone: keras_hub.models.Backbone, config: dict[str, Any]) -> list[Tensor]:
+    """Lists the tensors of a checkpoint.
+
+    Args:
+        backbone: Without LoRA; quantized weights are given as floats.
+        config: As config.json has it.
+
+    Raises:
+        ModelError: A weight of the backbone has no place in such a checkpoint.
+    """
+    parts: dict[str, list[Port]] = {}
+    for port in ports(backbone, config):
+        parts.setdefault(port.key, []).append(port)
+    covered = {port.value.path for group in parts.values() for port in group}
+    codes = {
+        variable.path
+        for group in parts.values()
+        for port in group
+        if isinstance(port.value, QuantizedKernel)
+        for variable in port.value.layer._code_variables
+    }
+    left = [variable.path for variable in backbone.weights if variable.path not in covered | codes]
+    if left:
+        raise ModelError(f"A checkpoint for {config['architectures'][0]} has no place for {left[0]}.")
+    return [Tensor(name, _stored_shape(name, group[0]), group) for name, group in parts.items()]
+
+
+def _stored_shape(name: str, port: Port) -> tuple[int, ...]:
+    """PyTorch's linear layers are [outputs, inputs]; of several heads, they have one axis for heads and head width."""
+    shape = tuple(port.value.shape)
+    if port.hook is None:
+        return shape
+    if not shape:
+        return (1,)
+    if name.endswith("experts.gate_up_proj"):  # [E, D, F], for both halves.
+        return shape[0], 2 * shape[2], shape[1]
+    if name.endswith("experts.down_proj"):
+        return shape[0], shape[2], shape[1]
+    if len(shape) == 3 and name.endswith("o_proj.weight"):  # [N, H, D]
+        return shape[2], shape[0] * shape[1]
+    if len(shape) == 3:  # [N, D, H]
+        return shape[0] * shape[2], shape[1]
+    return shape[::-1]
+
+
+def _rows(value: Any) -> Iterator[np.ndarray]:
+    """Yields a variable's values: an embedding's some rows at a time, any other's at once."""
+    shape = tuple(value.shape)
+    is_embedding = value.path.endswith("embeddings")
+    if isinstance(value, QuantizedKernel):
+        quantized = value.layer.quantized()
+        if not is_embedding:
+            yield np.asarray(dequantize(quantized)).reshape(shape)
+            return
+        for start in range(0, shape[0], _ROWS_AT_ONCE):
+            count = min(_ROWS_AT_ONCE, shape[0] - start)
+            yield np.asarray(dequantize(rows_of(quantized, start, count))).reshape(count, *shape[1:])
+        return
+    values = np.asarray(value.value)
+    if not is_embedding:
+        yield values
+        return
+    for start in range(0, shape[0], _ROWS_AT_ONCE):
+        yield values[start : start + _ROWS_AT_ONCE]
+
+
+def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        cast = values.astype(np.float32).astype(dtype)
+    if dtype == np.float16 and not np.isfinite(cast).all():
+        raise ModelError(f"{name} has a value beyond 65504, where float16 ends. Take --dtype=bfloat16 or float32.")
+    return cast

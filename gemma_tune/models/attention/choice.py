@@ -1,0 +1,142 @@
+"""Which attention kernel a model trains with: the fastest that its layers, the rows and the device allow."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gemma_tune.errors import ModelError
+from gemma_tune.models.attention.kernels import FUSED_BLOCK
+from gemma_tune.models.attention.swap import AttentionShape, attend, shape_of
+from gemma_tune.runtime.backend import keras_hub
+
+_NAMES = {"xla": "XLA", "cudnn": "cuDNN", "splash": "splash attention", "keras": "KerasHub's own"}
+_FASTEST = {"cuda": "cudnn", "tpu": "splash"}  # By platform; `xla` elsewhere.
+# Those whose masks and scales `shape_of` knows how to read. Another family trains with KerasHub's own attention.
+_KNOWN_LAYERS = ("CachedGemmaAttention", "CachedGemma3Attention", "Gemma4TextAttention")
+
+
+class AttentionChoice(NamedTuple):
+    """A kernel (`xla`, `cudnn`, `splash` or `keras`), and why it is no faster one; empty when there is none."""
+
+    kernel: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return _NAMES[self.kernel] + (f" ({self.reason})" if self.reason else "")
+
+
+class Device(NamedTuple):
+    """platform: `cpu`, `cuda`, `rocm` or `tpu`. capability: Of an NVIDIA GPU: (9, 0) is Hopper."""
+
+    platform: str
+    capability: tuple[int, int] = (0, 0)
+
+
+def choose_attention(backbone: keras_hub.models.Backbone, wanted: str, row_length: int) -> AttentionChoice:
+    """Chooses the kernel that a model trains with on this machine's first device.
+
+    Args:
+        backbone: Any.
+        wanted: `training.attention`: `auto`, or the kernel to use.
+        row_length: Positions L of a row.
+
+    Raises:
+        ModelError: `wanted` can't be used here.
+    """
+    device = first_device()
+    kernel = _FASTEST.get(device.platform, "xla") if wanted == "auto" else wanted
+    layers = [getattr(block, "attention", None) for block in getattr(backbone, "transformer_layers", [])] or [None]
+    only_keras = next(filter(None, map(_why_only_keras, layers)), "")
+    shapes = [] if only_keras else [shape_of(layer) for layer in layers]
+    if kernel == "keras":
+        problem = _why_not_keras(device, shapes)
+    elif kernel == "xla" or only_keras:
+        problem = only_keras
+    else:
+        problem = why_not(kernel, device, shapes, row_length) or why_not_compiled(kernel, shapes, row_length)
+    if not problem:
+        return AttentionChoice(kernel)
+    if wanted != "auto":
+        raise ModelError(f"training.attention={wanted} can't be used: {problem}. Set training.attention=auto.")
+    return AttentionChoice("keras" if only_keras else "xla", problem)
+
+
+def why_not(kernel: str, device: Device, shapes: Sequence[AttentionShape], row_length: int) -> str:
+    """Returns why `cudnn` or `splash` can't be used, or "": the limits that are known beforehand.
+
+    cuDNN's are those of jax/_src/cudnn/fused_attention_stablehlo.py. Rows that are no multiple of 128 it would take;
+    but with a mask, on Hopper, its backward pass makes NaN of some of them (github.com/pytorch/pytorch/issues/196678).
+    """
+    name = _NAMES[kernel]
+    if kernel == "splash" and device.platform != "tpu":
+        return f"{name} needs a TPU, this is {device.platform}"
+    if kernel == "cudnn":
+        if device.platform != "cuda":
+            return f"{name} needs an NVIDIA GPU, this is {device.platform}"
+        if device.capability < (8, 0):
+            return f"{name} needs compute capability 8.0, this GPU has {device.capability[0]}.{device.capability[1]}"
+        widest = 256 if device.capability >= (9, 0) else 128
+        for shape in shapes:
+            if shape.dtype not in ("float16", "bfloat16"):
+                return f"{name} needs float16 or bfloat16, this is {shape.dtype}"
+            if shape.soft_cap:
+                return f"{name} has no soft cap of scores, this model has one of {shape.soft_cap:g}"
+            if shape.head_width > widest or shape.head_width % 8:
+                return f"{name} needs a head width in eights up to {widest} on this GPU, this is {shape.head_width}"
+    if row_length % FUSED_BLOCK:
+        return f"{name} needs rows of a multiple of {FUSED_BLOCK} tokens, these have {row_length}"
+    return ""
+
+
+def why_not_compiled(kernel: str, shapes: Sequence[AttentionShape], row_length: int) -> str:
+    """Returns why a kernel doesn't compile, forward and backward, or "".
+
+    What a version of cuDNN or a generation of TPUs doesn't have shows nowhere else.
+    """
+    for shape in sorted(set(shapes), key=str):
+
+        def total(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, shape: AttentionShape = shape) -> Any:
+            return attend(kernel, q, k, v, mask, shape).astype(jnp.float32).sum()
+
+        q, k = (
+            jax.ShapeDtypeStruct((2, row_length, heads, shape.head_width), shape.dtype)
+            for heads in (shape.num_heads, shape.num_kv_heads)
+        )
+        mask = jax.ShapeDtypeStruct((2, row_length, 1), "int32")
+        if kernel == "cudnn":
+            mask = jax.ShapeDtypeStruct((2, row_length, row_length), "bool")
+        try:
+            jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, k, mask).compile()
+        except Exception as error:  # Whatever it is: another kernel computes the same.
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return f"{_NAMES[kernel]} doesn't compile here: {first_line}"
+    return ""
+
+
+def _why_only_keras(attention: Any) -> str:
+    if type(attention).__name__ not in _KNOWN_LAYERS:
+        return "this model's attention layers are not known"
+    if getattr(attention, "use_bidirectional_attention", False):
+        return "this model's attention goes both ways"
+    return "this model's attention has dropout" if attention.dropout else ""
+
+
+def _why_not_keras(device: Device, shapes: Sequence[AttentionShape]) -> str:
+    """Its fused path takes masks that are constants; without one it falls back to attention that knows no cap."""
+    if device.platform == "tpu" and any(shape.soft_cap for shape in shapes):
+        return "on TPU, KerasHub leaves out the soft cap of scores in compiled steps"
+    return ""
+
+
+def first_device() -> Device:
+    """Returns the device that a run computes on."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return Device(device.platform)
+    if "cuda" not in device.client.platform_version:
+        return Device("rocm")
+    numbers = re.findall(r"\d+", str(device.compute_capability))
+    return Device("cuda", (int(numbers[0]), int(numbers[1])))

@@ -1,0 +1,141 @@
+"""Swaps KerasHub's attention for one of our kernels in training.
+
+KerasHub computes all T·T scores of a row wherever no fused kernel fits, which is often: never on CPU, not on a GPU with
+soft caps or wide heads, and on TPU not under jit, since its mask is then no constant. Decoding with a cache keeps
+KerasHub's.
+"""
+
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gemma_tune.models.attention.kernels import FUSED_BLOCK, causal_attention, cudnn_attention, splash_attention
+from gemma_tune.models.attention.segment_attention import QUERY_BLOCK, segment_attention
+from gemma_tune.models.attention.sharded import over_mesh
+from gemma_tune.runtime.backend import keras_hub, on_one_cpu
+
+
+class AttentionShape(NamedTuple):
+    """What a layer's attention computes.
+
+    num_heads: N. num_kv_heads: K. head_width: H. dtype: Of the arithmetic. scale: Of the scores. soft_cap: Of the
+        scores, or None. window: Positions that a query sees, its own included, or None for all before it.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    dtype: str
+    scale: float
+    soft_cap: float | None
+    window: int | None
+
+
+def shape_of(attention: Any) -> AttentionShape:
+    """Reads what a Gemma attention layer of KerasHub, of any family, computes."""
+    is_local = attention.use_sliding_window_attention and not getattr(attention, "is_global_attention", False)
+    return AttentionShape(
+        num_heads=attention.num_query_heads,
+        num_kv_heads=getattr(attention, "effective_num_kv_heads", attention.num_key_value_heads),
+        head_width=attention.head_dim,
+        dtype=attention.compute_dtype,
+        scale=_scale(attention),
+        soft_cap=attention.logit_soft_cap or None,
+        window=attention.sliding_window_size if is_local else None,
+    )
+
+
+def use_causal_attention(backbone: keras_hub.models.Backbone, kernel: str) -> None:
+    """Makes the decoder blocks train with a kernel.
+
+    Args:
+        backbone: For `splash`, with packing enabled: the segment ids come that way.
+        kernel: `xla`, `cudnn`, `splash`, or `keras` for KerasHub's own. From `choose_attention`.
+    """
+    for block in getattr(backbone, "transformer_layers", []):
+        attention: Any = getattr(block, "attention", None)
+        if kernel != "keras" and not hasattr(attention, "_keras_attention"):
+            object.__setattr__(attention, "_keras_attention", attention._compute_attention)
+            object.__setattr__(attention, "_compute_attention", types.MethodType(_compute_attention, attention))
+        if hasattr(attention, "_keras_attention"):
+            object.__setattr__(attention, "_attention_kernel", kernel)
+
+
+def takes_segment_ids(attention: Any, length: int) -> bool:
+    """Whether a layer wants a [B, L, 1] column of segment ids in place of its [B, L, L] mask."""
+    return getattr(attention, "_attention_kernel", "keras") == "splash" and length % FUSED_BLOCK == 0
+
+
+def attend(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, shape: AttentionShape) -> jax.Array:
+    """Runs a kernel.
+
+    Args:
+        kernel: `xla`, `cudnn` or `splash`.
+        q: [B, T, N, H].
+        k, v: [B, T, K, H].
+        mask: [B, T, T] bool, the window included; for `splash` [B, T, 1] int32 segment ids.
+        shape: The layer's.
+
+    Returns:
+        [B, T, N, H].
+    """
+    if kernel == "splash":
+        return splash_attention(
+            q,
+            k,
+            v,
+            mask[:, :, 0],
+            scale=shape.scale,
+            window=shape.window,
+            soft_cap=shape.soft_cap,
+            interpret=jax.default_backend() != "tpu",
+        )
+    if kernel == "cudnn":
+        return cudnn_attention(q, k, v, mask, scale=shape.scale)
+    is_long = q.shape[1] > 2 * QUERY_BLOCK  # Shorter rows have too little to skip.
+    by_blocks = segment_attention if is_long and on_one_cpu() else causal_attention
+    return by_blocks(q, k, v, mask, scale=shape.scale, soft_cap=shape.soft_cap, window=shape.window)
+
+
+def _compute_attention(
+    attention: Any, q: Any, k: Any, v: Any, attention_mask: Any, training: bool = False, cache_update_index: Any = 0
+) -> Any:
+    kernel, length = attention._attention_kernel, q.shape[1]
+    is_training_row = length == k.shape[1] and attention_mask is not None and attention_mask.ndim == 3
+    if kernel == "keras" or not is_training_row or not (isinstance(cache_update_index, int) and not cache_update_index):
+        return attention._keras_attention(
+            q, k, v, attention_mask, training=training, cache_update_index=cache_update_index
+        )
+    shape = shape_of(attention)
+    if attention_mask.shape[2] == 1 < length:
+        return _attend(attention, "splash", q, k, v, attention_mask, shape)
+    if attention.use_sliding_window_attention and _is_windowed_here(attention):
+        attention_mask = attention._mask_sliding_window(attention_mask, cache_update_index=0)
+    mask = jnp.broadcast_to(attention_mask.astype(bool), (q.shape[0], length, length))
+    # A length that the model wasn't prepared for, such as a prompt's, gets the kernel that takes any.
+    kernel = "cudnn" if kernel == "cudnn" and length % FUSED_BLOCK == 0 else "xla"
+    return _attend(attention, kernel, q, k, v, mask, shape)
+
+
+def _attend(attention: Any, kernel: str, q: Any, k: Any, v: Any, mask: Any, shape: AttentionShape) -> Any:
+    """On a mesh, kernels that aren't XLA's own run on each device's part."""
+    sharding = getattr(attention, "_mesh_layout", None)
+    if sharding is None or kernel == "xla":
+        return attend(kernel, q, k, v, mask, shape)
+    return over_mesh(sharding, lambda q, k, v, mask: attend(kernel, q, k, v, mask, shape), q, k, v, mask)
+
+
+def _is_windowed_here(attention: Any) -> bool:
+    """Gemma 4's blocks put the window into the mask themselves."""
+    return hasattr(attention, "query_head_dim_normalize")
+
+
+def _scale(attention: Any) -> float:
+    """Returns what scores are multiplied with: Gemma 4 norms its queries and keys instead."""
+    if not hasattr(attention, "query_head_dim_normalize"):
+        return 1.0
+    if attention.query_head_dim_normalize:
+        return attention.head_dim**-0.5
+    return (attention.hidden_dim // attention.num_query_heads) ** -0.5

@@ -1,0 +1,1 @@
+"""What serves training on a CPU alone."""

@@ -1,0 +1,50 @@
+"""Sines and cosines of rotary positions (arXiv:2104.09864) from tables, in training on a CPU.
+
+KerasHub's blocks compute them from the positions whenever they rotate queries or keys, and XLA on CPU merges that into
+the rotation, so that every head has its own: 4 % of a Gemma 3 270M's step. Rows begin at position 0, so the tables are
+constants of the program. XLA on GPU and TPU loses nothing there.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_tune.runtime.backend import keras_hub, on_one_cpu
+
+_MOST_ENTRIES = 2**21  # 8,192 positions of width 256. Longer rows have other things to wait for.
+Tables = dict[tuple, tuple[np.ndarray, np.ndarray]]
+
+
+def use_rotary_tables(backbone: keras_hub.models.Backbone) -> None:
+    """Gives the rotary layers of a backbone tables, on a CPU. Where positions are given, they compute as before."""
+    if not on_one_cpu():
+        return
+    tables: Tables = {}
+    for layer in backbone._flatten_layers(include_self=False):
+        if isinstance(layer, keras_hub.layers.RotaryEmbedding):
+            object.__setattr__(layer, "_compute_cos_sin_embedding", functools.partial(_cos_sin, layer, tables))
+
+
+def _cos_sin(layer: Any, tables: Tables, inputs: Any, start_index: Any = 0, positions: Any = None) -> Any:
+    """Returns cosines and sines, [1, L, …, H] each, for inputs [B, L, …, H]."""
+    length, width = inputs.shape[1], inputs.shape[-1]
+    is_constant = positions is None and isinstance(start_index, int)
+    if not is_constant or layer.rope_type != "linear" or length * width > _MOST_ENTRIES:
+        return type(layer)._compute_cos_sin_embedding(layer, inputs, start_index, positions)
+    settings = layer.max_wavelength, layer.scaling_factor, layer.denominator_dim, layer.compute_dtype
+    key = *settings, start_index, length, width, inputs.ndim
+    if key not in tables:
+        tables[key] = _table(layer, start_index, length, width, inputs.ndim)
+    return tables[key]
+
+
+def _table(layer: Any, start_index: int, length: int, width: int, num_axes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Computes in float32, as the layer does; by NumPy, since JAX would compile each operation first."""
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(layer.denominator_dim or width)
+    frequencies = np.float32(layer.max_wavelength) ** -exponents / np.float32(layer.scaling_factor)
+    angles = np.outer(np.arange(start_index, start_index + length, dtype=np.float32), frequencies)
+    angles = np.concatenate([angles, angles], axis=1).reshape(1, length, *[1] * (num_axes - 3), width)
+    dtype = jnp.dtype(layer.compute_dtype)
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)

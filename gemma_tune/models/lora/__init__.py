@@ -1,0 +1,1 @@
+"""LoRA: the factors' arithmetic, factors on layers, and adapter files."""

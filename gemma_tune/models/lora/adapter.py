@@ -1,0 +1,131 @@
+"""Saves and loads LoRA adapters: as safetensors with what they belong to, as KerasHub's `.lora.h5`, and from PEFT."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gemma_tune.errors import ModelError
+from gemma_tune.models.base_fingerprint import fingerprint, some_values
+from gemma_tune.models.family import family_of
+from gemma_tune.models.functional import variables_by_path
+from gemma_tune.models.lora.adapter_file import describe, described_factors, read_adapter, write_adapter
+from gemma_tune.models.lora.enable import enable_lora, enable_on_layers, lora_layers, low_ranks, with_weights
+from gemma_tune.models.lora.keras_file import load_keras_adapter, save_keras_adapter
+from gemma_tune.models.lora.peft_import import is_peft, load_peft_adapter
+from gemma_tune.runtime.backend import keras
+from gemma_tune.runtime.processes import to_host
+
+ADAPTER_FILE = "adapter.safetensors"
+
+
+def save_adapter(model: keras.Model, path: str | os.PathLike, base_model: str = "") -> Path:
+    """Writes the LoRA factors alone.
+
+    Args:
+        model: A CausalLM with LoRA on.
+        path: A directory, in which `adapter.safetensors` is written, or a file ending in `.safetensors` or `.lora.h5`.
+        base_model: How the base is named, so that the adapter can say so.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ModelError: The model has no LoRA factors, or the format no place for them.
+    """
+    layers = lora_layers(model.backbone)
+    if not layers:
+        raise ModelError(
+            "The model has no LoRA factors to save. Train it with training.method=lora, or call enable_lora first."
+        )
+    path = Path(path)
+    if path.name.endswith(".lora.h5"):
+        save_keras_adapter(model, path)
+        return path
+    file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
+    names = {layer.name for layer in layers}
+    targets = {layer.path: layer.name for layer in with_weights(model.backbone) if layer.name in names}
+    metadata = {
+        "family": family_of(model),
+        "base_model": base_model,
+        "base_fingerprint": fingerprint(model),
+        "base_values": json.dumps(some_values(model)),
+        **describe(low_ranks(model.backbone), targets),
+    }
+    write_adapter(file, metadata, {name: to_host(variable.value) for name, variable in _factors(model).items()})
+    return file
+
+
+def load_adapter(model: keras.Model, path: str | os.PathLike) -> None:
+    """Enables LoRA on a freshly loaded base model and fills in an adapter's factors.
+
+    Args:
+        model: The CausalLM that the adapter was trained on.
+        path: What `save_adapter` wrote or was given, KerasHub's `.lora.h5`, or a directory that PEFT wrote.
+
+    Raises:
+        ModelError: No adapter there, damaged, or for another base; says which.
+    """
+    path = Path(path)
+    if is_peft(path):
+        load_peft_adapter(model, path)
+        return
+    file = path / ADAPTER_FILE if path.is_dir() else path
+    if not file.exists():
+        raise ModelError(f"There is no adapter at {file}.")
+    if file.name.endswith(".lora.h5"):
+        load_keras_adapter(model, file)
+        return
+    metadata, factors = read_adapter(file)
+    _check_base(model, metadata, file)
+    common, by_layer = described_factors(metadata)
+    if by_layer:
+        enable_on_layers(model.backbone, by_layer, seed=0)
+    else:
+        targets = json.loads(metadata["target_layers"])
+        layout, rank, alpha, *flags = common
+        enable_lora(model.backbone, rank, alpha, targets, 0, layout, *flags)
+    variables = _factors(model)
+    if set(variables) != set(factors):
+        raise ModelError(
+            f"{file} and the model don't have the same factors: {sorted(set(variables) ^ set(factors))[:4]}."
+        )
+    for name, variable in variables.items():
+        if tuple(variable.shape) != factors[name].shape:
+            raise ModelError(f"{file}: {name} is {factors[name].shape}, and the model's is {tuple(variable.shape)}.")
+    for name, variable in variables.items():
+        variable.assign(factors[name])
+
+
+def read_adapter_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Returns what an adapter says of itself: family, base_model, base_fingerprint, rank, alpha, target_layers."""
+    path = Path(path)
+    return read_adapter(path / ADAPTER_FILE if path.is_dir() else path)[0]
+
+
+def _factors(model: keras.Model) -> dict[str, keras.Variable]:
+    return {path: variable for path, variable in variables_by_path(model).items() if "lora_" in path.rsplit("/", 1)[-1]}
+
+
+def _check_base(model: keras.Model, metadata: Mapping[str, str], file: Path) -> None:
+    found, expected = fingerprint(model), metadata["base_fingerprint"]
+    if found != expected and not _is_rounded_otherwise(model, metadata):
+        base = metadata["base_model"] or "an unnamed model"
+        raise ModelError(
+            f"{file} was trained on another base: {base} ({metadata['family']}, weights {expected}); this model is "
+            f"{family_of(model)} with weights {found}. Load {base} instead."
+        )
+
+
+def _is_rounded_otherwise(model: keras.Model, metadata: Mapping[str, str]) -> bool:
+    """Whether the base is the same but for the rounding of its weights.
+
+    float16 rounds at other places than bfloat16, in which fingerprints compare. Where one of the two bases is float16,
+    some values are compared instead, with the tolerance of bfloat16, and of float16 near zero.
+    """
+    values, others = some_values(model), json.loads(metadata.get("base_values", "{}"))
+    if "float16" not in (values["dtype"], others.get("dtype")) or values["paths"] != others.get("paths"):
+        return False
+    return np.allclose(values["values"], others["values"], rtol=2**-7, atol=2**-24)

@@ -1,0 +1,66 @@
+"""KerasHub's `.lora.h5`: one rank, A and B in Keras's layout, layers by their place, and no alpha."""
+
+from pathlib import Path
+
+from gemma_tune.errors import ModelError
+from gemma_tune.models.lora.enable import enable_on_layers, lora_layers, low_ranks, with_weights
+from gemma_tune.models.lora.factors import LowRank
+from gemma_tune.models.lora.layers import scale_of
+from gemma_tune.runtime.backend import keras
+
+
+def save_keras_adapter(model: keras.Model, file: Path) -> None:
+    """Writes KerasHub's format. The scale goes into B, so that it reads right with scale 1.
+
+    Raises:
+        ModelError: The format has no place for what the factors are; says for what.
+    """
+    layers = lora_layers(model.backbone)
+    if problem := _no_place_for(model):
+        raise ModelError(f"{file}: KerasHub's .lora.h5 holds {problem}. Save as .safetensors.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    originals = [layer.lora_kernel_b.value for layer in layers]
+    try:
+        for layer, original in zip(layers, originals, strict=True):
+            layer.lora_kernel_b.assign(original * scale_of(layer))
+        model.backbone.save_lora_weights(str(file))
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            layer.lora_kernel_b.assign(original)
+
+
+def _no_place_for(model: keras.Model) -> str:
+    layers, kinds = lora_layers(model.backbone), low_ranks(model.backbone).values()
+    if any(isinstance(layer, keras.layers.Embedding) for layer in layers):
+        return "LoRA on kernels only, not on the embedding"
+    if any(kind.layout != "keras" for kind in kinds):
+        return "factors of lora.layout=keras only"
+    if any(kind.use_dora for kind in kinds):
+        return "no magnitudes, which lora.use_dora has"
+    return "factors of one rank only" if len({kind.rank for kind in kinds}) > 1 else ""
+
+
+def load_keras_adapter(model: keras.Model, file: Path) -> None:
+    """Enables LoRA where a `.lora.h5` has it, and fills in its factors.
+
+    Raises:
+        ModelError: It can't be read, or doesn't fit the model.
+    """
+    import h5py
+
+    try:
+        with h5py.File(file, "r") as store:
+            group = store["lora"]
+            rank = int(group["vars"]["rank"][()]) if "vars" in group else int(group["rank"][()])
+            indices = sorted(int(name) for name in group if name.isdigit())
+    except (OSError, KeyError) as error:
+        raise ModelError(f"{file} can't be read as KerasHub LoRA weights: {error}.") from error
+    layers = with_weights(model.backbone)
+    if not indices or indices[-1] >= len(layers):
+        raise ModelError(f"{file} doesn't fit this model: it has factors for layer {indices[-1:]} of {len(layers)}.")
+    paths = [layers[index].path for index in indices]
+    enable_on_layers(model.backbone, dict.fromkeys(paths, LowRank("keras", rank, float(rank))), seed=0)
+    try:
+        model.backbone.load_lora_weights(str(file))
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{file} doesn't fit this model: {error}") from error

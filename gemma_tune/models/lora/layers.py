@@ -1,0 +1,185 @@
+"""Factors on a layer: giving them to it, computing with them beside its frozen kernel, and putting them into it.
+
+They are Keras's own variables where Keras has them, `lora_kernel_a` and `lora_kernel_b`, and DoRA's
+`lora_kernel_magnitude` beside them. Keras multiplies A·B with `lora_alpha / lora_rank`; `lora_alpha` is set so that
+this is the scale, of rsLoRA too, and `low_rank_of` says what was asked for.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from keras import ops
+from keras.src.initializers.random_initializers import compute_fans
+
+from gemma_tune.models.functional import bound_value
+from gemma_tune.models.linear import PlainEinsumDense, einsum_product
+from gemma_tune.models.lora.factors import (
+    LowRank,
+    factor_shapes,
+    kernel_norms,
+    kernel_update,
+    low_rank_product,
+    merged_norms,
+    over_outputs,
+)
+from gemma_tune.runtime.backend import keras
+
+Seeds = list[int]
+
+
+class LowRankEinsumDense(keras.layers.EinsumDense):
+    """An EinsumDense that sends its input through A and B instead of adding A·B to its kernel.
+
+    Keras computes x·(W + s·A·B), so that the backward pass makes the gradient of a whole kernel first. Here no array of
+    the kernel's size is made. It is given to layers that already exist by `layer.__class__ = LowRankEinsumDense`.
+    """
+
+    @property
+    def kernel(self) -> jax.Array:
+        """The merged kernel, as Gemma 4's blocks multiply with it. `_kernel` has the frozen one."""
+        return merged_kernel(self, bound_value(self._kernel)).astype(self.compute_dtype)
+
+    def call(self, inputs: Any, training: Any = None) -> Any:
+        outputs = einsum_product(self.equation, inputs, ops.cast(self._kernel, inputs.dtype))
+        outputs = with_factors(self, inputs, outputs)
+        if self.bias is not None:
+            outputs = ops.add(outputs, self.bias)
+        return outputs if self.activation is None else self.activation(outputs)
+
+
+def with_factors(layer: Any, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
+    """Returns a layer's outputs with its factors, given those of its frozen kernel alone.
+
+    Args:
+        layer: With factors.
+        inputs: x, [B, L, …].
+        outputs: x·W, [B, L, outputs…].
+    """
+    scale, (a, b) = scale_of(layer), (bound_value(factor) for factor in factors_of(layer)[:2])
+    low = low_rank_product(layer.equation, scale, inputs, a.astype(inputs.dtype), b.astype(inputs.dtype))
+    outputs = outputs + low
+    if not low_rank_of(layer).use_dora:
+        return outputs
+    frozen = jax.lax.stop_gradient((float_kernel(layer), a, b))
+    ratio = bound_value(layer.lora_kernel_magnitude) / merged_norms(layer.equation, scale, *frozen)
+    return outputs * ratio.astype(outputs.dtype)
+
+
+def merged_kernel(layer: Any, kernel: jax.Array) -> jax.Array:
+    """Returns W + s·A·B, with DoRA of the layer's magnitudes, in float32.
+
+    Args:
+        layer: With factors.
+        kernel: W, in its own shape.
+    """
+    low_rank, (a, b, *magnitude) = low_rank_of(layer), (bound_value(factor) for factor in factors_of(layer))
+    equation = equation_of(layer)
+    merged = kernel.astype(jnp.float32) + kernel_update(equation, low_rank.scale, a, b)
+    for length in magnitude:
+        norms = jax.lax.stop_gradient(kernel_norms(equation, merged))  # Constants for the gradient (low_rank.py).
+        merged = merged * over_outputs(equation, length / norms)
+    return merged
+
+
+def neutral_factors(layer: Any) -> dict[str, jax.Array]:
+    """Returns path -> values of those of a layer's factors that, so changed, make it compute as without them."""
+    _, b, *magnitude = factors_of(layer)
+    changed = {b.path: jnp.zeros(b.shape, b.dtype)}
+    return changed | {one.path: kernel_norms(layer.equation, float_kernel(layer)) for one in magnitude}
+
+
+def add_factors(layer: Any, low_rank: LowRank, seeds: Seeds) -> None:
+    """Freezes a layer and gives it trainable factors with which it computes as before: A random, B zero.
+
+    Args:
+        layer: An EinsumDense, quantized or not, or an Embedding, of which Keras alone has a layout.
+        low_rank: What they are to be.
+        seeds: Of A.
+    """
+    layer.trainable = True
+    alpha = low_rank.scale * low_rank.rank
+    if isinstance(layer, keras.layers.Embedding):
+        layer.enable_lora(low_rank.rank, lora_alpha=alpha, a_initializer=_Random(seeds, "keras"))
+    else:
+        shapes = factor_shapes(layer.equation, tuple(layer.kernel.shape), low_rank.layout, low_rank.rank)
+        layer._tracker.unlock()
+        layer.lora_kernel_a = _add(layer, "lora_kernel_a", shapes.a, _Random(seeds, low_rank.layout))
+        layer.lora_kernel_b = _add(layer, "lora_kernel_b", shapes.b, "zeros")
+        if low_rank.use_dora:
+            layer.lora_kernel_magnitude = _add(
+                layer, "lora_kernel_magnitude", shapes.magnitude, lambda *_, **__: _norms(layer)
+            )
+        layer._kernel.trainable = False
+        layer._tracker.lock()
+        layer.lora_enabled, layer.lora_rank, layer.lora_alpha = True, low_rank.rank, alpha
+    if type(layer) in (keras.layers.EinsumDense, PlainEinsumDense):
+        layer.__class__ = LowRankEinsumDense
+    # Keras would look for layers and variables in it.
+    object.__setattr__(layer, "_low_rank", low_rank)
+
+
+def remove_factors(layer: Any) -> None:
+    """Takes a layer's factors away."""
+    layer._tracker.unlock()
+    for factor in factors_of(layer):
+        layer._untrack_variable(factor)
+    layer._tracker.lock()
+    layer.lora_enabled, layer.lora_rank = False, None
+    layer.__dict__.pop("_low_rank", None)
+    if type(layer) is LowRankEinsumDense:
+        layer.__class__ = keras.layers.EinsumDense
+
+
+def factors_of(layer: Any) -> list[keras.Variable]:
+    """Returns A, B and, with DoRA, the magnitude."""
+    if isinstance(layer, keras.layers.Embedding):
+        return [layer.lora_embeddings_a, layer.lora_embeddings_b]
+    factors = [layer.lora_kernel_a, layer.lora_kernel_b]
+    return [*factors, layer.lora_kernel_magnitude] if low_rank_of(layer).use_dora else factors
+
+
+def low_rank_of(layer: Any) -> LowRank:
+    """Returns what a layer's factors are; those that Keras itself enabled are of its own layout."""
+    found = layer.__dict__.get("_low_rank")
+    return found or LowRank("keras", layer.lora_rank, float(layer.lora_alpha))
+
+
+def scale_of(layer: Any) -> float:
+    """Returns s."""
+    return low_rank_of(layer).scale
+
+
+def equation_of(layer: Any) -> str:
+    """Returns a layer's einsum, or "" for an embedding."""
+    return "" if isinstance(layer, keras.layers.Embedding) else layer.equation
+
+
+def _add(layer: Any, name: str, shape: tuple[int, ...], initializer: Any) -> keras.Variable:
+    """Float32 whatever the precision, and cast where it is used: DoRA's norms need it as it is."""
+    return layer.add_weight(name=name, shape=shape, initializer=initializer, dtype="float32", autocast=False)
+
+
+def _norms(layer: Any) -> jax.Array:
+    return kernel_norms(layer.equation, float_kernel(layer))
+
+
+def float_kernel(layer: Any) -> jax.Array:
+    """The frozen kernel in float32, whatever holds it."""
+    kernel = layer.dequantized() if hasattr(layer, "dequantized") else bound_value(layer._kernel)
+    return kernel.astype(jnp.float32)
+
+
+class _Random:
+    """Fills A by NumPy, since JAX would compile a program for each shape: in Keras's layout as Keras's HeUniform
+    (arXiv:1502.01852), in PEFT's as PEFT, which keeps within ±1/sqrt(inputs).
+    """
+
+    def __init__(self, seeds: Seeds, layout: str):
+        self._seeds, self._gain = seeds, 6.0 if layout == "keras" else 1.0
+
+    def __call__(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        fan_in, _ = compute_fans(shape)
+        limit = (self._gain / max(fan_in, 1)) ** 0.5
+        return np.random.default_rng(self._seeds).uniform(-limit, limit, shape).astype(dtype)

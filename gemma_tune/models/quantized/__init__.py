@@ -1,0 +1,1 @@
+"""Layers that hold or train their weights in few bits."""

@@ -1,0 +1,212 @@
+"""Makes a checkpoint of a GGUF file: a Hugging Face style config, tensors by their Hugging Face names, and the
+tokenizer.
+
+With these three, KerasHub's own converter for Hugging Face checkpoints does the rest. Names and norms are mapped back
+as llama.cpp's convert_hf_to_gguf.py maps them: RMS norms are stored there as 1 + scale.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_tune.errors import ModelError
+from gemma_tune.models.sources.gguf_reader import GgufFile
+
+ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}  # GGUF's name -> model_type.
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_NORM_NAMES = {
+    "gemma": {"post_attention_layernorm": "ffn_norm"},
+    "gemma2": {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
+_NORM_NAMES["gemma3_text"] = _NORM_NAMES["gemma2"]
+# The only published sizes whose attention scale is not 1/sqrt(head width): layers of Gemma 2 27B and Gemma 3 27B.
+# GGUF doesn't store the scale; llama.cpp goes by the number of layers too.
+LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
+
+
+class GgufCheckpoint:
+    """A Gemma GGUF file seen as a Hugging Face checkpoint.
+
+    Attributes:
+        config: What config.json would say.
+
+    Raises:
+        ModelError: The file is damaged, or holds another kind of model.
+    """
+
+    def __init__(self, path: Path):
+        self._file = GgufFile(path)
+        architecture = self._file.text("general.architecture")
+        if architecture not in ARCHITECTURES:
+            raise ModelError(
+                f"{path} holds a model of the architecture {architecture or 'unknown'!r}. Gemma files of these can be "
+                "read: "
+                f"{', '.join(ARCHITECTURES)}."
+            )
+        self.path = path
+        self.config = self._config(architecture)
+
+    def rows(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Returns rows of a tensor by its Hugging Face name, as float32."""
+        name = self._name(key)
+        values = self._file.rows(name, start, stop)
+        return values - 1.0 if name.endswith("norm.weight") else values
+
+    def num_rows(self, key: str) -> int:
+        """Returns the length of a tensor's first axis."""
+        return self._file.tensors[self._name(key)].shape[0]
+
+    def tokenizer_proto(self) -> bytes:
+        """Returns the SentencePiece model, rebuilt from the metadata."""
+        return sentencepiece_proto(self._file)
+
+    def _name(self, key: str) -> str:
+        name = gguf_name(key, self.config["model_type"])
+        if name not in self._file.tensors:
+            raise ModelError(
+                f"{self.path} has no tensor {name!r} ({key}). Tensors: {', '.join(list(self._file.tensors)[:8])}, …"
+            )
+        return name
+
+    def _config(self, architecture: str) -> dict[str, Any]:
+        model_type = ARCHITECTURES[architecture]
+        width, layers = self._entry(architecture, "embedding_length"), self._entry(architecture, "block_count")
+        heads, head_width = (
+            self._entry(architecture, "attention.head_count"),
+            self._entry(architecture, "attention.key_length"),
+        )
+        config: dict[str, Any] = {
+            "model_type": model_type,
+            "vocab_size": self._vocabulary_size(),
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "intermediate_size": self._entry(architecture, "feed_forward_length"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._entry(architecture, "attention.head_count_kv", heads),
+            "head_dim": head_width,
+            "rms_norm_eps": self._entry(architecture, "attention.layer_norm_rms_epsilon", 1e-6),
+            "max_position_embeddings": self._entry(architecture, "context_length", 8192),
+        }
+        is_27b = layers == LAYERS_OF_27B.get(model_type)
+        config["query_pre_attn_scalar"] = width // heads if is_27b else head_width
+        if model_type == "gemma2":
+            config["sliding_window"] = self._entry(architecture, "attention.sliding_window", 4096)
+            config["attn_logit_softcapping"] = self._entry(architecture, "attn_logit_softcapping", 50.0)
+            config["final_logit_softcapping"] = self._entry(architecture, "final_logit_softcapping", 30.0)
+        elif model_type == "gemma3_text":
+            config["sliding_window"] = self._entry(architecture, "attention.sliding_window")
+            factor = self._entry(architecture, "rope.scaling.factor", 1.0)
+            if factor != 1.0:
+                config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+        return config
+
+    def _entry(self, architecture: str, name: str, default: Any = None) -> Any:
+        value = self._file.metadata.get(f"{architecture}.{name}", default)
+        if not isinstance(value, (int, float)):
+            raise ModelError(f"{self.path}: the metadata {architecture}.{name} is missing or no number.")
+        return value
+
+    def _vocabulary_size(self) -> int:
+        if "token_embd.weight" not in self._file.tensors:
+            raise ModelError(f"{self.path} has no tensor 'token_embd.weight'.")
+        if "output.weight" in self._file.tensors:
+            raise ModelError(
+                f"{self.path} has an output head of its own (output.weight); every Gemma ties it to the embedding."
+            )
+        return self._file.tensors["token_embd.weight"].shape[0]
+
+
+def gguf_name(key: str, model_type: str) -> str:
+    """Returns what GGUF calls a tensor of Hugging Face's name; a name that isn't known, as it is.
+
+    Args:
+        key: Such as `model.layers.0.mlp.up_proj.weight`.
+        model_type: `gemma`, `gemma2` or `gemma3_text`.
+    """
+    fixed = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", key)
+    if not match:
+        return fixed.get(key, key)
+    layer, part = match.groups()
+    names = {**_LAYER_NAMES, **_NORM_NAMES[model_type]}
+    return f"blk.{layer}.{names.get(part, part)}.weight"
+
+
+def sentencepiece_proto(file: GgufFile) -> bytes:
+    """Rebuilds the SentencePiece model from a GGUF file's metadata.
+
+    GGUF marks `<unk>` and all turn tokens CONTROL. SentencePiece needs `<unk>` as UNKNOWN, and splits a CONTROL token
+    in a text into letters, so all of them but pad, eos and bos become USER_DEFINED, as in Gemma's own tokenizer.model.
+    And GGUF spells runs of spaces with spaces, where SentencePiece spells them with its sign for one, U+2581.
+
+    Raises:
+        ModelError: The metadata holds no SentencePiece vocabulary.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    schema: Any = sentencepiece_model_pb2  # Its classes are made at import, so that type checkers don't see them.
+    kind = file.text("tokenizer.ggml.model")
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    scores = file.metadata.get("tokenizer.ggml.scores")
+    types = file.metadata.get("tokenizer.ggml.token_type")
+    if (
+        kind != "llama"
+        or tokens is None
+        or scores is None
+        or types is None
+        or not len(tokens) == len(scores) == len(types)
+    ):
+        raise ModelError(
+            f"{file.path} holds no SentencePiece vocabulary (tokenizer.ggml.model is {kind!r}, expected 'llama')."
+        )
+    piece_types = schema.ModelProto.SentencePiece
+    names = {"pad": 0, "eos": 1, "bos": 2, "unknown": 3, "padding": 0}
+    ids = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id", number) for name, number in names.items()}
+    if not all(isinstance(number, int) and 0 <= number < len(tokens) for number in ids.values()):
+        raise ModelError(f"{file.path} is damaged: of {len(tokens)} tokens, these are to be the special ones: {ids}.")
+    stays_control = {ids["padding"], ids["eos"], ids["bos"]}
+
+    known_types = set(piece_types.Type.values())
+    model = schema.ModelProto()
+    for index, (token, score, piece_type) in enumerate(zip(tokens, scores.tolist(), types.tolist(), strict=True)):
+        if index == ids["unknown"]:
+            piece_type = piece_types.UNKNOWN
+        elif piece_type == piece_types.CONTROL and index not in stays_control:
+            piece_type = piece_types.USER_DEFINED
+        elif piece_type not in known_types:
+            piece_type = piece_types.NORMAL
+        piece = token.decode("utf-8", errors="replace")
+        if piece_type == piece_types.USER_DEFINED:
+            piece = piece.replace(" ", "▁")
+        model.pieces.add(piece=piece, score=score, type=piece_type)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = schema.TrainerSpec.BPE, len(tokens), True
+    trainer.pad_id, trainer.eos_id, trainer.bos_id, trainer.unk_id = (
+        ids["padding"],
+        ids["eos"],
+        ids["bos"],
+        ids["unknown"],
+    )
+    trainer.pad_piece, trainer.eos_piece = model.pieces[ids["padding"]].piece, model.pieces[ids["eos"]].piece
+    trainer.bos_piece, trainer.unk_piece = model.pieces[ids["bos"]].piece, model.pieces[ids["unknown"]].piece
+    for spec in (normalizer, model.denormalizer_spec):
+        spec.add_dummy_prefix, spec.remove_extra_whitespaces, spec.escape_whitespaces = False, False, True
+    normalizer.name = "identity"
+    return model.SerializeToString()

@@ -1,0 +1,109 @@
+"""Finds out what a model's name means, before anything heavy is imported."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from gemma_tune.errors import ModelError, did_you_mean
+from gemma_tune.quantization.spec import SCHEMES
+from gemma_tune.runtime.json_files import read_json
+
+_TINY = ("tiny", "tiny:gemma", "tiny:gemma2", "tiny:gemma3", "tiny:gemma4")
+_DEFAULT_TINY = "gemma3"
+
+
+class Source(NamedTuple):
+    """A model's place.
+
+    kind: `tiny`, `demo`, `gguf`, `hf` and `keras` (directories), `hf_download`, `keras_download`, `run` (a workdir), or
+        `peft` (an adapter's directory).
+    """
+
+    kind: str
+    value: str
+
+
+class SchemedSource(NamedTuple):
+    """A model's name, and in how many bits to hold it: `demo@nf4`. scheme: '' for as it is."""
+
+    source: str
+    scheme: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.source}@{self.scheme}" if self.scheme else self.source
+
+
+def parse_schemed(name: str) -> SchemedSource:
+    """Takes a name like `demo@nf4` apart. A path with an @ that exists as it is wins.
+
+    Raises:
+        ModelError: There is no such model or scheme; suggests the nearest.
+    """
+    source, at, scheme = name.rpartition("@")
+    if not at or Path(name).expanduser().exists():
+        source, scheme = name, ""
+    elif scheme not in SCHEMES:
+        raise ModelError(
+            f"{name!r}: there is no scheme {scheme!r}.{did_you_mean(scheme, SCHEMES)} Behind the @ stands one of "
+            f"{', '.join(SCHEMES)}."
+        )
+    parse_source(source)
+    return SchemedSource(source, scheme)
+
+
+def parse_source(name: str) -> Source:
+    """Returns what a name means.
+
+    Raises:
+        ModelError: It is no preset, and no file or directory that holds a model; suggests the nearest names.
+    """
+    if name == "demo":
+        return Source("demo", name)
+    if name == "tiny" or name.startswith("tiny:"):
+        family = name.partition(":")[2] or _DEFAULT_TINY
+        if f"tiny:{family}" not in _TINY:
+            raise ModelError(f"There is no model {name!r}. Tiny models: {', '.join(_TINY)}.{did_you_mean(name, _TINY)}")
+        return Source("tiny", family)
+    if name.startswith("hf://"):
+        return Source("hf_download", name)
+    if "://" in name:
+        if not name.startswith("kaggle://"):
+            raise ModelError(f"{name!r}: models are downloaded from kaggle:// and hf:// only.")
+        return Source("keras_download", name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(_kind_of_directory(path), str(path))
+    if path.suffix == ".gguf":
+        if not path.exists():
+            raise ModelError(f"There is no file {path}.")
+        return Source("gguf", str(path))
+    from gemma_tune.models.sources.preset_catalog import preset_names
+
+    presets = preset_names()
+    if name in presets:
+        return Source("keras_download", name)
+    what = f"{path} is a file that is no .gguf." if path.exists() else f"There is no model {name!r}."
+    raise ModelError(
+        f"{what}{did_you_mean(name, ['demo', *_TINY, *presets])} A model is a preset (see `gemma-tune models`), "
+        "kaggle://…, hf://…, "
+        "a directory, a .gguf file, demo or tiny."
+    )
+
+
+def _kind_of_directory(path: Path) -> str:
+    config_file = path / "config.json"
+    if not config_file.exists() and (path / "adapter_config.json").exists():
+        return "peft"
+    if not config_file.exists():
+        gguf = sorted(path.glob("*.gguf"))
+        hint = f" Name one of its files: {gguf[0]}" if gguf else ""
+        raise ModelError(f"{path} holds no model: config.json is missing.{hint}")
+    config = read_json(config_file)
+    if "model_type" in config:
+        return "hf"
+    if "class_name" in config:
+        return "keras"
+    if "workdir" in config and "training" in config:
+        return "run"
+    raise ModelError(
+        f"{config_file} describes neither a Keras preset, nor a Hugging Face model, nor a run of gemma_tune."
+    )

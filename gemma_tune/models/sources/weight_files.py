@@ -1,0 +1,54 @@
+"""The files that hold a model's weights, and their size."""
+
+from pathlib import Path
+
+from gemma_tune.models.lora.adapter import ADAPTER_FILE
+from gemma_tune.models.lora.peft_config import WEIGHTS_FILE
+from gemma_tune.models.lora.peft_import import peft_base
+from gemma_tune.models.sources.download import demo_path
+from gemma_tune.models.sources.source import parse_source
+from gemma_tune.runtime.json_files import read_json
+
+
+def weight_files(source: str) -> list[Path]:
+    """Returns the files of a model that was loaded before; none for one that is made up, such as `tiny`.
+
+    Args:
+        source: As in `load_model`. Of a run with an adapter these are the base's files and the adapter.
+    """
+    parsed = parse_source(source)
+    path = Path(parsed.value)
+    if parsed.kind == "tiny":
+        return []
+    if parsed.kind == "demo":
+        return [demo_path()]
+    if parsed.kind == "gguf":
+        return [path]
+    if parsed.kind == "peft":
+        return [*weight_files(peft_base(path)), path / WEIGHTS_FILE]
+    if parsed.kind == "run":
+        if (path / "model").exists():
+            return weight_files(str(path / "model"))
+        base = read_json(path / "config.json")["model"]["source"]
+        return [*weight_files(base), path / "adapter" / ADAPTER_FILE]
+    if parsed.kind in ("hf", "hf_download"):
+        return sorted((path if parsed.kind == "hf" else _hf_folder(parsed.value)).glob("*.safetensors"))
+    return sorted((path if parsed.kind == "keras" else _keras_folder(parsed.value)).glob("model*.weights.h5"))
+
+
+def weight_bytes(source: str) -> int | None:
+    """Returns the bytes of a model's weight files, or None if it has none."""
+    files = weight_files(source)
+    return sum(file.stat().st_size for file in files) if files else None
+
+
+def _hf_folder(handle: str) -> Path:
+    import huggingface_hub
+
+    return Path(huggingface_hub.snapshot_download(handle.removeprefix("hf://"), local_files_only=True))
+
+
+def _keras_folder(handle: str) -> Path:
+    from keras_hub.src.utils.preset_utils import get_file
+
+    return Path(get_file(handle, "config.json")).parent

@@ -1,0 +1,146 @@
+"""Starts what a server serves: loads a model, names it and its adapters, and compiles the engine's programs."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from gemma_tune.config import Config, GenerationConfig
+from gemma_tune.data import template_for
+from gemma_tune.errors import ConfigError
+from gemma_tune.models.base_fingerprint import fingerprint
+from gemma_tune.models.family import family_of
+from gemma_tune.models.load import load_model
+from gemma_tune.models.lora.enable import lora_layers, merge_lora
+from gemma_tune.models.sources.source import Source, parse_source
+from gemma_tune.models.sources.tokenizer import tokenizer_of
+from gemma_tune.quantization.spec import QuantSpec
+from gemma_tune.runtime.backend import keras
+from gemma_tune.runtime.json_files import read_json
+from gemma_tune.runtime.progress import counting
+from gemma_tune.serve_config import ServeConfig
+from gemma_tune.serving.engine.engine import Engine
+from gemma_tune.serving.engine.request import BASE
+from gemma_tune.serving.generation import stop_ids
+from gemma_tune.serving.http.served_models import Defaults, ServedModel, Service
+from gemma_tune.serving.sampling import Sampling
+
+
+class Base(NamedTuple):
+    """The model under all adapters: where it comes from, its name, how it is held, and adapters that came with it."""
+
+    source: str
+    name: str
+    quant_spec: QuantSpec | None
+    adapters: Mapping[str, Path]
+
+
+def start_service(config: Config, settings: ServeConfig, adapters: Sequence[str], console: Console) -> Service:
+    """Loads, names and compiles what is to be served.
+
+    Args:
+        config: Says which model, in which precision, and what a request gets that doesn't say.
+        settings: Of the server.
+        adapters: `NAME=PATH` of LoRA adapters, or of runs with one.
+        console: Is told what takes long.
+
+    Raises:
+        ConfigError: A name twice, or no name.
+        ModelError: A model or adapter can't be loaded.
+    """
+    base = resolve_base(config, settings.name)
+    paths = {**base.adapters, **_named_paths(adapters, {base.name, *base.adapters})}
+    with console.status(f"Loading {base.source}…"):
+        model = load_model(base.source, precision=config.model.precision, quant_spec=base.quant_spec, seed=config.seed)
+        if lora_layers(model.backbone):  # The base is itself a run.
+            merge_lora(model.backbone)
+    version = fingerprint(model) + (f"@{base.quant_spec.scheme}" if base.quant_spec else "")
+    engine = Engine(
+        model,
+        adapters=paths,
+        max_concurrent=settings.max_concurrent,
+        max_tokens_in_flight=settings.max_tokens_in_flight,
+        max_length=settings.max_length,
+        max_queued=settings.max_queued,
+    )
+    with counting("compiled programs") as advance:
+        engine.start(lambda done, total: advance(1))
+    return _service(engine, model, config.generation, _served(base.name, version, paths))
+
+
+def resolve_base(config: Config, name: str) -> Base:
+    """Returns what `--model` means to a server: of a run with an adapter its base, and the adapter beside it, so that
+    both can be asked.
+    """
+    source = parse_source(config.model.source)
+    own_name = name or name_of(config.model.source, source)
+    workdir = Path(source.value)
+    if source.kind != "run" or not (workdir / "adapter").exists() or (workdir / "model").exists():
+        return Base(config.model.source, own_name, config.quant_spec, {})
+    run_config = Config.from_saved(read_json(workdir / "config.json"))
+    under = run_config.model.source
+    base_name = name_of(under, parse_source(under))
+    if base_name == own_name:
+        base_name += "-base"
+    return Base(under, base_name, config.quant_spec or run_config.quant_spec, {own_name: workdir / "adapter"})
+
+
+def name_of(text: str, source: Source) -> str:
+    """Returns a model's name in requests: the last part of a path or address that says something."""
+    if source.kind in ("tiny", "demo"):
+        return text
+    path = Path(text).expanduser().resolve() if "://" not in text else Path(text)
+    parts = [part for part in path.parts if not part.isdecimal()]  # Kaggle's end with a version.
+    return parts[-1].removesuffix(".gguf")
+
+
+def _named_paths(adapters: Sequence[str], taken: set[str]) -> dict[str, Path]:
+    """Returns the adapters of the command line by name."""
+    found: dict[str, Path] = {}
+    for given in adapters:
+        name, equals, place = given.partition("=")
+        if not (name and equals and place):
+            raise ConfigError(f"--adapter={given}: write --adapter=NAME=PATH, with the name to ask for it by.")
+        if name in taken or name in found:
+            raise ConfigError(f"--adapter={given}: there is already a model named {name!r}. Choose another name.")
+        path = Path(place).expanduser()
+        found[name] = path / "adapter" if (path / "adapter").is_dir() else path
+    return found
+
+
+def _served(base_name: str, version: str, paths: Mapping[str, Path]) -> dict[str, ServedModel]:
+    """Returns all models by name: adapters first, since they are what one has trained."""
+    models = {
+        name: ServedModel(name, name, base_name, f"{version}+{_digest(path)}") for name, path in sorted(paths.items())
+    }
+    models[base_name] = ServedModel(base_name, BASE, "", version)
+    return models
+
+
+def _service(
+    engine: Engine, model: keras.Model, generation: GenerationConfig, models: Mapping[str, ServedModel]
+) -> Service:
+    tokenizer = tokenizer_of(model)
+    return Service(
+        engine=engine,
+        models=models,
+        tokenizer=tokenizer,
+        template=template_for(family_of(model)),
+        stop_ids=stop_ids(model, tokenizer),
+        max_length=engine.max_length,
+        defaults=Defaults(
+            generation.max_new_tokens, Sampling(*(getattr(generation, name) for name in Sampling._fields))
+        ),
+    )
+
+
+def _digest(path: Path) -> str:
+    """Returns 16 hexadecimal digits of an adapter's files."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.name.encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,192 @@
+"""A run's training step with shapes in the place of arrays: nothing is loaded, and no device is needed."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from gemma_tune.config import Config
+from gemma_tune.data import Batch
+from gemma_tune.errors import ConfigError
+from gemma_tune.mesh import MeshShape
+from gemma_tune.models.family import FAMILIES, family_of
+from gemma_tune.models.functional import variables_by_path
+from gemma_tune.models.precision import computes_in_float16
+from gemma_tune.models.sharding.placement import MeshSharding
+from gemma_tune.models.sources.lazy_initialization import lazy_initialization
+from gemma_tune.models.sources.published_sizes import backbone_without_weights
+from gemma_tune.models.transforms import LoraSettings, transform_for_training
+from gemma_tune.runtime.backend import keras
+from gemma_tune.training.guard import init_guard
+from gemma_tune.training.losses.loss_scale import init_loss_scale
+from gemma_tune.training.optimizer import as_float32, make_optimizer
+from gemma_tune.training.sharded_state import optimizer_shardings
+from gemma_tune.training.state import TrainState
+from gemma_tune.training.step.compile_once import StepMemory
+from gemma_tune.training.step.train_step import make_train_step
+
+Shapes = Any  # A tree of jax.ShapeDtypeStruct.
+
+
+class AbstractTrainState(NamedTuple):
+    """A run before its first step, without arrays.
+
+    model: A CausalLM whose variables have no values. num_targets: Positions with a loss in the rows that go through a
+        device at a time; target_share: of all. state, frozen, batch: What the step takes.
+    """
+
+    config: Config
+    model: keras.Model
+    sharding: MeshSharding | None
+    optimizer: optax.GradientTransformation
+    num_targets: int
+    target_share: float
+    state: Shapes
+    frozen: Shapes
+    batch: Shapes
+
+    @property
+    def argument_bytes(self) -> int:
+        """What weights, optimizer state and a batch take on each device."""
+        return sum(device_bytes(leaf) for leaf in jax.tree.leaves((self.state, self.frozen, self.batch)))
+
+    def compiled_memory(self) -> StepMemory:
+        """Compiles the step, and returns what it takes on each device, as XLA counts it. The mesh must have devices."""
+        training = self.config.training
+        step = make_train_step(
+            self.model,
+            self.optimizer,
+            self.num_targets,
+            training.grad_accum_steps,
+            None,
+            training.loss_spike_factor,
+            self.sharding,
+        )
+        return step.memory(self.state, self.frozen, self.batch)  # type: ignore[attr-defined]
+
+
+def abstract_train_state(
+    config: Config, shape: MeshShape, target_share: float, mesh: Mesh | None = None
+) -> AbstractTrainState:
+    """Prepares a run as `pipeline.set_up` does, without weights and data.
+
+    Args:
+        config: The run; `training.mesh` is not read.
+        shape: Parts along each axis of the mesh; they cut the rows of a micro-batch evenly.
+        target_share: Of all positions, those with a loss.
+        mesh: Of devices; None: of none.
+
+    Raises:
+        ModelError: The model's sizes aren't known.
+    """
+    training = config.training
+    sharding = None
+    if shape.num_devices > 1:
+        types = (AxisType.Auto,) * len(shape)
+        places: Any = mesh or AbstractMesh(tuple(shape), MeshShape._fields, axis_types=types)
+        sharding = MeshSharding(places)
+    model = _model(config, sharding)
+    rows_at_a_time = training.batch_size // training.grad_accum_steps // shape.num_row_shards
+    trainable, frozen = _parameters(model)
+    optimizer = make_optimizer(schedule=optax.constant_schedule(config.learning_rate), **config.optimizer_settings)
+    return AbstractTrainState(
+        config=config,
+        model=model,
+        sharding=sharding,
+        optimizer=optimizer,
+        num_targets=_num_targets(target_share, rows_at_a_time * config.row_length),
+        target_share=target_share,
+        state=_state(model, optimizer, trainable, sharding),
+        frozen=frozen,
+        batch=_batch(training.batch_size, config.row_length, sharding),
+    )
+
+
+def with_batch_size(run: AbstractTrainState, batch_size: int) -> AbstractTrainState:
+    """Returns the same run with so many rows in a batch: a multiple of what its mesh and micro-batches cut it into."""
+    config = run.config.replace({"training.batch_size": batch_size})
+    parts = config.training.grad_accum_steps * (run.sharding.shape.num_row_shards if run.sharding else 1)
+    return run._replace(
+        config=config,
+        num_targets=_num_targets(run.target_share, batch_size // parts * config.row_length),
+        batch=_batch(batch_size, config.row_length, run.sharding),
+    )
+
+
+def _num_targets(share: float, num_positions: int) -> int:
+    return max(1, round(share * num_positions))
+
+
+def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Returns what one device holds of an array."""
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _model(config: Config, sharding: MeshSharding | None) -> keras.Model:
+    training = config.training
+    if config.model.adapter:
+        raise ConfigError("A plan is of new factors. Leave model.adapter away, and set lora as the adapter is.")
+    backbone = backbone_without_weights(config.model.source, config.model.precision, config.quant_spec, sharding)
+    model = FAMILIES[family_of(backbone)].causal_lm(preprocessor=None, backbone=backbone)
+    lora = LoraSettings(**config.lora_settings)
+    with lazy_initialization():
+        transform_for_training(
+            model,
+            None if training.method == "full" else lora,
+            qat=config.qat_spec,
+            packing=config.data.packing,
+            remat=training.remat,
+            program="whole",
+            attention=training.attention,
+            row_length=config.row_length,
+            sharding=sharding,
+        )
+    return model
+
+
+def _parameters(model: keras.Model) -> tuple[dict[str, Any], dict[str, Any]]:
+    trained = {id(variable) for variable in model.backbone.trainable_variables}
+    groups: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    for path, variable in variables_by_path(model).items():
+        shape = jax.ShapeDtypeStruct(tuple(variable.shape), variable.dtype, sharding=variable._layout)
+        groups[id(variable) not in trained][path] = shape
+    return groups
+
+
+def _state(
+    model: keras.Model,
+    optimizer: optax.GradientTransformation,
+    trainable: dict[str, Any],
+    sharding: MeshSharding | None,
+) -> Shapes:
+    shapes = jax.eval_shape(
+        lambda params: TrainState(
+            jnp.zeros((), jnp.int32),
+            params,
+            optimizer.init(as_float32(params)),
+            init_loss_scale() if computes_in_float16(model) else None,
+            init_guard(),
+        ),
+        trainable,
+    )
+    if sharding is None:
+        return shapes
+    everywhere = shapes._replace(trainable=None, opt_state=None)
+    everywhere = jax.tree.map(lambda leaf: _placed(leaf, sharding.everywhere), everywhere)
+    places = optimizer_shardings(optimizer, trainable, sharding)
+    return everywhere._replace(trainable=trainable, opt_state=jax.tree.map(_placed, shapes.opt_state, places))
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _batch(num_rows: int, row_length: int, sharding: MeshSharding | None) -> Batch:
+    shape, place = (num_rows, row_length), sharding.rows if sharding else None
+    ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    return Batch(ids, ids, ids, ids, weights)

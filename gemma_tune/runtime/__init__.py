@@ -1,0 +1,1 @@
+"""What starts Keras on JAX and speaks to the operating system: processes, memory, files, progress."""

@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM as a question the loop asks between steps, so that it can save first."""
+
+import signal
+import threading
+from types import FrameType
+
+from gemma_tune.errors import TrainingError
+from gemma_tune.runtime.processes import all_reduce_max
+
+
+class Interrupted(TrainingError):
+    """A run was stopped from outside, and saved.
+
+    Attributes:
+        exit_code: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class Stop(Exception):
+    """Leaves what is under way, so that the loop can save."""
+
+
+class Interrupts:
+    """While open, the first SIGINT or SIGTERM is remembered in `received`; a second SIGINT raises KeyboardInterrupt at
+    once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int = 0
+        self._previous: dict[int, object] = {}
+
+    def check(self) -> None:
+        """Raises Stop if a signal has come, to any process: for what takes long and can be begun anew."""
+        self.received = all_reduce_max(self.received)
+        if self.received:
+            raise Stop
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():  # Elsewhere Python lets nobody set handlers.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number

@@ -1,0 +1,1 @@
+"""The serving engine: many requests at once on one model."""

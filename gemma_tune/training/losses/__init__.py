@@ -1,0 +1,1 @@
+"""Losses, and the loss scale of float16."""

@@ -1,0 +1,1 @@
+"""A run in its workdir: the loop, checkpoints and metrics."""

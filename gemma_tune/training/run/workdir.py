@@ -1,0 +1,175 @@
+"""The folder of a run: what is in it, and whether a command may go on with it."""
+
+import contextlib
+import importlib.metadata
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gemma_tune.config import Config
+from gemma_tune.errors import TrainingError
+from gemma_tune.runtime.atomic_files import write_json
+from gemma_tune.runtime.lock import LOCK_FILE, check_free, only_process
+from gemma_tune.runtime.processes import in_all_processes, is_primary
+from gemma_tune.saved_settings import in_current_words
+from gemma_tune.settings import flatten
+from gemma_tune.training.run.checkpoints import read_about
+
+CONFIG_FILE, VERSIONS_FILE = "config.json", "versions.json"
+CHECKPOINTS, ADAPTER, MODEL = "checkpoints", "adapter", "model"
+# Settings that change nothing of what a run has computed so far.
+_MAY_CHANGE = {
+    "workdir",
+    "training.keep_last",
+    "training.log_every_steps",
+    "training.on_bad_step",
+    "training.loss_spike_factor",
+    "training.mesh",
+    "training.num_sample_answers",
+    "training.num_scored_answers",
+}
+_LEFT_BEHIND = ("metrics.jsonl", "samples.json", "bad_steps.jsonl")
+_PACKAGES = ("gemma-tune", "keras", "keras-hub", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
+
+
+def check_workdir(config: Config) -> Path:
+    """Returns the workdir's path after checking, without writing anything, that this run may use it.
+
+    Raises:
+        TrainingError: It holds something else, or checkpoints of a run with other settings, which it names; or another
+            process is training there.
+    """
+    workdir = Path(config.workdir).expanduser()
+    check_free(workdir)
+    if about := read_about(workdir / CHECKPOINTS):
+        _check_same(config, about, workdir)
+    elif workdir.exists() and not workdir.is_dir():
+        raise TrainingError(f"{workdir} is a file. Choose another --workdir.")
+    elif workdir.exists() and not (workdir / CONFIG_FILE).exists() and not _is_empty(workdir):
+        raise TrainingError(f"{workdir} is not empty and holds no run. Choose another --workdir.")
+    return workdir
+
+
+def _is_empty(workdir: Path) -> bool:
+    """But for what a run leaves that was killed at its very beginning."""
+    return {path.name for path in workdir.iterdir()} <= {LOCK_FILE, f"{CONFIG_FILE}.partial", ".DS_Store"}
+
+
+class OpenWorkdir(NamedTuple):
+    """A workdir that this process holds.
+
+    about: The run's settings and versions, for its checkpoints. changed: What is another than when the newest
+        checkpoint was written, in words. checkpoints: Where they are.
+    """
+
+    path: Path
+    about: dict[str, Any]
+    changed: list[str]
+    checkpoints: Path
+
+
+@contextlib.contextmanager
+def open_together(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
+    """As `open_workdir`, for one process of several: the first opens it, and the others write to a folder that is
+    removed, but for the checkpoints.
+
+    Raises:
+        TrainingError: As `open_workdir`, in all processes.
+    """
+    with contextlib.ExitStack() as stack:
+        with in_all_processes():
+            if is_primary():
+                workdir = stack.enter_context(open_workdir(config, data_key))
+            else:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gemma_tune-")))
+                checkpoints = Path(config.workdir).expanduser() / CHECKPOINTS
+                workdir = OpenWorkdir(folder, _about(config, data_key), [], checkpoints)
+        yield workdir
+
+
+@contextlib.contextmanager
+def open_workdir(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
+    """Makes the workdir, holds it, and writes config.json and versions.json.
+
+    What a run left there that saved nothing is cleared away.
+
+    Args:
+        config: Of the run.
+        data_key: Another one for other data.
+
+    Raises:
+        TrainingError: As `check_workdir`; or something can't be written there, now or while it is open.
+    """
+    workdir = check_workdir(config)
+    about = _about(config, data_key)
+    with _disk_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        with only_process(workdir):
+            before = read_about(workdir / CHECKPOINTS)
+            if before is None:
+                for name in _LEFT_BEHIND:
+                    (workdir / name).unlink(missing_ok=True)
+                shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
+            else:
+                _check_same(config, before, workdir)  # Another process may have begun a run since.
+            write_json(workdir / CONFIG_FILE, about["config"])
+            write_json(workdir / VERSIONS_FILE, about["versions"])
+            yield OpenWorkdir(workdir, about, _changed(before, about["versions"]), workdir / CHECKPOINTS)
+
+
+def _about(config: Config, data_key: str) -> dict[str, Any]:
+    return {"config": config.to_dict(), "versions": {**versions(), "data": data_key}}
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error}: {error.filename}" if error.filename else error
+        raise TrainingError(
+            f"The workdir {workdir} can't be written: {reason}. Make room, and run the same command again: it goes on "
+            "from the last checkpoint. Or choose another --workdir."
+        ) from error
+
+
+def _changed(before: dict[str, Any] | None, now: dict[str, str]) -> list[str]:
+    versions = (before or {}).get("versions", now)
+    return [
+        "the data, or what cleans and splits it" if name == "data" else f"{name} {versions.get(name)} → {value}"
+        for name, value in now.items()
+        if versions.get(name) != value
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and the packages that a result depends on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _check_same(config: Config, about: dict[str, Any], workdir: Path) -> None:
+    # Settings that an older version didn't have were as they are by default.
+    before, now = (
+        flatten(Config().to_dict()) | flatten(in_current_words(about.get("config", {}))),
+        flatten(config.to_dict()),
+    )
+    changed = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in _MAY_CHANGE and not key.startswith("generation.")
+    ]
+    if changed:
+        raise TrainingError(
+            f"{workdir} holds a run with other settings: {'; '.join(changed)}. Give the settings as they were to go on "
+            "with it, or choose "
+            "another --workdir."
+        )
