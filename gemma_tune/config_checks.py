@@ -3,7 +3,7 @@
 from typing import Any
 
 from gemma_tune.errors import ConfigError, did_you_mean
-from gemma_tune.mesh import AUTO, parse_mesh
+from gemma_tune.mesh import AUTO_MESH, parse_mesh
 from gemma_tune.quantization.spec import BLOCK_SIZES, SCHEMES
 
 METHODS = ("full", "lora", "qlora")
@@ -148,7 +148,7 @@ def _check_mesh(training: Any) -> None:
         return
     if training.program == "per_block":
         raise ConfigError(f"training.mesh={training.mesh} needs training.program=whole, or auto; got per_block.")
-    if training.mesh == AUTO:
+    if training.mesh == AUTO_MESH:
         return
     shape, rows = parse_mesh(training.mesh), training.batch_size // training.grad_accum_steps
     if rows % shape.num_row_shards:

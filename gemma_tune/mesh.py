@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from gemma_tune.errors import ConfigError, did_you_mean
 
-AUTO = "auto"
+AUTO_MESH = "auto"
 
 
 class MeshShape(NamedTuple):
@@ -45,7 +45,7 @@ def parse_mesh(text: str) -> MeshShape:
     for part in text.split(","):
         axis, colon, size = part.strip().partition(":")
         if axis not in MeshShape._fields:
-            hint = did_you_mean(axis, [*MeshShape._fields, AUTO])
+            hint = did_you_mean(axis, [*MeshShape._fields, AUTO_MESH])
             raise ConfigError(f"training.mesh={text}: there is no axis {axis!r}.{hint} {_HOW}")
         if not colon or not size.isdecimal() or not int(size) or axis in sizes:
             raise ConfigError(f"training.mesh={text}: {part.strip()!r} gives no size to {axis}. {_HOW}")
@@ -64,4 +64,4 @@ def fitting_mesh(num_devices: int, num_rows: int) -> MeshShape:
     return MeshShape(fsdp=fsdp, model=num_devices // fsdp)
 
 
-_HOW = f"Write for example data:2,fsdp:2,model:2, with one or more of the axes, or {AUTO}."
+_HOW = f"Write for example data:2,fsdp:2,model:2, with one or more of the axes, or {AUTO_MESH}."

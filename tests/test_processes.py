@@ -140,10 +140,10 @@ def test_a_signal_to_one_stops_all_and_one_process_goes_on(tmp_path, alone):
 
 @pytest.mark.slow
 def test_a_workdir_that_is_held_stops_all(tmp_path):
-    from gemma_tune.runtime.lock import only_process
+    from gemma_tune.runtime.lock import lock_workdir
 
     (tmp_path / "w").mkdir()
-    with only_process(tmp_path / "w"):
+    with lock_workdir(tmp_path / "w"):
         assert wait(train(tmp_path / "w", 2, tmp_path)) == [1, 1]
     assert "Another process is training" in said(tmp_path, 0)
 

@@ -91,9 +91,9 @@ def _run_verb(verb: str, arguments: list[str]) -> int:
     with Output(values.json) as output, _terminable():
         code = _guarded(verb, lambda: module.run(values, overrides, positional, output), output)
     if "distributed" in values and values["distributed"].value:
-        from gemma_tune.runtime.processes import leave
+        from gemma_tune.runtime.processes import shutdown_distributed
 
-        leave(code)
+        shutdown_distributed(code)
     return code
 
 

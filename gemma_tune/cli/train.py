@@ -54,7 +54,7 @@ def run(
             raise ConfigError("--distributed needs --mesh=auto, or a mesh of all devices of all processes.")
         from gemma_tune.runtime import processes
 
-        processes.join(values.distributed)
+        processes.initialize_distributed(values.distributed)
         output.only_if(processes.is_primary())
     if values.dry_run:
         from gemma_tune.cli.dry_run import dry_run

@@ -134,7 +134,7 @@ def _write_cleaned(
 ) -> np.ndarray:
     """Cleans a stream and writes what stays; returns [n] uint64: the hashes of their questions."""
     hashes = [np.empty(0, np.uint64)]
-    with progress.counting("read rows") as advance:
+    with progress.track_progress("read rows") as advance:
         for chunk in in_chunks(examples, CHUNK):
             cleaned = cleaner.clean(chunk)
             writer.append(each.example for each in cleaned)

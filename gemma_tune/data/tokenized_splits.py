@@ -60,7 +60,7 @@ def tokenize_splits(
     def build(folder: Path) -> dict[str, Any]:
         report = dataclasses.replace(splits.report)
         num_examples = len(splits.train) + len(splits.heldout)
-        with progress.counting("tokenized examples", num_examples) as advance, garbage_collector_paused():
+        with progress.track_progress("tokenized examples", num_examples) as advance, garbage_collector_paused():
 
             def write(name: str, examples: ExampleStore) -> np.ndarray:
                 kept = [np.empty(0, np.int64)]

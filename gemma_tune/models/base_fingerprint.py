@@ -10,7 +10,7 @@ from gemma_tune.models.functional import variables_by_path
 from gemma_tune.models.quantized.convert import first_floats
 from gemma_tune.models.quantized.layers import NUM_FIRST
 from gemma_tune.runtime.backend import keras
-from gemma_tune.runtime.processes import to_host
+from gemma_tune.runtime.processes import fetch_to_host
 
 _FEW = 4
 
@@ -53,5 +53,5 @@ def _samples(model: keras.Model) -> list[tuple[str, tuple[int, ...], np.ndarray]
             shape = tuple(variable.shape)
             num_rows = -(-NUM_FIRST // max(1, math.prod(shape[1:])))
             first_rows = variable.value[:num_rows] if shape else variable.value  # Of a mesh, only these are gathered.
-            samples.append((path, shape, to_host(first_rows).reshape(-1)[:NUM_FIRST]))
+            samples.append((path, shape, fetch_to_host(first_rows).reshape(-1)[:NUM_FIRST]))
     return sorted(samples, key=lambda sample: sample[0])

@@ -11,7 +11,7 @@ from gemma_tune.errors import ModelError
 from gemma_tune.quantization.codes import Quantized
 from gemma_tune.quantization.fake import FakeQuantized
 from gemma_tune.runtime.backend import jax, keras, keras_hub
-from gemma_tune.runtime.processes import to_host
+from gemma_tune.runtime.processes import fetch_to_host
 
 Params = Mapping[str, jax.Array]
 
@@ -52,7 +52,7 @@ def gather(model: keras.Model) -> None:
     """Brings arrays of which other processes hold parts into this one's memory, so that the model can be saved."""
     for variable in variables_by_path(model).values():
         if not variable.value.is_fully_addressable:
-            variable._layout, variable._value = None, to_host(variable.value)
+            variable._layout, variable._value = None, fetch_to_host(variable.value)
 
 
 def bound(model: keras.Model, *groups: Params) -> keras.StatelessScope:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.cpu.bfloat16 import product
-from gemma_tune.quantization.spec import QuantSpec, why_not
-from gemma_tune.runtime.backend import keras, keras_hub, on_one_cpu
+from gemma_tune.quantization.spec import QuantSpec, block_size_problem
+from gemma_tune.runtime.backend import keras, keras_hub, is_single_cpu
 
 _MOST_HEADS = 32  # Beyond that many products, one transposition costs less.
 
@@ -26,7 +26,7 @@ def einsum_product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
         x: Inputs, [B, L, …].
         kernel: [D, F], [F, D], [N, H, D], or [N, D, H].
     """
-    if not on_one_cpu():
+    if not is_single_cpu():
         return jnp.einsum(equation, x, kernel)
     inputs, axes, _ = equation.replace("->", ",").split(",")
     if len(axes) == 2 and inputs[-1] == axes[0]:
@@ -69,7 +69,7 @@ def fitting_spec(path: str, num_inputs: int, quant_spec: QuantSpec) -> QuantSpec
     Raises:
         ModelError: The inputs can't be cut into groups of `block_size`.
     """
-    problem = why_not(quant_spec, num_inputs)
+    problem = block_size_problem(quant_spec, num_inputs)
     if not problem:
         return quant_spec
     if quant_spec.or_int8:

@@ -14,7 +14,7 @@ from gemma_tune.errors import ModelError
 from gemma_tune.models.lora.enable import lora_layers
 from gemma_tune.models.quantized.convert import quantized_layers
 from gemma_tune.quantization.spec import LayerScheme, QuantSpec
-from gemma_tune.runtime.atomic_files import CHECKSUMS, damage, seal
+from gemma_tune.runtime.atomic_files import CHECKSUMS, find_damage, write_checksums
 from gemma_tune.runtime.backend import keras, without_tensorflow
 from gemma_tune.runtime.json_files import read_json
 
@@ -59,7 +59,7 @@ def save_preset(model: keras.Model, directory: str | os.PathLike) -> Path:
         if schemes:
             text = json.dumps({"format": _FORMAT, "layers": schemes}, indent=1)
             (partial / _FILE).write_text(text, encoding="utf-8")
-        seal(partial)
+        write_checksums(partial)
         if path.exists():
             path.rmdir()
         os.replace(partial, path)
@@ -70,7 +70,7 @@ def save_preset(model: keras.Model, directory: str | os.PathLike) -> Path:
 
 def check_whole(directory: Path) -> None:
     """Raises ModelError if a preset that `save_preset` wrote isn't as it was; those of others have no checksums."""
-    if (directory / CHECKSUMS).exists() and (problem := damage(directory)):
+    if (directory / CHECKSUMS).exists() and (problem := find_damage(directory)):
         raise ModelError(
             f"{directory} is damaged: {problem}. Take it from its source again; or, if it was changed on purpose, "
             f"remove its {CHECKSUMS}."

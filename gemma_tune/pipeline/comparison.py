@@ -46,7 +46,7 @@ from gemma_tune.models.sources.weight_files import weight_bytes
 from gemma_tune.pipeline.scoring import heldout_of_run, run_config
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.runtime import progress
-from gemma_tune.runtime.process_memory import give_back_memory
+from gemma_tune.runtime.process_memory import release_freed_memory
 from gemma_tune.training.batches import HeldoutBatches
 
 _DEFAULT_SCHEMES = ("int8", "nf4", "int4")
@@ -213,7 +213,7 @@ def _side_by_side(named: Sequence[SchemedSource], scored: _Scored, config: Confi
     models: list[ModelFigures] = []
     for name in named[1:]:
         candidate = _measure(name, scored, config)
-        with progress.counting(f"{name}: compared tokens", len(target_ids)) as advance:
+        with progress.track_progress(f"{name}: compared tokens", len(target_ids)) as advance:
             figures = compare_positions(
                 reference.head,
                 reference.states.hidden,
@@ -234,17 +234,17 @@ def _measure(name: SchemedSource, scored: _Scored, config: Config) -> _Measured:
     quant_spec = QuantSpec(name.scheme, config.model.block_size) if name.scheme else None
     with _naming(str(name)), progress.console.status(f"Loading {name}…"):
         model = load_model(name.source, precision=config.model.precision, quant_spec=quant_spec, seed=config.seed)
-    with _naming(str(name)), progress.counting(f"{name}: read tokens", len(scored.positions.target_ids)) as advance:
+    with _naming(str(name)), progress.track_progress(f"{name}: read tokens", len(scored.positions.target_ids)) as advance:
         states = scored_states(model, scored.batches, advance)
     prompts = [example.turns[:-1] for example in scored.questions]
-    with progress.counting(f"{name}: answered questions", len(prompts)) as advance:
+    with progress.track_progress(f"{name}: answered questions", len(prompts)) as advance:
         answers = written_answers(model, prompts, config.generation.max_new_tokens, advance)
     groups = parameters(model)
     memory_bytes = sum(array.nbytes for group in groups for array in group.values())
     head = Head(lm_head_weights(model.backbone), final_soft_cap(model.backbone))
     del model, groups
     gc.collect()
-    give_back_memory()
+    release_freed_memory()
     return _Measured(name, memory_bytes, weight_bytes(name.source), states, answers, head)
 
 

@@ -17,7 +17,7 @@ from gemma_tune.models.quantized.merge import MergeError, merge_into_codes
 from gemma_tune.models.sources.source import parse_source
 from gemma_tune.models.transforms import transform_for_training
 from gemma_tune.pipeline.setup import prepare_data, read_splits
-from gemma_tune.quantization.codes import num_bytes
+from gemma_tune.quantization.codes import quantized_num_bytes
 from gemma_tune.quantization.spec import PTQ_SCHEMES, QuantSpec
 from gemma_tune.runtime import progress
 from gemma_tune.runtime.backend import keras
@@ -96,7 +96,7 @@ def quantize_model(
         batches, num_tokens = _calibration_batches(
             config, prepare_data(config, splits, model).train, calibration_tokens
         )
-        with progress.counting("quantized blocks", len(model.backbone.transformer_layers)) as advance:
+        with progress.track_progress("quantized blocks", len(model.backbone.transformer_layers)) as advance:
             transform_for_training(model, None, packing=True, remat="none", row_length=config.row_length)
             errors = quantize_calibrated(model, batches, way.method, quant_spec, advance)
     elif not as_read:
@@ -162,6 +162,6 @@ def _bytes(model: keras.Model) -> tuple[int, int]:
     layers = quantized_layers(model.backbone)
     codes = {variable.path for layer in layers for variable in layer._code_variables}
     others = [variable for variable in model.backbone.variables if variable.path not in codes]
-    held = sum(variable.value.nbytes for variable in others) + sum(num_bytes(layer.quantized()) for layer in layers)
+    held = sum(variable.value.nbytes for variable in others) + sum(quantized_num_bytes(layer.quantized()) for layer in layers)
     floats = sum(variable.value.size for variable in others) + sum(layer.num_weights for layer in layers)
     return 4 * floats, held

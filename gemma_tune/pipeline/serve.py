@@ -19,7 +19,7 @@ from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.runtime.backend import keras
 from gemma_tune.runtime.json_files import read_json
-from gemma_tune.runtime.progress import counting
+from gemma_tune.runtime.progress import track_progress
 from gemma_tune.serve_config import ServeConfig
 from gemma_tune.serving.engine.engine import Engine
 from gemma_tune.serving.engine.request import BASE
@@ -65,7 +65,7 @@ def start_service(config: Config, settings: ServeConfig, adapters: Sequence[str]
         max_length=settings.max_length,
         max_queued=settings.max_queued,
     )
-    with counting("compiled programs") as advance:
+    with track_progress("compiled programs") as advance:
         engine.start(lambda done, total: advance(1))
     return _service(engine, model, config.generation, _served(base.name, version, paths))
 

@@ -23,7 +23,7 @@ from gemma_tune.pipeline.setup import Setup, read_splits, set_up
 from gemma_tune.runtime import progress
 from gemma_tune.runtime.atomic_files import write_json
 from gemma_tune.runtime.backend import jax, keras
-from gemma_tune.runtime.processes import all_reduce_max, in_all_processes, is_primary, together
+from gemma_tune.runtime.processes import all_reduce_max, raise_in_all_processes, is_primary, raise_on_lost_process
 from gemma_tune.serving.generation import generate
 from gemma_tune.training.run.checkpoints import Checkpoints, Progress
 from gemma_tune.training.run.loop import Loop, LoopSettings
@@ -106,7 +106,7 @@ def train(config: Config) -> keras.Model:
 
 def run(config: Config) -> RunResult:
     """Like `train`, and returns the figures too."""
-    with in_all_processes():
+    with raise_in_all_processes():
         if is_primary():
             check_workdir(config)  # What can be wrong is looked for before what takes long.
     setup = set_up(config, read_splits(config))
@@ -118,7 +118,7 @@ def run(config: Config) -> RunResult:
     progress.console.print(f"Attention: {setup.attention}", markup=False)
     if setup.precision_advice:
         progress.console.print(setup.precision_advice, style="yellow", markup=False)
-    with together(), open_together(config, setup.data_key) as workdir:
+    with raise_on_lost_process(), open_together(config, setup.data_key) as workdir:
         if workdir.changed:
             text = f"Other than when the run was last saved: {'; '.join(workdir.changed)}."
             progress.console.print(text, style="yellow", markup=False)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError
-from gemma_tune.mesh import AUTO, MeshShape, fitting_mesh, parse_mesh
+from gemma_tune.mesh import AUTO_MESH, MeshShape, fitting_mesh, parse_mesh
 from gemma_tune.planning.abstract_train_state import AbstractTrainState, abstract_train_state, with_batch_size
 from gemma_tune.planning.duration import PlannedStep, planned_step
 from gemma_tune.planning.hardware import Hardware, usable_bytes
@@ -59,7 +59,7 @@ def mesh_shape(text: str, num_devices: int, num_rows: int) -> MeshShape:
     Raises:
         ConfigError: The mesh takes another number of devices.
     """
-    if text in ("", AUTO):
+    if text in ("", AUTO_MESH):
         return fitting_mesh(num_devices, num_rows) if num_devices > 1 else MeshShape()
     shape = parse_mesh(text)
     if num_devices not in (0, shape.num_devices):

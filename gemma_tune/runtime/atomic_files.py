@@ -24,7 +24,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)
-        to_disk(partial)
+        fsync_file(partial)
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -42,20 +42,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def to_disk(path: Path) -> None:
+def fsync_file(path: Path) -> None:
     """Waits until a file is on the disk: after a power cut it could have its size, but zeros in it."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
-def seal(folder: Path, leave_out: Sequence[str] = ()) -> None:
+def write_checksums(folder: Path, leave_out: Sequence[str] = ()) -> None:
     """Writes the size and SHA-256 of every file in a folder, but for some names, into its `checksums.json`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (CHECKSUMS, *leave_out))
     entries = {path.relative_to(folder).as_posix(): [path.stat().st_size, _sha256(path)] for path in files}
     write_json(folder / CHECKSUMS, entries)
 
 
-def damage(folder: Path) -> str:
+def find_damage(folder: Path) -> str:
     """Returns what is wrong with a sealed folder, and in which file; '' if every byte is as it was."""
     try:
         entries = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import filelock
 
 from gemma_tune.errors import ModelError
-from gemma_tune.runtime.atomic_files import to_disk
+from gemma_tune.runtime.atomic_files import fsync_file
 
 MARK = "export.json"  # Says that a folder was written here, so that --overwrite never removes anything else.
 _LOCK, _NEW, _OLD = "lock", "new", "old"
@@ -106,7 +106,7 @@ def _clear(partial: Path, path: Path) -> None:
 def _folder_to_disk(folder: Path) -> None:
     for directory, _, names in os.walk(folder):
         for name in names:
-            to_disk(Path(directory) / name)
+            fsync_file(Path(directory) / name)
         _entries_to_disk(Path(directory))
 
 

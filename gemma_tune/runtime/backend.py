@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from gemma_tune.errors import ConfigError
-from gemma_tune.runtime.imports import hidden
+from gemma_tune.runtime.imports import hide_packages
 
 # Programs on CPU then run in the thread that calls them, and take their memory where `keep_freed_memory` has a say. The
 # loop waits for each step anyhow.
@@ -23,7 +23,7 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 _WORTH_KEEPING_SECONDS = 0.5
 
 
-with hidden("tensorflow", "tensorflow_text", "grain"):
+with hide_packages("tensorflow", "tensorflow_text", "grain"):
     import keras
     import keras_hub
     from keras_hub.src.utils import pipeline_model
@@ -46,14 +46,14 @@ def without_tensorflow() -> Iterator[None]:
     """
     found = keras.src.utils.module_utils.tensorflow
     before = found._available
-    with hidden("tensorflow"):
+    with hide_packages("tensorflow"):
         try:
             yield
         finally:
             found._available = before
 
 
-def on_one_cpu() -> bool:
+def is_single_cpu() -> bool:
     """Whether programs are for a CPU that counts as one device. What is written out for XLA's compiler there, no mesh
     of devices could cut.
     """

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def hidden(*names: str) -> Iterator[None]:
+def hide_packages(*names: str) -> Iterator[None]:
     """Within it, importing one of these packages raises ImportError, unless it was imported before.
 
     Afterwards the user may import them as ever.

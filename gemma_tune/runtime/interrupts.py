@@ -20,7 +20,7 @@ class Interrupted(TrainingError):
         self.exit_code = 128 + signal_number
 
 
-class Stop(Exception):
+class StopRequested(Exception):
     """Leaves what is under way, so that the loop can save."""
 
 
@@ -37,7 +37,7 @@ class Interrupts:
         """Raises Stop if a signal has come, to any process: for what takes long and can be begun anew."""
         self.received = all_reduce_max(self.received)
         if self.received:
-            raise Stop
+            raise StopRequested
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():  # Elsewhere Python lets nobody set handlers.

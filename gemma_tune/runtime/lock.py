@@ -12,7 +12,7 @@ LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
-def only_process(workdir: Path) -> Iterator[None]:
+def lock_workdir(workdir: Path) -> Iterator[None]:
     """Holds a workdir, so that no second process writes there.
 
     The operating system lets go when the process ends, however it does. Where a file system knows no locks, nothing is
@@ -40,12 +40,12 @@ def only_process(workdir: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_free(workdir: Path) -> None:
+def check_unlocked(workdir: Path) -> None:
     """Looks whether a workdir is held, and leaves nothing there.
 
     Raises:
         TrainingError: Another process holds it.
     """
     if (workdir / LOCK_FILE).exists():
-        with only_process(workdir):
+        with lock_workdir(workdir):
             pass

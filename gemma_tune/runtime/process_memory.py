@@ -25,7 +25,7 @@ def peak_memory_gb() -> float:
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
-def give_back_memory() -> None:
+def release_freed_memory() -> None:
     """Gives memory that was freed back to the operating system.
 
     Compiling takes hundreds of megabytes in small pieces, which glibc keeps for later otherwise.
@@ -34,7 +34,7 @@ def give_back_memory() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Keeps what is freed from now on for what is taken next; `give_back_memory` gives back what was kept until then.
+    """Keeps what is freed from now on for what is taken next; `release_freed_memory` gives back what was kept until then.
 
     XLA on CPU takes a program's temporary memory anew for each call. glibc asks the operating system for large pieces
     and hands them back at once, so that in a step of 1,024 tokens 1.2 GB of fresh pages are mapped and cleared, a

@@ -19,7 +19,7 @@ from jax._src import distributed  # The service's client, to which there is no p
 
 from gemma_tune.errors import ConfigError, TrainingError
 
-AUTO = "auto"
+_AUTO = "auto"
 _HOW = (
     "Write auto, which asks the cluster (TPU pods, SLURM, Open MPI, Kubernetes), or HOST:PORT,NUM_PROCESSES,INDEX with "
     "the address of process 0, like 10.0.0.1:1234,4,0"
@@ -30,7 +30,7 @@ _ALIVE, _LEFT, _FAILED = "gemma_tune/alive", "left", "failed"
 _watch: "_Watch | None" = None
 
 
-def join(text: str) -> None:
+def initialize_distributed(text: str) -> None:
     """Makes this process one of several. To be called before anything is computed.
 
     Args:
@@ -40,7 +40,7 @@ def join(text: str) -> None:
         ConfigError: It is written otherwise, or the others can't be found.
     """
     arguments: dict[str, Any] = {}
-    if text != AUTO:
+    if text != _AUTO:
         address, *numbers = text.split(",")
         if len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or ":" not in address:
             raise ConfigError(f"--distributed={text} can't be read. {_HOW}.")
@@ -54,11 +54,11 @@ def join(text: str) -> None:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(f"--distributed={text}: the other processes can't be found: {first_line} {_HOW}.") from error
     global _watch
-    _watch = _Watch()
+    _watch = _Heartbeat()
     _watch.start()
 
 
-def are_several() -> bool:
+def is_distributed() -> bool:
     """Whether others take part."""
     return jax.process_count() > 1
 
@@ -70,7 +70,7 @@ def is_primary() -> bool:
 
 def barrier(what: str) -> None:
     """Waits until all processes are here."""
-    if are_several():
+    if is_distributed():
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(what)
@@ -78,31 +78,31 @@ def barrier(what: str) -> None:
 
 def all_reduce_max(value: int) -> int:
     """Returns the largest of what the processes have."""
-    if not are_several():
+    if not is_distributed():
         return value
     from jax.experimental import multihost_utils
 
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
-def all_of(is_so: bool) -> bool:
+def all_reduce_and(is_so: bool) -> bool:
     """Returns whether all processes say so."""
     return not all_reduce_max(int(not is_so))
 
 
 @contextlib.contextmanager
-def in_all_processes() -> Iterator[None]:
+def raise_in_all_processes() -> Iterator[None]:
     """Makes what fails in one process fail in all, so that they stay together."""
     problem: Exception | None = None
     try:
         yield
     except Exception as error:
         problem = error
-    if not all_of(problem is None):
+    if not all_reduce_and(problem is None):
         raise problem or TrainingError("Another process of this run has failed; it says why.")
 
 
-def to_host(array: jax.Array) -> np.ndarray:
+def fetch_to_host(array: jax.Array) -> np.ndarray:
     """Returns all of an array, also where other processes hold parts of it; then all have to ask."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
@@ -111,7 +111,7 @@ def to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-class _Watch(threading.Thread):
+class _Heartbeat(threading.Thread):
     """Tells the others that this process is there, and ends it when one of them is not.
 
     A collective computation waits for ever for a process that is gone; JAX's own service ends the rest after a minute
@@ -172,22 +172,22 @@ class _Watch(threading.Thread):
 
 def _stop(why: str) -> None:
     print(f"gemma-tune: {why}. This process stops too. {_AGAIN}", file=sys.stderr, flush=True)
-    leave(1)
+    shutdown_distributed(1)
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_lost_process() -> Iterator[None]:
     """Turns what a computation raises when another process is gone into an error that says so."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not are_several():
+        if not is_distributed():
             raise
         first_line = str(error).strip().splitlines()[0][:200]
         raise TrainingError(f"Another process is gone: {first_line}. This process stops too. {_AGAIN}") from error
 
 
-def leave(code: int) -> None:
+def shutdown_distributed(code: int) -> None:
     """Ends this process's part. After an error it ends the process: others may wait in a computation for it, and an
     orderly end would wait for them.
 

@@ -73,7 +73,7 @@ class ProgressReporter:
 
 
 @contextlib.contextmanager
-def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def track_progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Shows how far something has got that takes long with much data.
 
     Args:

@@ -17,8 +17,8 @@ import numpy as np
 from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16
 from gemma_tune.models.functional import Params, bound, bound_value, parameters
 from gemma_tune.models.quantized.qat import rounded_params, weights_are_rounded
-from gemma_tune.runtime.backend import keras, on_one_cpu
-from gemma_tune.runtime.processes import to_host
+from gemma_tune.runtime.backend import keras, is_single_cpu
+from gemma_tune.runtime.processes import fetch_to_host
 from gemma_tune.serving.engine.products import head_of, logits_of, one_unseen
 from gemma_tune.serving.sampling import GREEDY, RowSampling, Sampling, rows_alike, sample
 
@@ -36,7 +36,7 @@ class Decoder:
         self._step = jax.jit(self._step_fn, donate_argnames=("cache", "seen"))
         # Where the CPU multiplies bfloat16, two rows take less time than one.
         is_bfloat16 = model.backbone.token_embedding.compute_dtype == "bfloat16"
-        self._least_rows = 2 if is_bfloat16 and on_one_cpu() and multiplies_bfloat16() else 1
+        self._least_rows = 2 if is_bfloat16 and is_single_cpu() and multiplies_bfloat16() else 1
 
     def generate(
         self,
@@ -80,7 +80,7 @@ class Decoder:
         tokens, cache = self._prefill(params, token_ids, positions, rows, seen, cache_length=cache_length)
         stopped = [False] * num_rows
         for step in range(max_new_tokens):
-            made = to_host(tokens)[:num_rows].tolist()
+            made = fetch_to_host(tokens)[:num_rows].tolist()
             stopped = [done or token in stop_ids for done, token in zip(stopped, made, strict=True)]
             if all(stopped):
                 return

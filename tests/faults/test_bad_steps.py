@@ -5,7 +5,7 @@ import json
 import pytest
 from harness import differences, outcome, run
 
-from gemma_tune.runtime.atomic_files import CHECKSUMS, seal
+from gemma_tune.runtime.atomic_files import CHECKSUMS, write_checksums
 
 # A spike is whatever lies a five-hundredth above the usual; a rate so small that the loss doesn't fall.
 SPIKY = (
@@ -53,7 +53,7 @@ def test_changed_versions_and_data_are_said(tmp_path):
         about["versions"] |= {"jax": "0.0.1", "data": "other"}
         file.write_text(json.dumps(about))
         (checkpoint / CHECKSUMS).unlink()
-        seal(checkpoint)
+        write_checksums(checkpoint)
     ended = run(workdir)
     said = " ".join(ended.err.split())
     assert ended.code == 0 and "jax 0.0.1 → " in said and "the data, or what cleans and splits it." in said, said

@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma_tune.runtime import processes
 
-processes.join(sys.argv[1])
+processes.initialize_distributed(sys.argv[1])
 
 import jax  # noqa: E402  (the other processes first)
 
@@ -36,6 +36,6 @@ class Recorded:
 
 batches = Recorded()
 made = OnMesh(batches, make_mesh_sharding("data:2,fsdp:2,model:2", 8))[0]["rows"]
-whole = processes.to_host(jax.jit(lambda rows: rows + 0)(made))
+whole = processes.fetch_to_host(jax.jit(lambda rows: rows + 0)(made))
 print(json.dumps({"parts": batches.parts, "whole": whole[:, 0].tolist(), "sum": int(jax.numpy.sum(made))}))
-processes.leave(0)
+processes.shutdown_distributed(0)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma_tune.errors import DataError
-from gemma_tune.runtime.atomic_files import damage, seal, to_disk, write_text
+from gemma_tune.runtime.atomic_files import find_damage, write_checksums, fsync_file, write_text
 
 CONTENTS = "contents.json"
 _FORMAT = 2  # Raise it when the files of an entry, or what they mean, change.
@@ -77,8 +77,8 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
         values = build(partial)
         write_text(partial / CONTENTS, json.dumps(values))
         for path in partial.iterdir():
-            to_disk(path)
-        seal(partial)
+            fsync_file(path)
+        write_checksums(partial)
         shutil.rmtree(folder, ignore_errors=True)  # A damaged one.
         try:
             os.replace(partial, folder)
@@ -93,7 +93,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
 def _read(folder: Path) -> dict[str, Any] | None:
     """Returns the values of a whole entry, else None."""
     try:
-        return None if damage(folder) else json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
+        return None if find_damage(folder) else json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

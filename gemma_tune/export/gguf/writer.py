@@ -116,7 +116,7 @@ def _write_tensors(writer: Any, entries: list[_Entry]) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     out = writer.fout[0]
-    with progress.counting("tensors written", len(entries)) as advance:
+    with progress.track_progress("tensors written", len(entries)) as advance:
         for entry in entries:
             writer.write_padding(out, out.tell())
             for values in _values(entry):

@@ -38,7 +38,7 @@ def write_hf(model: Any, folder: Path, options: Options) -> Written:
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", ids)
     write_tokenizer(folder, tokenizer, template, config["max_position_embeddings"])
-    with progress.counting("tensors written", len(tensors)) as advance:
+    with progress.track_progress("tensors written", len(tensors)) as advance:
         write_sharded(folder, tensors, options.dtype, options.max_shard_bytes, advance)
     notes = [f"Quantized weights were written as the {options.dtype} numbers that they stand for."]
     return Written(notes if quantized_layers(model.backbone) else [], "hf")

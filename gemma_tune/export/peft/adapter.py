@@ -14,20 +14,20 @@ import numpy as np
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.lora.enable import lora_layers
-from gemma_tune.models.lora.factors import LowRank
-from gemma_tune.models.lora.layers import equation_of, factors_of, low_rank_of
+from gemma_tune.models.lora.factors import LoraSpec
+from gemma_tune.models.lora.layers import equation_of, factors_of, lora_spec_of
 from gemma_tune.models.lora.layouts import as_matrices, to_peft
 from gemma_tune.models.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from gemma_tune.models.lora.peft_names import EMBEDDING, HEAD, TEXT, modules, prefix_of
 from gemma_tune.runtime.atomic_files import write_json
 from gemma_tune.runtime.backend import keras
-from gemma_tune.runtime.processes import to_host
+from gemma_tune.runtime.processes import fetch_to_host
 
 
 class Module(NamedTuple):
     """One module's factors. low_rank: What they are. tensors: By the end of their names in PEFT's file."""
 
-    low_rank: LowRank
+    lora_spec: LoraSpec
     tensors: dict[str, np.ndarray]
 
 
@@ -67,7 +67,7 @@ def write_peft_adapter(model: keras.Model, directory: Path, base_name: str) -> N
     }
     save_file(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
     of_base = [*modules(model.backbone), HEAD]
-    settings = peft_settings({module: one.low_rank for module, one in found.items()}, of_base, prefix, base_name)
+    settings = peft_settings({module: one.lora_spec for module, one in found.items()}, of_base, prefix, base_name)
     write_json(directory / CONFIG_FILE, settings)
 
 
@@ -78,20 +78,20 @@ def peft_modules(model: keras.Model) -> dict[str, Module]:
     for module, layer in modules(model.backbone).items():
         if id(layer) not in layers:
             continue
-        a, b, *magnitude = (to_host(factor.value).astype(np.float32) for factor in factors_of(layer))
-        low_rank, a, b = to_peft(equation_of(layer), low_rank_of(layer), a, b)
+        a, b, *magnitude = (fetch_to_host(factor.value).astype(np.float32) for factor in factors_of(layer))
+        lora_spec, a, b = to_peft(equation_of(layer), lora_spec_of(layer), a, b)
         low, high = as_matrices(a, b)
         tensors = {"lora_A.weight": low, "lora_B.weight": high}
         if magnitude:
             tensors["lora_magnitude_vector"] = magnitude[0].reshape(-1)
         if module == EMBEDDING:  # Looking a row up is E·x with x at its place; the head multiplies with Eᵀ.
-            found[HEAD] = Module(low_rank, {"lora_A.weight": high.T, "lora_B.weight": low.T})
+            found[HEAD] = Module(lora_spec, {"lora_A.weight": high.T, "lora_B.weight": low.T})
             tensors = {"lora_embedding_A": low, "lora_embedding_B": high}
-        found[module] = Module(low_rank, tensors)
+        found[module] = Module(lora_spec, tensors)
     return found
 
 
-def peft_settings(low_ranks: dict[str, LowRank], of_base: Iterable[str], prefix: str, base_name: str) -> dict[str, Any]:
+def peft_settings(lora_specs: dict[str, LoraSpec], of_base: Iterable[str], prefix: str, base_name: str) -> dict[str, Any]:
     """Returns what adapter_config.json says.
 
     Args:
@@ -100,16 +100,16 @@ def peft_settings(low_ranks: dict[str, LowRank], of_base: Iterable[str], prefix:
         prefix: Of full names.
         base_name: Of the base.
     """
-    kinds = {module: (one.rank, _whole(one.alpha)) for module, one in low_ranks.items()}
+    kinds = {module: (one.rank, _whole(one.alpha)) for module, one in lora_specs.items()}
     rank, alpha = Counter(kinds.values()).most_common(1)[0][0]
-    first = next(iter(low_ranks.values()))
+    first = next(iter(lora_specs.values()))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": _targets(low_ranks, of_base, prefix),
+        "target_modules": _targets(lora_specs, of_base, prefix),
         "rank_pattern": _pattern({module: kind[0] for module, kind in kinds.items()}, rank, prefix),
         "alpha_pattern": _pattern({module: kind[1] for module, kind in kinds.items()}, alpha, prefix),
         "use_rslora": first.use_rslora,

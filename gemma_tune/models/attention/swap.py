@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gemma_tune.models.attention.kernels import FUSED_BLOCK, causal_attention, cudnn_attention, splash_attention
 from gemma_tune.models.attention.segment_attention import QUERY_BLOCK, segment_attention
 from gemma_tune.models.attention.sharded import over_mesh
-from gemma_tune.runtime.backend import keras_hub, on_one_cpu
+from gemma_tune.runtime.backend import keras_hub, is_single_cpu
 
 
 class AttentionShape(NamedTuple):
@@ -95,7 +95,7 @@ def attend(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Arra
     if kernel == "cudnn":
         return cudnn_attention(q, k, v, mask, scale=shape.scale)
     is_long = q.shape[1] > 2 * QUERY_BLOCK  # Shorter rows have too little to skip.
-    by_blocks = segment_attention if is_long and on_one_cpu() else causal_attention
+    by_blocks = segment_attention if is_long and is_single_cpu() else causal_attention
     return by_blocks(q, k, v, mask, scale=shape.scale, soft_cap=shape.soft_cap, window=shape.window)
 
 

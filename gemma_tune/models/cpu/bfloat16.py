@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from gemma_tune.runtime.backend import on_one_cpu
+from gemma_tune.runtime.backend import is_single_cpu
 
 PRODUCT = "product"  # The name of what `product` returns in bfloat16, for `jax.checkpoint`.
 _MULTIPLY_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # Of x86, as Linux names them.
@@ -35,7 +35,7 @@ def multiplies_bfloat16() -> bool:
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Returns x @ kernel in their dtype: x [..., D] and kernel [D, F]."""
     is_bfloat16 = x.dtype == kernel.dtype == jnp.bfloat16
-    if is_bfloat16 and on_one_cpu() and multiplies_bfloat16():
+    if is_bfloat16 and is_single_cpu() and multiplies_bfloat16():
         return _bfloat16_product(x, kernel)
     return x @ kernel
 
@@ -67,7 +67,7 @@ def _sum_in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def slice_rows(table: jax.Array, start: Any, count: int) -> jax.Array:
     """Returns table[start : start + count]; start may be known at run time only. Not to be differentiated."""
-    if table.dtype != jnp.bfloat16 or not on_one_cpu():
+    if table.dtype != jnp.bfloat16 or not is_single_cpu():
         return lax.dynamic_slice_in_dim(table, start, count)
     # Within a loop the table as integers would be a copy, made before the loop, but for the barrier.
     table, start = lax.optimization_barrier((table, start))

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_tune.runtime.backend import keras_hub, on_one_cpu
+from gemma_tune.runtime.backend import keras_hub, is_single_cpu
 
 _MOST_ENTRIES = 2**21  # 8,192 positions of width 256. Longer rows have other things to wait for.
 Tables = dict[tuple, tuple[np.ndarray, np.ndarray]]
@@ -19,7 +19,7 @@ Tables = dict[tuple, tuple[np.ndarray, np.ndarray]]
 
 def use_rotary_tables(backbone: keras_hub.models.Backbone) -> None:
     """Gives the rotary layers of a backbone tables, on a CPU. Where positions are given, they compute as before."""
-    if not on_one_cpu():
+    if not is_single_cpu():
         return
     tables: Tables = {}
     for layer in backbone._flatten_layers(include_self=False):

@@ -12,11 +12,11 @@ from gemma_tune.models.base_fingerprint import fingerprint, some_values
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import variables_by_path
 from gemma_tune.models.lora.adapter_file import describe, described_factors, read_adapter, write_adapter
-from gemma_tune.models.lora.enable import enable_lora, enable_on_layers, lora_layers, low_ranks, with_weights
+from gemma_tune.models.lora.enable import enable_lora, enable_on_layers, lora_layers, lora_specs, layers_with_weights
 from gemma_tune.models.lora.keras_file import load_keras_adapter, save_keras_adapter
 from gemma_tune.models.lora.peft_import import is_peft, load_peft_adapter
 from gemma_tune.runtime.backend import keras
-from gemma_tune.runtime.processes import to_host
+from gemma_tune.runtime.processes import fetch_to_host
 
 ADAPTER_FILE = "adapter.safetensors"
 
@@ -46,15 +46,15 @@ def save_adapter(model: keras.Model, path: str | os.PathLike, base_model: str = 
         return path
     file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
     names = {layer.name for layer in layers}
-    targets = {layer.path: layer.name for layer in with_weights(model.backbone) if layer.name in names}
+    targets = {layer.path: layer.name for layer in layers_with_weights(model.backbone) if layer.name in names}
     metadata = {
         "family": family_of(model),
         "base_model": base_model,
         "base_fingerprint": fingerprint(model),
         "base_values": json.dumps(some_values(model)),
-        **describe(low_ranks(model.backbone), targets),
+        **describe(lora_specs(model.backbone), targets),
     }
-    write_adapter(file, metadata, {name: to_host(variable.value) for name, variable in _factors(model).items()})
+    write_adapter(file, metadata, {name: fetch_to_host(variable.value) for name, variable in _factors(model).items()})
     return file
 
 

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.models.lora.enable import enable_on_layers, lora_layers
-from gemma_tune.models.lora.factors import LowRank
-from gemma_tune.models.lora.layers import equation_of, factors_of, low_rank_of, remove_factors
+from gemma_tune.models.lora.factors import LoraSpec
+from gemma_tune.models.lora.layers import equation_of, factors_of, lora_spec_of, remove_factors
 from gemma_tune.runtime.backend import keras_hub
-from gemma_tune.runtime.processes import to_host
+from gemma_tune.runtime.processes import fetch_to_host
 
-Converted = tuple[LowRank, np.ndarray, np.ndarray]
+Converted = tuple[LoraSpec, np.ndarray, np.ndarray]
 
 
-def to_peft(equation: str, low_rank: LowRank, a: np.ndarray, b: np.ndarray) -> Converted:
+def to_peft(equation: str, lora_spec: LoraSpec, a: np.ndarray, b: np.ndarray) -> Converted:
     """Returns factors of PEFT's layout, and what they are.
 
     Args:
@@ -29,29 +29,29 @@ def to_peft(equation: str, low_rank: LowRank, a: np.ndarray, b: np.ndarray) -> C
         low_rank: What the factors are.
         a, b: Of either layout.
     """
-    if low_rank.layout == "peft" or not _has_heads(equation):
-        return low_rank._replace(layout="peft"), a, b
+    if lora_spec.layout == "peft" or not _has_heads(equation):
+        return lora_spec._replace(layout="peft"), a, b
     heads, width, rank = a.shape
     side_by_side = np.moveaxis(a, 0, 1).reshape(width, heads * rank)
     diagonal = np.zeros((heads, rank, heads, b.shape[1]), b.dtype)
     for head in range(heads):
         diagonal[head, :, head] = b
-    return low_rank.with_rank("peft", heads * rank), side_by_side, diagonal.reshape(heads * rank, heads, -1)
+    return lora_spec.with_rank("peft", heads * rank), side_by_side, diagonal.reshape(heads * rank, heads, -1)
 
 
-def to_keras(equation: str, low_rank: LowRank, a: np.ndarray, b: np.ndarray) -> Converted:
+def to_keras(equation: str, lora_spec: LoraSpec, a: np.ndarray, b: np.ndarray) -> Converted:
     """Returns factors of Keras's layout, and what they are. Arguments as of `to_peft`."""
-    if low_rank.layout == "keras" or not _has_heads(equation):
-        return low_rank._replace(layout="keras"), a, b
+    if lora_spec.layout == "keras" or not _has_heads(equation):
+        return lora_spec._replace(layout="keras"), a, b
     rank, heads, _ = b.shape
     if (shared := _shared_block(b)) is not None:
         of_heads = np.moveaxis(a.reshape(len(a), heads, -1), 1, 0)
-        return low_rank.with_rank("keras", rank // heads), of_heads, shared
+        return lora_spec.with_rank("keras", rank // heads), of_heads, shared
     of_heads = np.zeros((heads, len(a), heads, rank), a.dtype)
     for head in range(heads):
         of_heads[head, :, head] = a
     below = np.moveaxis(b, 1, 0).reshape(heads * rank, -1)
-    return low_rank.with_rank("keras", heads * rank), of_heads.reshape(heads, len(a), -1), below
+    return lora_spec.with_rank("keras", heads * rank), of_heads.reshape(heads, len(a), -1), below
 
 
 def _shared_block(b: np.ndarray) -> np.ndarray | None:
@@ -84,11 +84,11 @@ def convert_layout(backbone: keras_hub.models.Backbone, layout: str) -> None:
     convert, layers = {"keras": to_keras, "peft": to_peft}[layout], lora_layers(backbone)
     converted: dict[str, list[Any]] = {}
     for layer in layers:
-        a, b, *magnitude = (to_host(factor.value) for factor in factors_of(layer))
-        converted[layer.path] = [*convert(equation_of(layer), low_rank_of(layer), a, b), *magnitude]
+        a, b, *magnitude = (fetch_to_host(factor.value) for factor in factors_of(layer))
+        converted[layer.path] = [*convert(equation_of(layer), lora_spec_of(layer), a, b), *magnitude]
     for layer in layers:
         remove_factors(layer)
-    enable_on_layers(backbone, {path: low_rank for path, (low_rank, *_) in converted.items()}, seed=0)
+    enable_on_layers(backbone, {path: lora_spec for path, (lora_spec, *_) in converted.items()}, seed=0)
     for layer in layers:
         for variable, value in zip(factors_of(layer), converted[layer.path][1:], strict=True):
             variable.assign(value)

@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma_tune.errors import ModelError
-from gemma_tune.mesh import AUTO, MeshShape, fitting_mesh, parse_mesh
+from gemma_tune.mesh import AUTO_MESH, MeshShape, fitting_mesh, parse_mesh
 from gemma_tune.runtime.backend import keras, keras_hub
-from gemma_tune.runtime.processes import are_several
+from gemma_tune.runtime.processes import is_distributed
 
 ROWS = ("data", "fsdp")  # The mesh axes that cut the rows of a batch.
 Axes = tuple[str | tuple[str, ...] | None, ...]
@@ -157,8 +157,8 @@ def make_mesh_sharding(text: str, num_rows: int) -> MeshSharding | None:
     if not text:
         return None
     devices = jax.devices()
-    shape = fitting_mesh(len(devices), num_rows) if text == AUTO else parse_mesh(text)
-    wrong = len(devices) < shape.num_devices or (are_several() and len(devices) != shape.num_devices)
+    shape = fitting_mesh(len(devices), num_rows) if text == AUTO_MESH else parse_mesh(text)
+    wrong = len(devices) < shape.num_devices or (is_distributed() and len(devices) != shape.num_devices)
     if wrong:
         raise ModelError(
             f"training.mesh={text} takes {shape.num_devices} devices, and there are {len(devices)} "
@@ -234,7 +234,7 @@ def put(values: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
     if isinstance(values, jax.Array):
         if values.sharding.is_equivalent_to(sharding, values.ndim):
             return values
-        if not are_several():
+        if not is_distributed():
             return jax.device_put(values, sharding)
         if not values.is_fully_addressable:
             return jax.jit(lambda same: same, out_shardings=sharding)(values)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gemma_tune.models.attention.swap import AttentionShape, shape_of
-from gemma_tune.runtime.backend import keras_hub, on_one_cpu
+from gemma_tune.runtime.backend import keras_hub, is_single_cpu
 
 
 class LayerCache(NamedTuple):
@@ -114,7 +114,7 @@ def attend(q: jax.Array, cache: LayerCache, shape: AttentionShape, place: Place)
     branches = jnp.searchsorted(jnp.asarray(lengths[:-1], jnp.int32), last_of_rows)
     if q.shape[0] == 1:
         return one_row(q[0], place.starts[0], place.firsts[0], branches[0])[None]
-    if on_one_cpu():
+    if is_single_cpu():
         return lax.map(lambda row: one_row(*row), (q, place.starts, place.firsts, branches))
     # Where rows are computed at once, all take the length of the longest.
     return jax.vmap(one_row, in_axes=(0, 0, 0, None))(q, place.starts, place.firsts, jnp.max(branches))
@@ -150,7 +150,7 @@ def _attend_within(length: int, shape: AttentionShape, cache: LayerCache) -> Any
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """Returns [K, G, T, length] of queries [T, K, G, H] and keys [length, K, H]."""
     num_new, num_kv_heads, groups, _ = q.shape
-    if num_new > 1 or not on_one_cpu():
+    if num_new > 1 or not is_single_cpu():
         return jnp.einsum("tkgh,skh->kgts", q, k)
     # Head by head, keys first: else XLA transposes all keys. The barrier keeps it from changing their order back.
     heads = [lax.optimization_barrier(k[:, head] @ q[0, head].T).T for head in range(num_kv_heads)]
@@ -159,7 +159,7 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 def _outputs(weights: jax.Array, v: jax.Array) -> jax.Array:
     """Returns [T, K, G, H] of weights [K, G, T, length] and values [length, K, H]."""
-    if weights.shape[2] > 1 or not on_one_cpu():
+    if weights.shape[2] > 1 or not is_single_cpu():
         return jnp.einsum("kgts,skh->tkgh", weights, v)
     # As for the scores.
     return jnp.stack([lax.optimization_barrier(weights[head, :, 0] @ v[:, head]) for head in range(v.shape[1])])[None]

@@ -29,7 +29,7 @@ from jax import lax
 from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16
 from gemma_tune.models.quantized.layers import QuantizedEinsumDense, QuantizedEmbedding
 from gemma_tune.models.quantized.qat import FakeQuantEinsumDense
-from gemma_tune.runtime.backend import keras, on_one_cpu
+from gemma_tune.runtime.backend import keras, is_single_cpu
 
 _MOST_ROWS = 1024
 _NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -124,7 +124,7 @@ def matrix_of(layer: Any, kernel: Any) -> Matrix | None:
         layer: An EinsumDense of a Gemma.
         kernel: Its floats; not read where they are quantized.
     """
-    if not on_one_cpu() or not _is_known(layer.equation):
+    if not is_single_cpu() or not _is_known(layer.equation):
         return None
     if isinstance(layer, QuantizedEinsumDense):
         quantized = layer.quantized()
@@ -145,7 +145,7 @@ def matrix_of(layer: Any, kernel: Any) -> Matrix | None:
 
 def head_of(embedding: Any, rows: Any) -> Matrix | None:
     """Returns the tied embedding as the matrix that makes logits, without a copy; None: its own product is as good."""
-    if not on_one_cpu() or getattr(embedding, "lora_enabled", False):
+    if not is_single_cpu() or getattr(embedding, "lora_enabled", False):
         return None
     if isinstance(embedding, QuantizedEmbedding):
         quantized = embedding.quantized()

@@ -26,8 +26,8 @@ from orbax.checkpoint._src.futures import future as orbax_future
 from orbax.checkpoint._src.futures import signaling_client as orbax_signaling
 
 from gemma_tune.errors import TrainingError
-from gemma_tune.runtime.atomic_files import damage, seal
-from gemma_tune.runtime.processes import are_several, barrier, in_all_processes, is_primary
+from gemma_tune.runtime.atomic_files import find_damage, write_checksums
+from gemma_tune.runtime.processes import is_distributed, barrier, raise_in_all_processes, is_primary
 from gemma_tune.training.state import TrainState
 
 _TIMES = "_CHECKPOINT_METADATA"  # When it was begun and finished: written until the end, and not needed.
@@ -103,7 +103,7 @@ class Checkpoints:
             about=ocp.args.JsonSave(self._about),
         )
         self._pending, self._failed_step = step, None
-        with self._reported(), in_all_processes():
+        with self._reported(), raise_in_all_processes():
             self._check_room(items)
             if replace and is_primary():
                 _remove(self.directory / str(step))
@@ -119,7 +119,7 @@ class Checkpoints:
             Whether it could be written.
         """
         if self._pending is not None:
-            with self._reported(), in_all_processes():
+            with self._reported(), raise_in_all_processes():
                 self._writer.wait_until_finished()
             if self._pending is not None:
                 self._pending = None
@@ -167,7 +167,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if exception[0] is not None and are_several():
+        if exception[0] is not None and is_distributed():
             return  # Others may be gone, and would be waited for.
         with contextlib.suppress(Exception):
             self.close()
@@ -188,7 +188,7 @@ class Checkpoints:
         """Called when all files are there, before their folder gets its name."""
         if jax.process_index() == 0:
             for folder in self.directory.glob(f"{self._pending}{_PARTIAL}*"):
-                seal(folder, [_TIMES])
+                write_checksums(folder, [_TIMES])
 
     @contextlib.contextmanager
     def _reported(self) -> Any:
@@ -223,7 +223,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
         for step in self.steps:
             folder = self.directory / str(step)
-            if problem := damage(folder):
+            if problem := find_damage(folder):
                 aside = folder.with_name(folder.name + _DAMAGED)
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(folder, aside)

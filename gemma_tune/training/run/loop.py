@@ -11,7 +11,7 @@ import optax
 
 from gemma_tune.errors import TrainingError
 from gemma_tune.models.functional import Params
-from gemma_tune.runtime.interrupts import Interrupted, Interrupts, Stop
+from gemma_tune.runtime.interrupts import Interrupted, Interrupts, StopRequested
 from gemma_tune.runtime.processes import all_reduce_max
 from gemma_tune.training.prefetch import Batches, Prefetch
 from gemma_tune.training.run.checkpoints import Checkpoints, Progress
@@ -193,7 +193,7 @@ class Loop:
         step = int(state.step)
         try:
             values = self.evaluate(state.trainable, interrupts.check)
-        except Stop:
+        except StopRequested:
             raise self._interrupted(state, progress._replace(pending_evaluation=True), interrupts.received) from None
         if state.loss_scale and not math.isfinite(values["loss"]):
             raise TrainingError(f"The held-out loss at step {step} is {values['loss']}. {_FLOAT16_OVERFLOWS}")

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from gemma_tune.config import Config
 from gemma_tune.errors import TrainingError
 from gemma_tune.runtime.atomic_files import write_json
-from gemma_tune.runtime.lock import LOCK_FILE, check_free, only_process
-from gemma_tune.runtime.processes import in_all_processes, is_primary
+from gemma_tune.runtime.lock import LOCK_FILE, check_unlocked, lock_workdir
+from gemma_tune.runtime.processes import raise_in_all_processes, is_primary
 from gemma_tune.saved_settings import in_current_words
 from gemma_tune.settings import flatten
 from gemma_tune.training.run.checkpoints import read_about
@@ -43,7 +43,7 @@ def check_workdir(config: Config) -> Path:
             process is training there.
     """
     workdir = Path(config.workdir).expanduser()
-    check_free(workdir)
+    check_unlocked(workdir)
     if about := read_about(workdir / CHECKPOINTS):
         _check_same(config, about, workdir)
     elif workdir.exists() and not workdir.is_dir():
@@ -80,7 +80,7 @@ def open_together(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
         TrainingError: As `open_workdir`, in all processes.
     """
     with contextlib.ExitStack() as stack:
-        with in_all_processes():
+        with raise_in_all_processes():
             if is_primary():
                 workdir = stack.enter_context(open_workdir(config, data_key))
             else:
@@ -107,7 +107,7 @@ def open_workdir(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
     about = _about(config, data_key)
     with _disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        with only_process(workdir):
+        with lock_workdir(workdir):
             before = read_about(workdir / CHECKPOINTS)
             if before is None:
                 for name in _LEFT_BEHIND:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gemma_tune.runtime.process_memory import give_back_memory, keep_freed_memory
+from gemma_tune.runtime.process_memory import release_freed_memory, keep_freed_memory
 
 
 class StepMemory(NamedTuple):
@@ -52,7 +52,7 @@ class OncePerShape:
                 message = f"{self._name} is compiled for the {len(self._made) + 1}. time, for a batch of {batch}."
                 warnings.warn(message, RuntimeWarning, stacklevel=4)
             self._made[shapes] = self._make(*inputs)
-            give_back_memory()
+            release_freed_memory()
             if self._keeps_memory and jax.default_backend() == "cpu":
                 keep_freed_memory()
         return self._made[shapes]
