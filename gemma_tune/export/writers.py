@@ -20,7 +20,7 @@ def write_peft(model: Any, folder: Path, options: Options) -> Written:
     notes = []
     if not hugging_face_name(options.base_name):
         notes.append("The base isn't known to be on Hugging Face: export it with --format=hf, and name that folder.")
-    ranks = [one.low_rank.rank for one in peft_modules(model).values()]
+    ranks = [one.lora_spec.rank for one in peft_modules(model).values()]
     return Written(notes, "peft", {"BASE": base, "NAMED": options.base_name or base, "MOST": f"{max(ranks)}"})
 
 

@@ -17,7 +17,7 @@ from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import assign, parameters
 from gemma_tune.models.load import load_configured, load_model
-from gemma_tune.models.lora.enable import base_values, lora_layers
+from gemma_tune.models.lora.enable import neutral_lora_values, lora_layers
 from gemma_tune.models.sharding.layers import use_mesh
 from gemma_tune.models.sharding.placement import mesh_sharding_of
 from gemma_tune.models.sources.source import parse_source
@@ -94,7 +94,7 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
     )
     if lora_layers(model.backbone):
         tuned = score(model)
-        assign(model, base_values(model.backbone))
+        assign(model, neutral_lora_values(model.backbone))
         return Comparison(data_source, len(examples), score(model), tuned)
     if run:
         sharding = mesh_sharding_of(model.backbone)

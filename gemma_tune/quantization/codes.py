@@ -191,7 +191,7 @@ def _straight_through(quant_spec: QuantSpec, primals: tuple, tangents: tuple) ->
     return fake_quantize(*primals, quant_spec), tangents[0]
 
 
-def num_bytes(quantized: Quantized) -> int:
+def quantized_num_bytes(quantized: Quantized) -> int:
     """Returns the bytes of all arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
 

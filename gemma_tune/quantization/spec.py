@@ -54,7 +54,7 @@ class LayerScheme(NamedTuple):
     rounds_inputs: bool = False
 
 
-def why_not(quant_spec: QuantSpec, num_inputs: int) -> str:
+def block_size_problem(quant_spec: QuantSpec, num_inputs: int) -> str:
     """Returns why an array whose products sum over so many inputs can't be quantized so, or ""."""
     if quant_spec.scheme != "int8" and num_inputs % quant_spec.block_size:
         return f"block_size={quant_spec.block_size} does not divide its {num_inputs} inputs"

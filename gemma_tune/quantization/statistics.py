@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
-from gemma_tune.quantization.spec import QuantSpec, why_not
+from gemma_tune.quantization.spec import QuantSpec, block_size_problem
 
 
 class InputStatistics(NamedTuple):
@@ -81,7 +81,7 @@ def check_fit(values: Any, hessian: Any, quant_spec: QuantSpec) -> None:
             f"A kernel [P, C, Q] needs a Hessian [C, C] of its own inputs, but they have shapes {tuple(values.shape)} "
             f"and {tuple(hessian.shape)}."
         )
-    problem = why_not(quant_spec, inputs)
+    problem = block_size_problem(quant_spec, inputs)
     if problem:
         raise ModelError(
             f"A kernel of shape {tuple(values.shape)} can't be quantized to {quant_spec.scheme}: {problem}."

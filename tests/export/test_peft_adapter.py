@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from gemma_tune.errors import ModelError
 from gemma_tune.export.peft.adapter import can_be_peft, write_peft_adapter
 from gemma_tune.models.lora.adapter import load_adapter
-from gemma_tune.models.lora.enable import enable_on_layers, low_ranks
-from gemma_tune.models.lora.factors import LowRank
+from gemma_tune.models.lora.enable import enable_on_layers, lora_specs
+from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.models.lora.peft_names import family_in_name, prefix_of
 from gemma_tune.models.sources.source import parse_source
 
@@ -45,7 +45,7 @@ def test_what_is_written_comes_back(tiny, some_family, rng, tmp_path, method):
     again = tiny(some_family)
     load_adapter(again, written(model, tmp_path / "a"))
     np.testing.assert_allclose(logits(again), logits(model), atol=2e-4)
-    ours, theirs = low_ranks(model.backbone), low_ranks(again.backbone)
+    ours, theirs = lora_specs(model.backbone), lora_specs(again.backbone)
     assert ours.keys() == theirs.keys()
     for path, kind in theirs.items():
         assert kind.layout == "peft" and kind.scale == pytest.approx(ours[path].scale)
@@ -74,7 +74,7 @@ def test_settings_of_kerass_layout(tiny, rng, tmp_path):
 def test_single_layers_have_full_names(tiny, tmp_path):
     model = tiny("gemma3")
     path = model.backbone.transformer_layers[2].attention.query_dense.path
-    enable_on_layers(model.backbone, {path: LowRank("peft", 2, 2.0)}, 0)
+    enable_on_layers(model.backbone, {path: LoraSpec("peft", 2, 2.0)}, 0)
     assert settings(written(model, tmp_path / "a"))["target_modules"] == ["model.layers.2.self_attn.q_proj"]
     # The same modules in a model that also sees, whose other attention has the same short names.
     said = settings(written(model, tmp_path / "b", "google/gemma-3-4b-it"))
@@ -127,7 +127,7 @@ def test_settings_that_are_refused(tiny, adapter, changes, message):
     model = tiny("gemma3")
     with pytest.raises(ModelError, match=message):
         load_adapter(model, change(adapter, **changes))
-    assert not low_ranks(model.backbone)
+    assert not lora_specs(model.backbone)
 
 
 def test_pefts_own_defaults_are_taken(tiny, adapter):

@@ -7,7 +7,7 @@ import pytest
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import assign, bound, parameters
 from gemma_tune.models.lora.enable import enable_lora, lora_layers, merge_lora
-from gemma_tune.models.lora.layers import LowRankEinsumDense
+from gemma_tune.models.lora.layers import LoraEinsumDense
 from gemma_tune.models.sources.lazy_initialization import lazy_initialization
 from gemma_tune.runtime.backend import keras, keras_hub
 
@@ -66,7 +66,7 @@ def test_the_low_rank_path_equals_keras(tiny, family, rng):
     model = tiny(family)
     enable_lora(model.backbone, 3, 6.0, ("all-linear",), seed=0)
     random_second_factors(model, rng)
-    swapped = [layer for layer in lora_layers(model.backbone) if type(layer) is LowRankEinsumDense]
+    swapped = [layer for layer in lora_layers(model.backbone) if type(layer) is LoraEinsumDense]
     ours = logits(model)
     for layer in swapped:
         layer.__class__ = keras.layers.EinsumDense
@@ -91,7 +91,7 @@ def test_no_gradient_of_a_kernels_size_is_made(tiny):
         made = [var for equation in jaxpr.jaxpr.eqns for var in equation.outvars]
         return sum(getattr(var.aval, "shape", None) == tuple(layer._kernel.shape) for var in made)
 
-    assert count(LowRankEinsumDense.call) == 0
+    assert count(LoraEinsumDense.call) == 0
     assert count(keras.layers.EinsumDense.call) > 0
 
 

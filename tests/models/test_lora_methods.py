@@ -9,9 +9,9 @@ from models.test_lora import logits, random_second_factors
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import assign, bound, parameters
 from gemma_tune.models.lora.adapter import load_adapter, read_adapter_metadata, save_adapter
-from gemma_tune.models.lora.enable import base_values, enable_lora, enable_on_layers, lora_layers, low_ranks, merge_lora
-from gemma_tune.models.lora.factors import LowRank, kernel_norms, kernel_update
-from gemma_tune.models.lora.layers import factors_of, low_rank_of
+from gemma_tune.models.lora.enable import neutral_lora_values, enable_lora, enable_on_layers, lora_layers, lora_specs, merge_lora
+from gemma_tune.models.lora.factors import LoraSpec, kernel_norms, kernel_update
+from gemma_tune.models.lora.layers import factors_of, lora_spec_of
 from gemma_tune.models.lora.layouts import convert_layout
 from gemma_tune.models.quantized.merge import merge_into_codes
 from gemma_tune.models.sources.lazy_initialization import lazy_initialization
@@ -71,8 +71,8 @@ def test_merging_changes_nothing(tiny, some_family, rng, method):
     with_lora(model, rng, method)
     before = logits(model)
     assert np.abs(before - base).max() > 1e-2
-    with bound(model, base_values(model.backbone)):
-        np.testing.assert_allclose(logits(model, base_values(model.backbone)), base, atol=2e-4)
+    with bound(model, neutral_lora_values(model.backbone)):
+        np.testing.assert_allclose(logits(model, neutral_lora_values(model.backbone)), base, atol=2e-4)
     merge_lora(model.backbone)
     np.testing.assert_allclose(logits(model), before, atol=2e-4)
     assert not lora_layers(model.backbone)
@@ -82,9 +82,9 @@ def merged_logits(model, params):
     """Logits by kernels merged from factors by the definition of DoRA and LoRA, for jax.grad."""
     kernels = {}
     for layer in lora_layers(model.backbone):
-        low_rank, variables = low_rank_of(layer), factors_of(layer)
+        lora_spec, variables = lora_spec_of(layer), factors_of(layer)
         a, b, *magnitude = (params[variable.path] for variable in variables)
-        kernel = layer._kernel.value + kernel_update(layer.equation, low_rank.scale, a, b)
+        kernel = layer._kernel.value + kernel_update(layer.equation, lora_spec.scale, a, b)
         for length in magnitude:
             inputs, axes, _ = layer.equation.replace("->", ",").split(",")
             summed = [place for place, letter in enumerate(axes) if letter in inputs]
@@ -173,20 +173,20 @@ def test_adapters_keep_what_they_are(tiny, rng, tmp_path, method):
     assert metadata["layout"] == method["layout"] and "layers" not in metadata
     again = tiny("gemma3")
     load_adapter(again, tmp_path)
-    assert low_ranks(again.backbone) == low_ranks(model.backbone)
+    assert lora_specs(again.backbone) == lora_specs(model.backbone)
     np.testing.assert_allclose(logits(again), logits(model), atol=1e-5)
 
 
 def test_adapters_keep_factors_of_several_kinds(tiny, rng, tmp_path):
     model = tiny("gemma3")
     first, second = (block.attention.query_dense.path for block in model.backbone.transformer_layers[:2])
-    kinds = {first: LowRank("peft", 2, 3.0), second: LowRank("peft", 5, 5.5)}
+    kinds = {first: LoraSpec("peft", 2, 3.0), second: LoraSpec("peft", 5, 5.5)}
     enable_on_layers(model.backbone, kinds, 0)
     random_second_factors(model, rng)
     save_adapter(model, tmp_path, "tiny")
     again = tiny("gemma3")
     load_adapter(again, tmp_path)
-    assert low_ranks(again.backbone) == kinds
+    assert lora_specs(again.backbone) == kinds
     np.testing.assert_allclose(logits(again), logits(model), atol=1e-5)
 
 
@@ -211,15 +211,15 @@ def test_a_layout_becomes_the_other(tiny, some_family, rng, method):
     model = with_lora(
         tiny(some_family), rng, method, ("all-linear",) if method.get("use_dora") else ("all-linear", "token_embedding")
     )
-    before, kinds = logits(model), low_ranks(model.backbone)
+    before, kinds = logits(model), lora_specs(model.backbone)
     other = "keras" if method["layout"] == "peft" else "peft"
     convert_layout(model.backbone, other)
-    assert {kind.layout for kind in low_ranks(model.backbone).values()} == {other}
+    assert {kind.layout for kind in lora_specs(model.backbone).values()} == {other}
     np.testing.assert_allclose(logits(model), before, atol=2e-4)
     convert_layout(model.backbone, method["layout"])
     np.testing.assert_allclose(logits(model), before, atol=2e-4)
     if method["layout"] == "keras":
-        assert {path: kind.rank for path, kind in low_ranks(model.backbone).items()} == {
+        assert {path: kind.rank for path, kind in lora_specs(model.backbone).items()} == {
             p: k.rank for p, k in kinds.items()
         }
 

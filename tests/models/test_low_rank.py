@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemma_tune.models.lora.factors import (
-    LowRank,
+    LoraSpec,
     factor_shapes,
     kernel_norms,
     kernel_update,
@@ -88,24 +88,24 @@ def test_layouts_are_the_same_but_for_kernels_of_heads():
 @cases
 def test_conversions_keep_the_update(rng, equation, layout, use_rslora):
     _, _, a, b, _ = (np.asarray(one) for one in arrays(rng, equation, layout))
-    low_rank = LowRank(layout, 2, 6.0, use_rslora)
+    lora_spec = LoraSpec(layout, 2, 6.0, use_rslora)
     other = to_peft if layout == "keras" else to_keras
-    converted, *factors = other(equation, low_rank, a, b)
+    converted, *factors = other(equation, lora_spec, a, b)
     assert converted.layout != layout and converted.use_rslora == use_rslora
-    assert converted.scale == pytest.approx(low_rank.scale, rel=1e-12)
+    assert converted.scale == pytest.approx(lora_spec.scale, rel=1e-12)
     assert factors[0].shape[-1] == converted.rank == factors[1].shape[0]
     heads = SIZES[equation[4]] if equation[4] in "nk" else 1
     assert converted.rank == 2 * heads
     ours = kernel_update(equation, converted.scale, *factors)
-    np.testing.assert_allclose(ours, kernel_update(equation, low_rank.scale, a, b), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours, kernel_update(equation, lora_spec.scale, a, b), rtol=1e-5, atol=1e-5)
 
 
 def test_keras_to_peft_and_back_is_bit_for_bit(rng):
     """Of rank N·R with a B that is block-diagonal, R comes back."""
     _, _, a, b, _ = (np.asarray(one) for one in arrays(rng, EQUATIONS[0], "keras"))
-    there = to_peft(EQUATIONS[0], LowRank("keras", 2, 6.0), a, b)
+    there = to_peft(EQUATIONS[0], LoraSpec("keras", 2, 6.0), a, b)
     back, *factors = to_keras(EQUATIONS[0], *there)
-    assert (back, there[0].rank, there[0].alpha) == (LowRank("keras", 2, 6.0), 6, 18.0)
+    assert (back, there[0].rank, there[0].alpha) == (LoraSpec("keras", 2, 6.0), 6, 18.0)
     np.testing.assert_array_equal(factors[0], a)
     np.testing.assert_array_equal(factors[1], b)
     changed = there[2].copy()
@@ -132,5 +132,5 @@ def test_matrices_are_those_of_a_linear(rng, equation):
 
 
 def test_scales():
-    assert LowRank("peft", 16, 8.0).scale == 0.5
-    assert LowRank("peft", 16, 8.0, use_rslora=True).scale == 2.0
+    assert LoraSpec("peft", 16, 8.0).scale == 0.5
+    assert LoraSpec("peft", 16, 8.0, use_rslora=True).scale == 2.0

@@ -13,7 +13,7 @@ from gemma_tune.config import Config
 from gemma_tune.export.peft.adapter import write_peft_adapter
 from gemma_tune.models.functional import hidden_states
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora.enable import lora_layers, low_ranks
+from gemma_tune.models.lora.enable import lora_layers, lora_specs
 from gemma_tune.models.sources.tiny import TOKENIZER_PATH
 
 pytestmark = [
@@ -177,7 +177,7 @@ def test_what_peft_trained_goes_on_training_here(base, tmp_path, name):
         "optimizer.learning_rate": 0.01, "lora.loraplus_lr_ratio": 2.0,
     })  # fmt: skip
     result = run(config)
-    assert low_ranks(result.model.backbone) == low_ranks(before.backbone)
+    assert lora_specs(result.model.backbone) == lora_specs(before.backbone)
     assert result.num_trainable == sum(
         int(np.prod(variable.shape)) for layer in lora_layers(before.backbone) for variable in layer.trainable_variables
     )

@@ -10,13 +10,13 @@ from gemma_tune.quantization.codes import (
     NF4_LEVELS,
     dequantize,
     fake_quantize,
-    num_bytes,
+    quantized_num_bytes,
     quantize,
     rows_of,
     shapes_of,
     take_rows,
 )
-from gemma_tune.quantization.spec import BLOCK_SIZES, QuantSpec, why_not
+from gemma_tune.quantization.spec import BLOCK_SIZES, QuantSpec, block_size_problem
 from gemma_tune.runtime.backend import keras
 
 GRIDS = [QuantSpec("int8"), *(QuantSpec(scheme, 64, double) for scheme in ("int4", "nf4") for double in (False, True))]
@@ -97,7 +97,7 @@ def test_smaller_groups_and_four_bits_of_a_normal_distribution(rng, scheme):
         quant_spec = QuantSpec(scheme, block_size)
         quantized = quantize(values, quant_spec)
         errors.append(np.square(dequantize(quantized) - values).mean())
-        sizes.append(num_bytes(quantized) / values.nbytes)
+        sizes.append(quantized_num_bytes(quantized) / values.nbytes)
     assert errors == sorted(errors) and sizes == sorted(sizes, reverse=True)
     int8 = dequantize(quantize(values, QuantSpec("int8")))
     assert np.square(int8 - values).mean() < errors[0] / 20
@@ -122,7 +122,7 @@ def test_nf4_is_for_normal_weights(rng):
 def test_bytes(rng, scheme, bits, double_bits):
     values = rng.normal(size=(1, 1024, 512)).astype(np.float32)
     for quant_spec, wanted in ((QuantSpec(scheme), bits), (QuantSpec(scheme, double=True), double_bits)):
-        assert num_bytes(quantize(values, quant_spec)) == values.size * wanted / 8
+        assert quantized_num_bytes(quantize(values, quant_spec)) == values.size * wanted / 8
 
 
 @pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
@@ -157,5 +157,5 @@ def test_shapes(rng, quant_spec):
 
 
 def test_block_sizes_that_do_not_fit():
-    assert "does not divide its 640" in why_not(QuantSpec("int4", 256), 640)
-    assert not why_not(QuantSpec("int4", 128), 640) and not why_not(QuantSpec("int8", 256), 640)
+    assert "does not divide its 640" in block_size_problem(QuantSpec("int4", 256), 640)
+    assert not block_size_problem(QuantSpec("int4", 128), 640) and not block_size_problem(QuantSpec("int8", 256), 640)

@@ -14,10 +14,10 @@ import numpy as np
 
 from gemma_tune.config_checks import LORA_LAYOUTS
 from gemma_tune.errors import ModelError
-from gemma_tune.models.lora.factors import LowRank
+from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.runtime.atomic_files import write_atomically
 
-FORMAT = "gemma_tune.adapter"
+ADAPTER_FORMAT = "gemma_tune.adapter"
 _NEEDED = ("family", "base_model", "base_fingerprint", "base_values", "rank", "alpha", "target_layers")
 Metadata = dict[str, str]
 Factors = dict[str, np.ndarray]
@@ -28,7 +28,7 @@ def write_adapter(file: Path, metadata: Metadata, factors: Factors) -> None:
     from safetensors.numpy import save
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    sealed = sealed_metadata({"format": FORMAT, **metadata}, factors)
+    sealed = sealed_metadata({"format": ADAPTER_FORMAT, **metadata}, factors)
     write_atomically(file, lambda partial: partial.write_bytes(save(factors, sealed)))
 
 
@@ -57,21 +57,21 @@ def read_adapter(file: Path) -> tuple[Metadata, Factors]:
             factors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file} can't be read as an adapter: {error}.") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != ADAPTER_FORMAT:
         raise ModelError(f"{file} is no adapter of gemma_tune: its metadata has format {metadata.get('format')!r}.")
     if problem := _what_is_wrong(metadata, factors):
         raise ModelError(f"{file} is damaged: {problem}. Take it from its source again.")
     return metadata, factors
 
 
-def describe(low_ranks: Mapping[str, LowRank], targets: Mapping[str, str]) -> Metadata:
+def describe(lora_specs: Mapping[str, LoraSpec], targets: Mapping[str, str]) -> Metadata:
     """Returns the part of the metadata that says what the factors are.
 
     Args:
         low_ranks: Of each layer with factors, by path.
         targets: The names of all layers that have the name of one of them, by path.
     """
-    first = next(iter(low_ranks.values()))
+    first = next(iter(lora_specs.values()))
     described = {
         "rank": str(first.rank),
         "alpha": repr(float(first.alpha)),
@@ -80,16 +80,16 @@ def describe(low_ranks: Mapping[str, LowRank], targets: Mapping[str, str]) -> Me
         "use_rslora": json.dumps(first.use_rslora),
         "use_dora": json.dumps(first.use_dora),
     }
-    if set(targets) != set(low_ranks) or len({(one.rank, one.alpha) for one in low_ranks.values()}) > 1:
-        described["layers"] = json.dumps({path: [one.rank, float(one.alpha)] for path, one in low_ranks.items()})
+    if set(targets) != set(lora_specs) or len({(one.rank, one.alpha) for one in lora_specs.values()}) > 1:
+        described["layers"] = json.dumps({path: [one.rank, float(one.alpha)] for path, one in lora_specs.items()})
     return described
 
 
-def described_factors(metadata: Metadata) -> tuple[LowRank, dict[str, LowRank]]:
+def described_factors(metadata: Metadata) -> tuple[LoraSpec, dict[str, LoraSpec]]:
     """Returns what the factors of all layers are, and those of each by path where they are not all alike."""
     layout, *flags = (metadata.get(name) for name in ("layout", "use_rslora", "use_dora"))
     use_rslora, use_dora = (json.loads(flag or "false") for flag in flags)
-    common = LowRank(layout or "keras", int(metadata["rank"]), float(metadata["alpha"]), use_rslora, use_dora)
+    common = LoraSpec(layout or "keras", int(metadata["rank"]), float(metadata["alpha"]), use_rslora, use_dora)
     layers = json.loads(metadata.get("layers", "{}"))
     return common, {path: common._replace(rank=rank, alpha=alpha) for path, (rank, alpha) in layers.items()}
 
@@ -119,7 +119,7 @@ def _what_is_wrong(metadata: Metadata, factors: Factors) -> str:
     return ""
 
 
-def _is_possible(low_rank: LowRank) -> bool:
-    layout, rank, alpha, *flags = low_rank
+def _is_possible(lora_spec: LoraSpec) -> bool:
+    layout, rank, alpha, *flags = lora_spec
     numbers = isinstance(rank, int) and isinstance(alpha, (int, float)) and rank >= 1 and 0 < alpha < math.inf
     return numbers and layout in LORA_LAYOUTS and all(isinstance(flag, bool) for flag in flags)

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from gemma_tune.config import LoraConfig
 from gemma_tune.errors import ModelError, did_you_mean
 from gemma_tune.models.functional import bound_value
-from gemma_tune.models.lora.factors import LowRank
+from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.models.lora.layers import (
     add_factors,
-    low_rank_of,
+    lora_spec_of,
     merged_kernel,
     neutral_factors,
     remove_factors,
@@ -57,7 +57,7 @@ def enable_lora(
             the embedding.
     """
     names = {name for target in target_layers for name in GROUPS.get(target, (target,))}
-    layers = with_weights(backbone)
+    layers = layers_with_weights(backbone)
     available = sorted({layer.name for layer in layers if hasattr(layer, "enable_lora")})
     unknown = sorted(names - set(available)) if not set(target_layers) & set(GROUPS) else []
     chosen = [layer.path for layer in layers if layer.name in names and hasattr(layer, "enable_lora")]
@@ -67,46 +67,46 @@ def enable_lora(
             f"No layer matches lora.target_layers={','.join(wrong)}.{did_you_mean(wrong[0], [*available, *GROUPS])} "
             f"Layers: {', '.join(available)}. Groups: {', '.join(GROUPS)}."
         )
-    low_rank = LowRank(layout, rank, float(alpha), use_rslora, use_dora)
-    enable_on_layers(backbone, dict.fromkeys(chosen, low_rank), seed)
+    lora_spec = LoraSpec(layout, rank, float(alpha), use_rslora, use_dora)
+    enable_on_layers(backbone, dict.fromkeys(chosen, lora_spec), seed)
     return len(chosen)
 
 
-def enable_on_layers(backbone: keras_hub.models.Backbone, factors: Mapping[str, LowRank], seed: int) -> None:
+def enable_on_layers(backbone: keras_hub.models.Backbone, factors: Mapping[str, LoraSpec], seed: int) -> None:
     """Like `enable_lora`, for layers by their paths, each with factors of its own kind.
 
     Raises:
         ModelError: LoRA is on already, there is no such layer, or it can't have such factors.
     """
-    layers = {layer.path: layer for layer in with_weights(backbone)}
+    layers = {layer.path: layer for layer in layers_with_weights(backbone)}
     if lora_layers(backbone):
         raise ModelError("LoRA is already enabled on this model. Load the model anew for other factors.")
-    for path, low_rank in factors.items():
-        _check(layers.get(path), path, low_rank)
+    for path, lora_spec in factors.items():
+        _check(layers.get(path), path, lora_spec)
     backbone.trainable = True
     for layer in backbone._flatten_layers(include_self=False):
         layer.trainable = False
-    for path, low_rank in factors.items():
-        add_factors(layers[path], low_rank, [seed, zlib.crc32(path.encode())])
+    for path, lora_spec in factors.items():
+        add_factors(layers[path], lora_spec, [seed, zlib.crc32(path.encode())])
     # KerasHub's save_lora_weights reads these two.
     backbone._lora_enabled_layers = [index for index, path in enumerate(layers) if path in factors]
     backbone._lora_rank = next(iter(factors.values())).rank
 
 
-def _check(layer: keras.layers.Layer | None, path: str, low_rank: LowRank) -> None:
+def _check(layer: keras.layers.Layer | None, path: str, lora_spec: LoraSpec) -> None:
     if layer is None:
         raise ModelError(f"The model has no layer {path} that LoRA factors could be for.")
     is_embedding = isinstance(layer, keras.layers.Embedding)
     if is_embedding and hasattr(layer, "quantized_scheme"):
         raise ModelError(f"{path} is quantized, and can't have LoRA factors. Leave it out of lora.target_layers.")
-    if is_embedding and low_rank.use_dora:
+    if is_embedding and lora_spec.use_dora:
         raise ModelError(
             f"{path} can't have DoRA factors: it looks up rows, and as the head multiplies with them. Leave it out of "
             "lora.target_layers, or set lora.use_dora=false."
         )
 
 
-def with_weights(backbone: keras_hub.models.Backbone) -> list[keras.layers.Layer]:
+def layers_with_weights(backbone: keras_hub.models.Backbone) -> list[keras.layers.Layer]:
     """Returns the layers that KerasHub's `.lora.h5` files count, in their order."""
     return [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
 
@@ -116,12 +116,12 @@ def lora_layers(backbone: keras_hub.models.Backbone) -> list[keras.layers.Layer]
     return [layer for layer in backbone._flatten_layers(include_self=False) if getattr(layer, "lora_enabled", False)]
 
 
-def low_ranks(backbone: keras_hub.models.Backbone) -> dict[str, LowRank]:
+def lora_specs(backbone: keras_hub.models.Backbone) -> dict[str, LoraSpec]:
     """Returns what the factors of each layer are, by its path."""
-    return {layer.path: low_rank_of(layer) for layer in lora_layers(backbone)}
+    return {layer.path: lora_spec_of(layer) for layer in lora_layers(backbone)}
 
 
-def base_values(backbone: keras_hub.models.Backbone) -> dict:
+def neutral_lora_values(backbone: keras_hub.models.Backbone) -> dict:
     """Returns path -> array of those factors that, so changed, make the backbone compute as its base does."""
     values = {}
     for layer in lora_layers(backbone):

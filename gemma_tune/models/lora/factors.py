@@ -26,7 +26,7 @@ import jax.numpy as jnp
 _SMALLEST = 1e-30  # A column of zeros has the norm 1e-15, so that it can be divided by.
 
 
-class LowRank(NamedTuple):
+class LoraSpec(NamedTuple):
     """What a layer's factors are. rank: R. alpha: As it was asked for; `scale` is what it comes to."""
 
     layout: str

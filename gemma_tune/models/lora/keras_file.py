@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.lora.enable import enable_on_layers, lora_layers, low_ranks, with_weights
-from gemma_tune.models.lora.factors import LowRank
+from gemma_tune.models.lora.enable import enable_on_layers, lora_layers, lora_specs, layers_with_weights
+from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.models.lora.layers import scale_of
 from gemma_tune.runtime.backend import keras
 
@@ -30,7 +30,7 @@ def save_keras_adapter(model: keras.Model, file: Path) -> None:
 
 
 def _no_place_for(model: keras.Model) -> str:
-    layers, kinds = lora_layers(model.backbone), low_ranks(model.backbone).values()
+    layers, kinds = lora_layers(model.backbone), lora_specs(model.backbone).values()
     if any(isinstance(layer, keras.layers.Embedding) for layer in layers):
         return "LoRA on kernels only, not on the embedding"
     if any(kind.layout != "keras" for kind in kinds):
@@ -55,11 +55,11 @@ def load_keras_adapter(model: keras.Model, file: Path) -> None:
             indices = sorted(int(name) for name in group if name.isdigit())
     except (OSError, KeyError) as error:
         raise ModelError(f"{file} can't be read as KerasHub LoRA weights: {error}.") from error
-    layers = with_weights(model.backbone)
+    layers = layers_with_weights(model.backbone)
     if not indices or indices[-1] >= len(layers):
         raise ModelError(f"{file} doesn't fit this model: it has factors for layer {indices[-1:]} of {len(layers)}.")
     paths = [layers[index].path for index in indices]
-    enable_on_layers(model.backbone, dict.fromkeys(paths, LowRank("keras", rank, float(rank))), seed=0)
+    enable_on_layers(model.backbone, dict.fromkeys(paths, LoraSpec("keras", rank, float(rank))), seed=0)
     try:
         model.backbone.load_lora_weights(str(file))
     except (ValueError, KeyError) as error:

@@ -2,7 +2,7 @@
 
 They are Keras's own variables where Keras has them, `lora_kernel_a` and `lora_kernel_b`, and DoRA's
 `lora_kernel_magnitude` beside them. Keras multiplies A·B with `lora_alpha / lora_rank`; `lora_alpha` is set so that
-this is the scale, of rsLoRA too, and `low_rank_of` says what was asked for.
+this is the scale, of rsLoRA too, and `lora_spec_of` says what was asked for.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from keras.src.initializers.random_initializers import compute_fans
 from gemma_tune.models.functional import bound_value
 from gemma_tune.models.linear import PlainEinsumDense, einsum_product
 from gemma_tune.models.lora.factors import (
-    LowRank,
+    LoraSpec,
     factor_shapes,
     kernel_norms,
     kernel_update,
@@ -29,7 +29,7 @@ from gemma_tune.runtime.backend import keras
 Seeds = list[int]
 
 
-class LowRankEinsumDense(keras.layers.EinsumDense):
+class LoraEinsumDense(keras.layers.EinsumDense):
     """An EinsumDense that sends its input through A and B instead of adding A·B to its kernel.
 
     Keras computes x·(W + s·A·B), so that the backward pass makes the gradient of a whole kernel first. Here no array of
@@ -60,7 +60,7 @@ def with_factors(layer: Any, inputs: jax.Array, outputs: jax.Array) -> jax.Array
     scale, (a, b) = scale_of(layer), (bound_value(factor) for factor in factors_of(layer)[:2])
     low = low_rank_product(layer.equation, scale, inputs, a.astype(inputs.dtype), b.astype(inputs.dtype))
     outputs = outputs + low
-    if not low_rank_of(layer).use_dora:
+    if not lora_spec_of(layer).use_dora:
         return outputs
     frozen = jax.lax.stop_gradient((float_kernel(layer), a, b))
     ratio = bound_value(layer.lora_kernel_magnitude) / merged_norms(layer.equation, scale, *frozen)
@@ -74,9 +74,9 @@ def merged_kernel(layer: Any, kernel: jax.Array) -> jax.Array:
         layer: With factors.
         kernel: W, in its own shape.
     """
-    low_rank, (a, b, *magnitude) = low_rank_of(layer), (bound_value(factor) for factor in factors_of(layer))
+    lora_spec, (a, b, *magnitude) = lora_spec_of(layer), (bound_value(factor) for factor in factors_of(layer))
     equation = equation_of(layer)
-    merged = kernel.astype(jnp.float32) + kernel_update(equation, low_rank.scale, a, b)
+    merged = kernel.astype(jnp.float32) + kernel_update(equation, lora_spec.scale, a, b)
     for length in magnitude:
         norms = jax.lax.stop_gradient(kernel_norms(equation, merged))  # Constants for the gradient (low_rank.py).
         merged = merged * over_outputs(equation, length / norms)
@@ -90,7 +90,7 @@ def neutral_factors(layer: Any) -> dict[str, jax.Array]:
     return changed | {one.path: kernel_norms(layer.equation, float_kernel(layer)) for one in magnitude}
 
 
-def add_factors(layer: Any, low_rank: LowRank, seeds: Seeds) -> None:
+def add_factors(layer: Any, lora_spec: LoraSpec, seeds: Seeds) -> None:
     """Freezes a layer and gives it trainable factors with which it computes as before: A random, B zero.
 
     Args:
@@ -99,25 +99,25 @@ def add_factors(layer: Any, low_rank: LowRank, seeds: Seeds) -> None:
         seeds: Of A.
     """
     layer.trainable = True
-    alpha = low_rank.scale * low_rank.rank
+    alpha = lora_spec.scale * lora_spec.rank
     if isinstance(layer, keras.layers.Embedding):
-        layer.enable_lora(low_rank.rank, lora_alpha=alpha, a_initializer=_Random(seeds, "keras"))
+        layer.enable_lora(lora_spec.rank, lora_alpha=alpha, a_initializer=_Random(seeds, "keras"))
     else:
-        shapes = factor_shapes(layer.equation, tuple(layer.kernel.shape), low_rank.layout, low_rank.rank)
+        shapes = factor_shapes(layer.equation, tuple(layer.kernel.shape), lora_spec.layout, lora_spec.rank)
         layer._tracker.unlock()
-        layer.lora_kernel_a = _add(layer, "lora_kernel_a", shapes.a, _Random(seeds, low_rank.layout))
+        layer.lora_kernel_a = _add(layer, "lora_kernel_a", shapes.a, _Random(seeds, lora_spec.layout))
         layer.lora_kernel_b = _add(layer, "lora_kernel_b", shapes.b, "zeros")
-        if low_rank.use_dora:
+        if lora_spec.use_dora:
             layer.lora_kernel_magnitude = _add(
                 layer, "lora_kernel_magnitude", shapes.magnitude, lambda *_, **__: _norms(layer)
             )
         layer._kernel.trainable = False
         layer._tracker.lock()
-        layer.lora_enabled, layer.lora_rank, layer.lora_alpha = True, low_rank.rank, alpha
+        layer.lora_enabled, layer.lora_rank, layer.lora_alpha = True, lora_spec.rank, alpha
     if type(layer) in (keras.layers.EinsumDense, PlainEinsumDense):
-        layer.__class__ = LowRankEinsumDense
+        layer.__class__ = LoraEinsumDense
     # Keras would look for layers and variables in it.
-    object.__setattr__(layer, "_low_rank", low_rank)
+    object.__setattr__(layer, "_lora_spec", lora_spec)
 
 
 def remove_factors(layer: Any) -> None:
@@ -127,8 +127,8 @@ def remove_factors(layer: Any) -> None:
         layer._untrack_variable(factor)
     layer._tracker.lock()
     layer.lora_enabled, layer.lora_rank = False, None
-    layer.__dict__.pop("_low_rank", None)
-    if type(layer) is LowRankEinsumDense:
+    layer.__dict__.pop("_lora_spec", None)
+    if type(layer) is LoraEinsumDense:
         layer.__class__ = keras.layers.EinsumDense
 
 
@@ -137,18 +137,18 @@ def factors_of(layer: Any) -> list[keras.Variable]:
     if isinstance(layer, keras.layers.Embedding):
         return [layer.lora_embeddings_a, layer.lora_embeddings_b]
     factors = [layer.lora_kernel_a, layer.lora_kernel_b]
-    return [*factors, layer.lora_kernel_magnitude] if low_rank_of(layer).use_dora else factors
+    return [*factors, layer.lora_kernel_magnitude] if lora_spec_of(layer).use_dora else factors
 
 
-def low_rank_of(layer: Any) -> LowRank:
+def lora_spec_of(layer: Any) -> LoraSpec:
     """Returns what a layer's factors are; those that Keras itself enabled are of its own layout."""
-    found = layer.__dict__.get("_low_rank")
-    return found or LowRank("keras", layer.lora_rank, float(layer.lora_alpha))
+    found = layer.__dict__.get("_lora_spec")
+    return found or LoraSpec("keras", layer.lora_rank, float(layer.lora_alpha))
 
 
 def scale_of(layer: Any) -> float:
     """Returns s."""
-    return low_rank_of(layer).scale
+    return lora_spec_of(layer).scale
 
 
 def equation_of(layer: Any) -> str:

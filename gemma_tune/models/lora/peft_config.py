@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.lora.factors import LowRank
+from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.runtime.json_files import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -48,7 +48,7 @@ class PeftConfig:
         """What it was trained on, as PEFT was given it; "" where it doesn't say."""
         return str(self._values.get("base_model_name_or_path") or "")
 
-    def low_rank(self, module: str, rank: int) -> LowRank:
+    def lora_spec(self, module: str, rank: int) -> LoraSpec:
         """Returns what the factors of a module are.
 
         Args:
@@ -62,7 +62,7 @@ class PeftConfig:
         if said != rank:
             raise ModelError(f"{self.file}: {module} should have rank {said}, and its lora_A has {rank}.")
         alpha = float(self._of_module("alpha_pattern", module, self._values.get("lora_alpha", 8)))
-        return LowRank("peft", rank, alpha, bool(self._values.get("use_rslora")), bool(self._values.get("use_dora")))
+        return LoraSpec("peft", rank, alpha, bool(self._values.get("use_rslora")), bool(self._values.get("use_dora")))
 
     def targets(self, module: str) -> bool:
         """Whether the settings ask for factors of a module; False where they don't say."""

@@ -9,7 +9,7 @@ import numpy as np
 from gemma_tune.errors import ModelError
 from gemma_tune.models.family import family_of
 from gemma_tune.models.lora.enable import enable_on_layers
-from gemma_tune.models.lora.factors import LowRank, factor_shapes
+from gemma_tune.models.lora.factors import LoraSpec, factor_shapes
 from gemma_tune.models.lora.layers import factors_of
 from gemma_tune.models.lora.layouts import from_matrices
 from gemma_tune.models.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
@@ -64,14 +64,14 @@ def load_peft_adapter(model: keras.Model, directory: Path) -> None:
             f"{directory} is for another base: it has factors for {unknown[0]}, and the model, a {family_of(model)} of "
             f"{len(model.backbone.transformer_layers)} blocks, has no such module."
         )
-    values: dict[str, tuple[LowRank, list[np.ndarray]]] = {}
+    values: dict[str, tuple[LoraSpec, list[np.ndarray]]] = {}
     for module, (name, parts) in found.items():
         values[layers[module].path] = _of_linear(config, layers[module], name, parts, directory)
     if embedding is not None:
         a, b = embedding
-        values[layers[EMBEDDING].path] = config.low_rank(TEXT + EMBEDDING, a.shape[-1]), [a, b]
+        values[layers[EMBEDDING].path] = config.lora_spec(TEXT + EMBEDDING, a.shape[-1]), [a, b]
     _check_all_there(config, found, layers, directory)
-    enable_on_layers(model.backbone, {path: low_rank for path, (low_rank, _) in values.items()}, seed=0)
+    enable_on_layers(model.backbone, {path: lora_spec for path, (lora_spec, _) in values.items()}, seed=0)
     for layer in layers.values():
         if layer.path in values:
             for variable, value in zip(factors_of(layer), values[layer.path][1], strict=True):
@@ -121,23 +121,23 @@ def _read(file: Path) -> dict[str, tuple[str, Parts]]:
 
 def _of_linear(
     config: PeftConfig, layer: Any, name: str, parts: Parts, directory: Path
-) -> tuple[LowRank, list[np.ndarray]]:
+) -> tuple[LoraSpec, list[np.ndarray]]:
     """Returns what a linear layer's factors are, and their values in their shapes."""
     a, b, magnitude = (parts.get(part) for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
     if a is None or b is None or a.ndim != 2 or len(parts) > 2 + (magnitude is not None):
         raise ModelError(f"{directory} is damaged: {name} has {', '.join(sorted(parts))}.")
-    low_rank, kernel = config.low_rank(name, len(a)), tuple(layer.kernel.shape)
-    shapes = factor_shapes(layer.equation, kernel, "peft", low_rank.rank)
+    lora_spec, kernel = config.lora_spec(name, len(a)), tuple(layer.kernel.shape)
+    shapes = factor_shapes(layer.equation, kernel, "peft", lora_spec.rank)
     factors = from_matrices(a, b, shapes.a, shapes.b)
     if factors is None:
         raise ModelError(
             f"{directory} is for another base: the factors of {name} are {a.shape} and {b.shape}, and the model's "
             f"{layer.path} is {kernel}."
         )
-    if low_rank.use_dora != (magnitude is not None) or (magnitude is not None and magnitude.size != np.prod(
+    if lora_spec.use_dora != (magnitude is not None) or (magnitude is not None and magnitude.size != np.prod(
             shapes.magnitude)):  # fmt: skip
-        raise ModelError(f"{directory} is damaged: {name} has no magnitudes that fit use_dora={low_rank.use_dora}.")
-    return low_rank, [*factors, *([] if magnitude is None else [magnitude.reshape(shapes.magnitude)])]
+        raise ModelError(f"{directory} is damaged: {name} has no magnitudes that fit use_dora={lora_spec.use_dora}.")
+    return lora_spec, [*factors, *([] if magnitude is None else [magnitude.reshape(shapes.magnitude)])]
 
 
 def _take_embedding(

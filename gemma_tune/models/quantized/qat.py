@@ -20,7 +20,7 @@ from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import Params
 from gemma_tune.models.linear import einsum_product, fitting_spec
 from gemma_tune.models.lora.factors import kernel_update, low_rank_product
-from gemma_tune.models.lora.layers import equation_of, low_rank_of
+from gemma_tune.models.lora.layers import equation_of, lora_spec_of
 from gemma_tune.models.quantized.convert import matrix_shape
 from gemma_tune.quantization.codes import fake_quantize
 from gemma_tune.quantization.fake import FakeQuantized
@@ -207,13 +207,13 @@ def enable_qat(backbone: keras_hub.models.Backbone, quant_spec: QuantSpec) -> in
                 f"{layer.path} is held in {layer.quantized_scheme}: its floats are gone. Load the model without "
                 "quantization for training.qat."
             )
-        if layer.lora_enabled and low_rank_of(layer).use_dora:
+        if layer.lora_enabled and lora_spec_of(layer).use_dora:
             raise ModelError(f"{layer.path} has DoRA factors, which training.qat can't round. Set lora.use_dora=false.")
     grids = [fitting_spec(layer.path, matrix_shape(layer)[1], quant_spec) for layer in layers]
     for layer, own in zip(layers, grids, strict=True):
         rows, inputs, outputs = matrix_shape(layer)
         is_embedding = layer is backbone.token_embedding
-        scale = low_rank_of(layer).scale if layer.lora_enabled else 0.0
+        scale = lora_spec_of(layer).scale if layer.lora_enabled else 0.0
         layer.__class__ = FakeQuantEmbedding if is_embedding else FakeQuantEinsumDense
         # Of an embedding any number of rows is rounded at a time. Keras would look for variables in the tuple.
         shape = (-1 if is_embedding else rows, inputs, outputs)

@@ -17,8 +17,8 @@ from gemma_tune.errors import ConfigError, ModelError
 from gemma_tune.models.linear import PlainEinsumDense
 from gemma_tune.models.lora.adapter import load_adapter
 from gemma_tune.models.lora.enable import lora_layers
-from gemma_tune.models.lora.factors import LowRank, factor_letters, inner_letters, merged_norms
-from gemma_tune.models.lora.layers import factors_of, float_kernel, low_rank_of, remove_factors
+from gemma_tune.models.lora.factors import LoraSpec, factor_letters, inner_letters, merged_norms
+from gemma_tune.models.lora.layers import factors_of, float_kernel, lora_spec_of, remove_factors
 from gemma_tune.models.lora.layouts import to_peft
 from gemma_tune.runtime.backend import keras
 
@@ -39,7 +39,7 @@ class _Own(NamedTuple):
     """One adapter's factors of one layer; the scale is part of b."""
 
     equation: str
-    low_rank: LowRank
+    lora_spec: LoraSpec
     a: np.ndarray
     b: np.ndarray
     ratio: np.ndarray | None
@@ -107,12 +107,12 @@ def _factors_of(model: keras.Model) -> dict[str, _Own]:
                 f"{layer.path} has LoRA factors that can't be used row by row. Merge them into the base first "
                 "(gemma-tune merge), and serve the merged model."
             )
-        low_rank, (a, b, *magnitude) = low_rank_of(layer), (factor.value for factor in factors_of(layer))
+        lora_spec, (a, b, *magnitude) = lora_spec_of(layer), (factor.value for factor in factors_of(layer))
         ratio = None
         for length in magnitude:
-            ratio = np.asarray(length / merged_norms(layer.equation, low_rank.scale, float_kernel(layer), a, b))
-        scaled = np.asarray(b, np.float32) * low_rank.scale
-        found[layer.path] = _Own(layer.equation, low_rank, np.asarray(a, np.float32), scaled, ratio)
+            ratio = np.asarray(length / merged_norms(layer.equation, lora_spec.scale, float_kernel(layer), a, b))
+        scaled = np.asarray(b, np.float32) * lora_spec.scale
+        found[layer.path] = _Own(layer.equation, lora_spec, np.asarray(a, np.float32), scaled, ratio)
     return found
 
 
@@ -144,5 +144,5 @@ def _stack(found: list[_Own | None]) -> Factors:
 
 
 def _in_pefts_layout(own: _Own) -> _Own:
-    low_rank, a, b = to_peft(own.equation, own.low_rank, own.a, own.b)
-    return own._replace(low_rank=low_rank, a=a, b=b)
+    lora_spec, a, b = to_peft(own.equation, own.lora_spec, own.a, own.b)
+    return own._replace(lora_spec=lora_spec, a=a, b=b)
