@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from gemma_tune.errors import ModelError
 from gemma_tune.models.cpu.bfloat16 import product
 from gemma_tune.quantization.spec import QuantSpec, block_size_problem
-from gemma_tune.runtime.backend import keras, keras_hub, is_single_cpu
+from gemma_tune.runtime.backend import is_single_cpu, keras, keras_hub
 
 _MOST_HEADS = 32  # Beyond that many products, one transposition costs less.
 

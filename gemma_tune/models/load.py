@@ -10,7 +10,7 @@ import numpy as np
 from gemma_tune.config import Config, ModelConfig
 from gemma_tune.config_checks import PRECISIONS
 from gemma_tune.errors import ModelError, did_you_mean
-from gemma_tune.models.family import FAMILIES, family_of
+from gemma_tune.models.family import FAMILIES, family_of, family_of_config
 from gemma_tune.models.lora.adapter import ADAPTER_FILE, load_adapter
 from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.lora.peft_import import peft_base
@@ -118,12 +118,12 @@ def load_tokenizer(source: str = _DEFAULTS.source) -> tuple[TextTokenizer, str]:
         return TextTokenizer(TOKENIZER_PATH.read_bytes()), parsed.value
     if parsed.kind in ("demo", "gguf"):
         checkpoint = GgufCheckpoint(demo_path() if parsed.kind == "demo" else Path(parsed.value))
-        return TextTokenizer(checkpoint.tokenizer_proto()), hf_checkpoint.family_of_config(checkpoint.config, source)
+        return TextTokenizer(checkpoint.tokenizer_proto()), family_of_config(checkpoint.config, source)
     if parsed.kind in ("hf", "hf_download"):
         directory = Path(parsed.value) if parsed.kind == "hf" else download_hf(parsed.value, weights=False)
         config = read_json(directory / "config.json")
-        family = hf_checkpoint.family_of_config(config, source)
-        return TextTokenizer(hf_checkpoint.load_tokenizer(directory, FAMILIES[family], config).proto), family
+        family = family_of_config(config, source)
+        return TextTokenizer(hf_checkpoint.load_hf_tokenizer(directory, FAMILIES[family], config).proto), family
     with _keras_errors(parsed):
         loader = _preset_loader(parsed)
         with lazy_initialization():
@@ -164,7 +164,7 @@ def _load_hf(
     directory = Path(source.value) if source.kind == "hf" else download_hf(source.value)
     checkpoint = hf_checkpoint.SafetensorsCheckpoint(directory)
     backbone = hf_checkpoint.load_backbone(checkpoint, precision, source.value, quant_spec, sharding)
-    return backbone, hf_checkpoint.load_tokenizer(directory, FAMILIES[family_of(backbone)], checkpoint.config)
+    return backbone, hf_checkpoint.load_hf_tokenizer(directory, FAMILIES[family_of(backbone)], checkpoint.config)
 
 
 def _load_keras(

@@ -11,8 +11,7 @@ import shutil
 from pathlib import Path
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.lora.enable import lora_layers
-from gemma_tune.models.quantized.convert import quantized_layers
+from gemma_tune.models.layers import lora_layers, quantized_layers
 from gemma_tune.quantization.spec import LayerScheme, QuantSpec
 from gemma_tune.runtime.atomic_files import CHECKSUMS, find_damage, write_checksums
 from gemma_tune.runtime.backend import keras, without_tensorflow

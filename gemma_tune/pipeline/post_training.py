@@ -9,10 +9,11 @@ from typing import Any
 from gemma_tune.config import Config
 from gemma_tune.data import Batch, TokenizedExample
 from gemma_tune.errors import ConfigError, DataError
+from gemma_tune.models.layers import lora_layers, quantized_layers
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora.enable import lora_layers, merge_lora
+from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.preset import check_output, save_preset
-from gemma_tune.models.quantized.convert import quantize_layers, quantized_layers
+from gemma_tune.models.quantized.convert import quantize_layers
 from gemma_tune.models.quantized.merge import MergeError, merge_into_codes
 from gemma_tune.models.sources.source import parse_source
 from gemma_tune.models.transforms import transform_for_training

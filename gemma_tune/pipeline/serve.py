@@ -12,8 +12,9 @@ from gemma_tune.data import template_for
 from gemma_tune.errors import ConfigError
 from gemma_tune.models.base_fingerprint import fingerprint
 from gemma_tune.models.family import family_of
+from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora.enable import lora_layers, merge_lora
+from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.sources.source import Source, parse_source
 from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.quantization.spec import QuantSpec

@@ -23,7 +23,7 @@ from gemma_tune.pipeline.setup import Setup, read_splits, set_up
 from gemma_tune.runtime import progress
 from gemma_tune.runtime.atomic_files import write_json
 from gemma_tune.runtime.backend import jax, keras
-from gemma_tune.runtime.processes import all_reduce_max, raise_in_all_processes, is_primary, raise_on_lost_process
+from gemma_tune.runtime.processes import all_reduce_max, is_primary, raise_in_all_processes, raise_on_lost_process
 from gemma_tune.serving.generation import generate
 from gemma_tune.training.run.checkpoints import Checkpoints, Progress
 from gemma_tune.training.run.loop import Loop, LoopSettings

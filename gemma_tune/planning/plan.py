@@ -25,8 +25,8 @@ class Plan(NamedTuple):
     shape: MeshShape
     memory: PlannedMemory
     step: PlannedStep
-    biggest_batch: int
-    biggest_step: PlannedStep | None
+    max_batch_size: int
+    max_batch_step: PlannedStep | None
 
     @property
     def fits(self) -> bool:
@@ -88,8 +88,8 @@ def make_plans(config: Config, shape: MeshShape, target_share: float, chips: lis
     for chip in chips:
         room = usable_bytes(chip)
         biggest = _biggest(least, lambda rows, room=room: _bytes_of(run, rows) <= room)  # type: ignore[misc]
-        biggest_step = planned_step(with_batch_size(run, biggest), chip) if biggest else None
-        plans.append(Plan(chip, shape, memory, planned_step(run, chip), biggest, biggest_step))
+        max_batch_step = planned_step(with_batch_size(run, biggest), chip) if biggest else None
+        plans.append(Plan(chip, shape, memory, planned_step(run, chip), biggest, max_batch_step))
     return plans
 
 
@@ -112,7 +112,7 @@ def _biggest(unit: int, fits: Callable[[int], bool]) -> int:
     return count * unit
 
 
-def proposals(config: Config, shape: MeshShape) -> list[tuple[str, Config, MeshShape]]:
+def memory_saving_changes(config: Config, shape: MeshShape) -> list[tuple[str, Config, MeshShape]]:
     """Returns what to change when a run doesn't fit, with the flags that say so; what costs least first."""
     training = config.training
     found = []
@@ -135,9 +135,9 @@ def proposals(config: Config, shape: MeshShape) -> list[tuple[str, Config, MeshS
     return found
 
 
-def first_that_fits(config: Config, shape: MeshShape, target_share: float, chip: Hardware) -> str:
-    """Returns the flags of the first of `proposals` with which a run fits, or ""."""
-    for flags, changed, wider in proposals(config, shape):
+def first_fitting_change(config: Config, shape: MeshShape, target_share: float, chip: Hardware) -> str:
+    """Returns the flags of the first of `memory_saving_changes` with which a run fits, or ""."""
+    for flags, changed, wider in memory_saving_changes(config, shape):
         if planned_memory(abstract_train_state(changed, wider, target_share)).total <= usable_bytes(chip):
             return flags
     return ""

@@ -17,7 +17,7 @@ import numpy as np
 from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16
 from gemma_tune.models.functional import Params, bound, bound_value, parameters
 from gemma_tune.models.quantized.qat import rounded_params, weights_are_rounded
-from gemma_tune.runtime.backend import keras, is_single_cpu
+from gemma_tune.runtime.backend import is_single_cpu, keras
 from gemma_tune.runtime.processes import fetch_to_host
 from gemma_tune.serving.engine.products import head_of, logits_of, one_unseen
 from gemma_tune.serving.sampling import GREEDY, RowSampling, Sampling, rows_alike, sample

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma_tune.errors import DataError
-from gemma_tune.runtime.atomic_files import find_damage, write_checksums, fsync_file, write_text
+from gemma_tune.runtime.atomic_files import find_damage, fsync_file, write_checksums, write_text
 
 CONTENTS = "contents.json"
 _FORMAT = 2  # Raise it when the files of an entry, or what they mean, change.

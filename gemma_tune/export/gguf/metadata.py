@@ -10,7 +10,7 @@ from gemma_tune.errors import ModelError
 from gemma_tune.export.card.provenance import hugging_face_name
 from gemma_tune.export.jinja_template import jinja_template
 from gemma_tune.models.family import family_of
-from gemma_tune.models.sources.gguf_checkpoint import ARCHITECTURES, LAYERS_OF_27B
+from gemma_tune.models.sources.gguf_checkpoint import GGUF_MODEL_TYPES, LAYERS_OF_27B
 from gemma_tune.models.sources.tokenizer import TextTokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -27,9 +27,9 @@ def family_for_gguf(backbone: Any) -> str:
         ModelError: llama.cpp would compute something else than this model does; says what.
     """
     family = family_of(backbone)
-    if family not in ARCHITECTURES:
+    if family not in GGUF_MODEL_TYPES:
         raise ModelError(
-            f"GGUF export writes {', '.join(ARCHITECTURES)}, not {family}. Export to --format=hf, and convert that "
+            f"GGUF export writes {', '.join(GGUF_MODEL_TYPES)}, not {family}. Export to --format=hf, and convert that "
             "with llama.cpp's convert_hf_to_gguf.py."
         )
     for problem in _problems(backbone, family):
@@ -156,7 +156,7 @@ def _problems(backbone: Any, family: str) -> list[str]:
     if family != "gemma" and not (backbone.use_post_attention_norm and backbone.use_post_ffw_norm):
         found.append("it lacks norms behind attention or feed-forward layers")
     # llama.cpp goes by the number of layers.
-    model_type = ARCHITECTURES[family]
+    model_type = GGUF_MODEL_TYPES[family]
     by_width = backbone.num_layers == LAYERS_OF_27B.get(model_type)
     scale = backbone.head_dim if backbone.query_head_dim_normalize else backbone.hidden_dim / backbone.num_query_heads
     taken = backbone.hidden_dim // backbone.num_query_heads if by_width else backbone.head_dim

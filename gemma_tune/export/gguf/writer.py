@@ -19,7 +19,8 @@ from gemma_tune.export.gguf.modelfile import modelfile
 from gemma_tune.export.gguf.tensor_types import SCHEMES, num_bytes, to_type, type_of
 from gemma_tune.export.hf.config import hf_config
 from gemma_tune.export.hf.tensors import Tensor, tensors_of
-from gemma_tune.models.lora.enable import lora_layers, merge_lora
+from gemma_tune.models.layers import lora_layers
+from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.shared_copy import shared_copy
 from gemma_tune.models.sources.gguf_checkpoint import gguf_name
 from gemma_tune.models.sources.tokenizer import tokenizer_of

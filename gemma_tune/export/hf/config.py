@@ -14,7 +14,7 @@ from gemma_tune.models.sources.preset_catalog import context_tokens
 from gemma_tune.models.sources.tokenizer import TextTokenizer
 from gemma_tune.runtime.backend import keras, without_tensorflow
 
-ARCHITECTURES = {
+HF_ARCHITECTURES = {
     "gemma": ("GemmaForCausalLM", "gemma"),
     "gemma2": ("Gemma2ForCausalLM", "gemma2"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
@@ -45,7 +45,7 @@ def hf_config(model: keras.Model, tokenizer: TextTokenizer, dtype: str) -> dict[
         ModelError: The backbone has a setting that transformers' class for it doesn't know; says which.
     """
     backbone, family = model.backbone, family_of(model)
-    architecture, model_type = ARCHITECTURES[family]
+    architecture, model_type = HF_ARCHITECTURES[family]
     config = {
         "architectures": [architecture],
         "model_type": model_type,

@@ -11,7 +11,8 @@ from gemma_tune.export.hf.tensors import tensors_of
 from gemma_tune.export.hf.tokenizer_files import write_tokenizer
 from gemma_tune.export.options import Options, Written
 from gemma_tune.models.family import family_of
-from gemma_tune.models.quantized.convert import num_weights, quantized_layers
+from gemma_tune.models.layers import quantized_layers
+from gemma_tune.models.quantized.convert import num_weights
 from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.runtime import progress
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.lora.enable import lora_layers
+from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.models.lora.layers import equation_of, factors_of, lora_spec_of
 from gemma_tune.models.lora.layouts import as_matrices, to_peft

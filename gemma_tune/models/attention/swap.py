@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gemma_tune.models.attention.kernels import FUSED_BLOCK, causal_attention, cudnn_attention, splash_attention
 from gemma_tune.models.attention.segment_attention import QUERY_BLOCK, segment_attention
 from gemma_tune.models.attention.sharded import over_mesh
-from gemma_tune.runtime.backend import keras_hub, is_single_cpu
+from gemma_tune.runtime.backend import is_single_cpu, keras_hub
 
 
 class AttentionShape(NamedTuple):

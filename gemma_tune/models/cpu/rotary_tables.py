@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_tune.runtime.backend import keras_hub, is_single_cpu
+from gemma_tune.runtime.backend import is_single_cpu, keras_hub
 
 _MOST_ENTRIES = 2**21  # 8,192 positions of width 256. Longer rows have other things to wait for.
 Tables = dict[tuple, tuple[np.ndarray, np.ndarray]]

@@ -11,8 +11,9 @@ from gemma_tune.errors import ModelError
 from gemma_tune.models.base_fingerprint import fingerprint, some_values
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import variables_by_path
+from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.lora.adapter_file import describe, described_factors, read_adapter, write_adapter
-from gemma_tune.models.lora.enable import enable_lora, enable_on_layers, lora_layers, lora_specs, layers_with_weights
+from gemma_tune.models.lora.enable import enable_lora, enable_on_layers, layers_with_weights, lora_specs
 from gemma_tune.models.lora.keras_file import load_keras_adapter, save_keras_adapter
 from gemma_tune.models.lora.peft_import import is_peft, load_peft_adapter
 from gemma_tune.runtime.backend import keras

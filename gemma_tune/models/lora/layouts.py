@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gemma_tune.models.lora.enable import enable_on_layers, lora_layers
+from gemma_tune.models.layers import lora_layers
+from gemma_tune.models.lora.enable import enable_on_layers
 from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.models.lora.layers import equation_of, factors_of, lora_spec_of, remove_factors
 from gemma_tune.runtime.backend import keras_hub

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.family import family_of
+from gemma_tune.models.family import family_of, family_of_config
 from gemma_tune.models.lora.enable import enable_on_layers
 from gemma_tune.models.lora.factors import LoraSpec, factor_shapes
 from gemma_tune.models.lora.layers import factors_of
 from gemma_tune.models.lora.layouts import from_matrices
 from gemma_tune.models.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
 from gemma_tune.models.lora.peft_names import EMBEDDING, HEAD, PREFIXES, TEXT, family_in_name, modules
-from gemma_tune.models.sources.hf_checkpoint import family_of_config
 from gemma_tune.runtime.backend import keras
 from gemma_tune.runtime.json_files import read_json
 

@@ -14,7 +14,7 @@ import numpy as np
 from gemma_tune.errors import ModelError
 from gemma_tune.models.sources.gguf_reader import GgufFile
 
-ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}  # GGUF's name -> model_type.
+GGUF_MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}  # GGUF's name -> model_type.
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -54,11 +54,11 @@ class GgufCheckpoint:
     def __init__(self, path: Path):
         self._file = GgufFile(path)
         architecture = self._file.text("general.architecture")
-        if architecture not in ARCHITECTURES:
+        if architecture not in GGUF_MODEL_TYPES:
             raise ModelError(
                 f"{path} holds a model of the architecture {architecture or 'unknown'!r}. Gemma files of these can be "
                 "read: "
-                f"{', '.join(ARCHITECTURES)}."
+                f"{', '.join(GGUF_MODEL_TYPES)}."
             )
         self.path = path
         self.config = self._config(architecture)
@@ -86,7 +86,7 @@ class GgufCheckpoint:
         return name
 
     def _config(self, architecture: str) -> dict[str, Any]:
-        model_type = ARCHITECTURES[architecture]
+        model_type = GGUF_MODEL_TYPES[architecture]
         width, layers = self._entry(architecture, "embedding_length"), self._entry(architecture, "block_count")
         heads, head_width = (
             self._entry(architecture, "attention.head_count"),

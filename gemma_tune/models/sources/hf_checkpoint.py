@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.family import Family
+from gemma_tune.models.family import Family, family_of_config
 from gemma_tune.models.quantized.convert import quantize_layers
 from gemma_tune.models.sharding.placement import MeshSharding
 from gemma_tune.models.sources.lazy_initialization import fill, fill_whole, lazy_initialization
@@ -136,13 +136,13 @@ def ports(backbone: keras_hub.models.Backbone, config: dict[str, Any]) -> list[P
         config: As config.json has it.
     """
     listing = _Listing()
-    _converter(config["model_type"], "The model").convert_weights(backbone, listing, config)
+    _converter(config, "The model").convert_weights(backbone, listing, config)
     return listing.ports
 
 
 def sizes_of_config(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a backbone that a config.json means, as KerasHub's converter reads it."""
-    return _converter(config["model_type"], "The model").convert_backbone_config(_with_global_sizes(config))
+    return _converter(config, "The model").convert_backbone_config(_with_global_sizes(config))
 
 
 def load_backbone(
@@ -159,7 +159,7 @@ def load_backbone(
         ModelError: Not a Gemma, or a tensor is missing or has another shape.
     """
     backbone = build_backbone(checkpoint.config, precision, where, quant_spec, sharding)
-    converter = _converter(checkpoint.config.get("model_type"), where)
+    converter = _converter(checkpoint.config, where)
     converter.convert_weights(backbone, _StreamingLoader(checkpoint), checkpoint.config)
     return backbone
 
@@ -178,7 +178,7 @@ def build_backbone(
     Raises:
         ModelError: Not a Gemma, or a size is missing.
     """
-    converter = _converter(config.get("model_type"), where)
+    converter = _converter(config, where)
     try:
         with lazy_initialization():
             sizes = converter.convert_backbone_config(_with_global_sizes(config))
@@ -193,25 +193,19 @@ def build_backbone(
     return backbone
 
 
-def load_tokenizer(directory: Path, family: Family, config: dict[str, Any]) -> keras_hub.tokenizers.Tokenizer:
+def load_hf_tokenizer(directory: Path, family: Family, config: dict[str, Any]) -> keras_hub.tokenizers.Tokenizer:
     """Makes the KerasHub tokenizer from tokenizer.model or, where there is none, tokenizer.json."""
     proto = directory / "tokenizer.model"
     try:
         if proto.exists():
             return family.tokenizer(proto.read_bytes(), **family.tokenizer_arguments)
-        return _converter(config.get("model_type"), str(directory)).convert_tokenizer(family.tokenizer, str(directory))
+        return _converter(config, str(directory)).convert_tokenizer(family.tokenizer, str(directory))
     except FileNotFoundError as error:
         raise ModelError(
             f"{directory} has neither tokenizer.model nor tokenizer.json. Copy one there from the base model."
         ) from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"The tokenizer in {directory} can't be read: {error}.") from error
-
-
-def family_of_config(config: dict[str, Any], where: str) -> str:
-    """Returns the family's name that a config.json's model_type means."""
-    _converter(config.get("model_type"), where)
-    return str(config["model_type"]).removesuffix("_text")
 
 
 def _with_global_sizes(config: dict[str, Any]) -> dict[str, Any]:
@@ -230,19 +224,9 @@ def _with_global_sizes(config: dict[str, Any]) -> dict[str, Any]:
     return {**{names[key]: value for key, value in sizes.items() if key in names}, **config}
 
 
-def _converter(model_type: str | None, where: str) -> Any:
+def _converter(config: dict[str, Any], where: str) -> Any:
+    """Returns KerasHub's module that converts checkpoints of a config's family."""
     from keras_hub.src.utils.transformers import convert_gemma, convert_gemma3, convert_gemma4
 
-    converters = {
-        "gemma": convert_gemma,
-        "gemma2": convert_gemma,
-        "gemma3": convert_gemma3,
-        "gemma3_text": convert_gemma3,
-        "gemma4": convert_gemma4,
-        "gemma4_text": convert_gemma4,
-    }
-    if model_type not in converters:
-        raise ModelError(
-            f"{where} holds a model of type {model_type!r}. Gemma types that can be read: {', '.join(converters)}."
-        )
-    return converters[model_type]
+    converters = {"gemma": convert_gemma, "gemma2": convert_gemma, "gemma3": convert_gemma3, "gemma4": convert_gemma4}
+    return converters[family_of_config(config, where)]

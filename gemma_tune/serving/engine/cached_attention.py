@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gemma_tune.models.attention.swap import AttentionShape, shape_of
-from gemma_tune.runtime.backend import keras_hub, is_single_cpu
+from gemma_tune.runtime.backend import is_single_cpu, keras_hub
 
 
 class LayerCache(NamedTuple):

@@ -29,7 +29,7 @@ from jax import lax
 from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16
 from gemma_tune.models.quantized.layers import QuantizedEinsumDense, QuantizedEmbedding
 from gemma_tune.models.quantized.qat import FakeQuantEinsumDense
-from gemma_tune.runtime.backend import keras, is_single_cpu
+from gemma_tune.runtime.backend import is_single_cpu, keras
 
 _MOST_ROWS = 1024
 _NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

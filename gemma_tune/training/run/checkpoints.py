@@ -27,7 +27,7 @@ from orbax.checkpoint._src.futures import signaling_client as orbax_signaling
 
 from gemma_tune.errors import TrainingError
 from gemma_tune.runtime.atomic_files import find_damage, write_checksums
-from gemma_tune.runtime.processes import is_distributed, barrier, raise_in_all_processes, is_primary
+from gemma_tune.runtime.processes import barrier, is_distributed, is_primary, raise_in_all_processes
 from gemma_tune.training.state import TrainState
 
 _TIMES = "_CHECKPOINT_METADATA"  # When it was begun and finished: written until the end, and not needed.

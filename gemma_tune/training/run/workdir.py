@@ -13,7 +13,7 @@ from gemma_tune.config import Config
 from gemma_tune.errors import TrainingError
 from gemma_tune.runtime.atomic_files import write_json
 from gemma_tune.runtime.lock import LOCK_FILE, check_unlocked, lock_workdir
-from gemma_tune.runtime.processes import raise_in_all_processes, is_primary
+from gemma_tune.runtime.processes import is_primary, raise_in_all_processes
 from gemma_tune.saved_settings import in_current_words
 from gemma_tune.settings import flatten
 from gemma_tune.training.run.checkpoints import read_about

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gemma_tune.runtime.process_memory import release_freed_memory, keep_freed_memory
+from gemma_tune.runtime.process_memory import keep_freed_memory, release_freed_memory
 
 
 class StepMemory(NamedTuple):
