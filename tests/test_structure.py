@@ -43,7 +43,8 @@ LAYERS = {
         ("tokenized_splits",),
     ),
     "models": (
-        ("family", "einsum", "layers", "cpu", "training_memory"),
+        ("family", "einsum", "layers", "training_memory"),
+        ("cpu",),
         ("functional", "linear", "lm_head"),
         ("blocks", "base_fingerprint", "sharding"),
         ("attention", "lora"),

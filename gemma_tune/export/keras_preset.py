@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.export.options import Options, Written
+from gemma_tune.models.layers import lora_layers, quantized_layers
 from gemma_tune.models.lora.adapter import save_adapter
-from gemma_tune.models.lora.enable import lora_layers
 from gemma_tune.models.preset import save_preset
-from gemma_tune.models.quantized.convert import quantized_layers
 from gemma_tune.models.shared_copy import shared_copy
 
 ADAPTER = "adapter"

@@ -14,8 +14,9 @@ from gemma_tune.export.card.usage import next_command
 from gemma_tune.export.export_formats import ExportFormat, find_format
 from gemma_tune.export.options import DEFAULTS, Options, Written
 from gemma_tune.models.family import family_of
+from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora.enable import lora_layers, merge_lora
+from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.quantized.convert import num_weights
 from gemma_tune.models.shared_copy import shared_copy
 from gemma_tune.runtime.atomic_files import write_json

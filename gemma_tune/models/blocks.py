@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import hidden_states
+from gemma_tune.models.layers import iter_layers
 from gemma_tune.runtime.backend import keras, keras_hub
 
 RunBlocks = Callable[[jax.Array, dict[str, Any]], jax.Array]
@@ -29,7 +30,7 @@ def signature(block: keras.layers.Layer) -> str:
     variables = [(variable.shape, variable.dtype, variable.trainable) for variable in block.variables]
     settings = [
         (type(layer).__name__, {name: value for name, value in vars(layer).items() if _is_setting(name, value)})
-        for layer in block._flatten_layers()
+        for layer in (block, *iter_layers(block))
     ]
     return repr((variables, settings))
 

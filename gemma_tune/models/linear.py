@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.cpu.bfloat16 import product
+from gemma_tune.models.einsum import parse_einsum
+from gemma_tune.models.layers import linear_layers
 from gemma_tune.quantization.spec import QuantSpec, block_size_problem
 from gemma_tune.runtime.backend import is_single_cpu, keras, keras_hub
 
@@ -28,12 +30,12 @@ def einsum_product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     if not is_single_cpu():
         return jnp.einsum(equation, x, kernel)
-    inputs, axes, _ = equation.replace("->", ",").split(",")
-    if len(axes) == 2 and inputs[-1] == axes[0]:
+    axes = parse_einsum(equation)
+    if len(axes.kernel) == 2 and axes.inputs[-1] == axes.kernel[0]:
         return product(x, kernel)
-    if len(axes) == 3 and inputs[-2:] == axes[:2]:
+    if len(axes.kernel) == 3 and axes.inputs[-2:] == axes.kernel[:2]:
         return product(x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
-    if len(axes) == 3 and inputs[-1] == axes[1] and kernel.shape[0] <= _MOST_HEADS:
+    if len(axes.kernel) == 3 and axes.inputs[-1] == axes.kernel[1] and kernel.shape[0] <= _MOST_HEADS:
         return jnp.stack([product(x, kernel[head]) for head in range(kernel.shape[0])], axis=-2)
     return jnp.einsum(equation, x, kernel)
 
@@ -53,7 +55,7 @@ class PlainEinsumDense(keras.layers.EinsumDense):
 
 def use_plain_products(backbone: keras_hub.models.Backbone) -> None:
     """Swaps the float EinsumDense layers of a backbone; quantized ones and those with LoRA stay as they are."""
-    for layer in backbone._flatten_layers(include_self=False):
+    for layer in linear_layers(backbone):
         if type(layer) is keras.layers.EinsumDense and layer.quantization_mode is None and not layer.lora_enabled:
             layer.__class__ = PlainEinsumDense
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from gemma_tune.models.family import FAMILIES, family_of
 from gemma_tune.models.functional import variables_by_path
+from gemma_tune.models.layers import lora_layers, quantized_layers
 from gemma_tune.models.load import correct_query_scale
 from gemma_tune.models.lora.adapter import load_adapter, save_adapter
-from gemma_tune.models.lora.enable import lora_layers
-from gemma_tune.models.quantized.convert import apply_schemes, quantized_layers
+from gemma_tune.models.quantized.convert import apply_schemes
 from gemma_tune.models.sources.lazy_initialization import check_filled, lazy_initialization
 from gemma_tune.models.sources.preprocessor import text_preprocessor
 from gemma_tune.models.sources.tokenizer import tokenizer_of

@@ -10,9 +10,9 @@ from gemma_tune.models.attention.swap import use_causal_attention
 from gemma_tune.models.blocks import can_be_split
 from gemma_tune.models.cpu.rotary_tables import use_rotary_tables
 from gemma_tune.models.functional import check_text_only
+from gemma_tune.models.layers import lora_layers, quantized_layers
 from gemma_tune.models.linear import use_plain_products
-from gemma_tune.models.lora.enable import enable_lora, lora_layers, merge_lora
-from gemma_tune.models.quantized.convert import quantized_layers
+from gemma_tune.models.lora.enable import enable_lora, merge_lora
 from gemma_tune.models.quantized.qat import disable_qat, enable_qat
 from gemma_tune.models.remat import enable_remat
 from gemma_tune.models.sharding.layers import use_mesh

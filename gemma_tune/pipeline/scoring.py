@@ -16,8 +16,9 @@ from gemma_tune.evaluation import evaluate_batches
 from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import assign, parameters
+from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_configured, load_model
-from gemma_tune.models.lora.enable import neutral_lora_values, lora_layers
+from gemma_tune.models.lora.enable import neutral_lora_values
 from gemma_tune.models.sharding.layers import use_mesh
 from gemma_tune.models.sharding.placement import mesh_sharding_of
 from gemma_tune.models.sources.source import parse_source

@@ -16,6 +16,7 @@ from gemma_tune.data import Batch, TokenizedExample
 from gemma_tune.errors import ModelError
 from gemma_tune.models.blocks import call_block, calls, can_be_split, run_before, signature
 from gemma_tune.models.functional import bound, parameters
+from gemma_tune.models.layers import linear_layers
 from gemma_tune.models.quantized.convert import matrix_shape, quantize_layer, schemes_for
 from gemma_tune.quantization.awq import awq
 from gemma_tune.quantization.codes import Quantized, dequantize, quantize
@@ -76,7 +77,7 @@ def quantize_calibrated(
     runners: dict[str, Any] = {}
     errors = []
     for block in backbone.transformer_layers:
-        layers = _linear_layers(block)
+        layers = linear_layers(block)
         observer = observers.setdefault(signature(block), jax.jit(functools.partial(_observe, block)))
         total = None
         for (x, named), batch in zip(states, batches, strict=True):
@@ -115,10 +116,6 @@ def _values(block: Any) -> list[jax.Array]:
     return [variable.value for variable in block.variables]
 
 
-def _linear_layers(block: Any) -> list[Any]:
-    return [layer for layer in block._flatten_layers() if isinstance(layer, keras.layers.EinsumDense)]
-
-
 def _is_statistics(value: Any) -> bool:
     return isinstance(value, InputStatistics)
 
@@ -135,7 +132,7 @@ def _observe(block: Any, values: list[jax.Array], x: jax.Array, named: dict[str,
 
         return call
 
-    layers = _linear_layers(block)
+    layers = linear_layers(block)
     with calls([(layer, tap(layer)) for layer in layers]):
         call_block(block, values, x, named)
     return [found[id(layer)] for layer in layers]

@@ -12,8 +12,9 @@ from gemma_tune.errors import ModelError
 from gemma_tune.export.gguf.modelfile import modelfile
 from gemma_tune.export.gguf.writer import estimate_gguf, write_gguf
 from gemma_tune.models.family import FAMILIES
+from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora.enable import enable_lora, lora_layers
+from gemma_tune.models.lora.enable import enable_lora
 from gemma_tune.models.sources.gguf_reader import GgufFile
 from gemma_tune.models.sources.tiny import tiny_config
 from gemma_tune.models.sources.tokenizer import tokenizer_of

@@ -14,8 +14,9 @@ from gemma_tune.export.hf.tensors import tensors_of
 from gemma_tune.export.jinja_template import jinja_template
 from gemma_tune.export.options import Options
 from gemma_tune.models.functional import variables_by_path
+from gemma_tune.models.layers import quantized_layers
 from gemma_tune.models.load import load_model
-from gemma_tune.models.quantized.convert import quantize_layers, quantized_layers
+from gemma_tune.models.quantized.convert import quantize_layers
 from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.quantization.codes import dequantize
 from gemma_tune.quantization.spec import QuantSpec

@@ -10,9 +10,10 @@ import pytest
 from gemma_tune.errors import ConfigError, ModelError
 from gemma_tune.export import export_model
 from gemma_tune.models.functional import hidden_states, variables_by_path
+from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora.adapter import save_adapter
-from gemma_tune.models.lora.enable import enable_lora, lora_layers
+from gemma_tune.models.lora.enable import enable_lora
 from gemma_tune.quantization.spec import QuantSpec
 
 READ_BY_KERAS_HUB = """

@@ -6,7 +6,8 @@ import pytest
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import assign, bound, parameters
-from gemma_tune.models.lora.enable import enable_lora, lora_layers, merge_lora
+from gemma_tune.models.layers import lora_layers
+from gemma_tune.models.lora.enable import enable_lora, merge_lora
 from gemma_tune.models.lora.layers import LoraEinsumDense
 from gemma_tune.models.sources.lazy_initialization import lazy_initialization
 from gemma_tune.runtime.backend import keras, keras_hub

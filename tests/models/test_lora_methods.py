@@ -8,8 +8,9 @@ from models.test_lora import logits, random_second_factors
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import assign, bound, parameters
+from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.lora.adapter import load_adapter, read_adapter_metadata, save_adapter
-from gemma_tune.models.lora.enable import neutral_lora_values, enable_lora, enable_on_layers, lora_layers, lora_specs, merge_lora
+from gemma_tune.models.lora.enable import enable_lora, enable_on_layers, lora_specs, merge_lora, neutral_lora_values
 from gemma_tune.models.lora.factors import LoraSpec, kernel_norms, kernel_update
 from gemma_tune.models.lora.layers import factors_of, lora_spec_of
 from gemma_tune.models.lora.layouts import convert_layout

@@ -12,8 +12,9 @@ from models.test_lora_methods import METHODS, with_lora
 from gemma_tune.config import Config
 from gemma_tune.export.peft.adapter import write_peft_adapter
 from gemma_tune.models.functional import hidden_states
+from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora.enable import lora_layers, lora_specs
+from gemma_tune.models.lora.enable import lora_specs
 from gemma_tune.models.sources.tiny import TOKENIZER_PATH
 
 pytestmark = [

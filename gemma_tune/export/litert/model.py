@@ -28,8 +28,9 @@ from gemma_tune.errors import ModelError
 from gemma_tune.export.litert.cache_layout import CacheParts, cache_parts
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import bound, parameters
-from gemma_tune.models.lora.enable import lora_layers, merge_lora
-from gemma_tune.models.quantized.convert import num_weights, quantized_layers
+from gemma_tune.models.layers import lora_layers, quantized_layers
+from gemma_tune.models.lora.enable import merge_lora
+from gemma_tune.models.quantized.convert import num_weights
 from gemma_tune.models.shared_copy import shared_copy
 from gemma_tune.models.sources.tokenizer import tokenizer_of
 

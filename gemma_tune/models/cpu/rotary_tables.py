@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_tune.models.layers import iter_layers
 from gemma_tune.runtime.backend import is_single_cpu, keras_hub
 
 _MOST_ENTRIES = 2**21  # 8,192 positions of width 256. Longer rows have other things to wait for.
@@ -22,9 +23,8 @@ def use_rotary_tables(backbone: keras_hub.models.Backbone) -> None:
     if not is_single_cpu():
         return
     tables: Tables = {}
-    for layer in backbone._flatten_layers(include_self=False):
-        if isinstance(layer, keras_hub.layers.RotaryEmbedding):
-            object.__setattr__(layer, "_compute_cos_sin_embedding", functools.partial(_cos_sin, layer, tables))
+    for layer in iter_layers(backbone, keras_hub.layers.RotaryEmbedding):
+        object.__setattr__(layer, "_compute_cos_sin_embedding", functools.partial(_cos_sin, layer, tables))
 
 
 def _cos_sin(layer: Any, tables: Tables, inputs: Any, start_index: Any = 0, positions: Any = None) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from gemma_tune.config import LoraConfig
 from gemma_tune.errors import ModelError, did_you_mean
 from gemma_tune.models.functional import bound_value
+from gemma_tune.models.layers import iter_layers, lora_layers
 from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.models.lora.layers import (
     add_factors,
@@ -84,7 +85,7 @@ def enable_on_layers(backbone: keras_hub.models.Backbone, factors: Mapping[str, 
     for path, lora_spec in factors.items():
         _check(layers.get(path), path, lora_spec)
     backbone.trainable = True
-    for layer in backbone._flatten_layers(include_self=False):
+    for layer in iter_layers(backbone):
         layer.trainable = False
     for path, lora_spec in factors.items():
         add_factors(layers[path], lora_spec, [seed, zlib.crc32(path.encode())])
@@ -108,12 +109,7 @@ def _check(layer: keras.layers.Layer | None, path: str, lora_spec: LoraSpec) -> 
 
 def layers_with_weights(backbone: keras_hub.models.Backbone) -> list[keras.layers.Layer]:
     """Returns the layers that KerasHub's `.lora.h5` files count, in their order."""
-    return [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
-
-
-def lora_layers(backbone: keras_hub.models.Backbone) -> list[keras.layers.Layer]:
-    """Returns the layers that have factors."""
-    return [layer for layer in backbone._flatten_layers(include_self=False) if getattr(layer, "lora_enabled", False)]
+    return [layer for layer in iter_layers(backbone) if layer.weights]
 
 
 def lora_specs(backbone: keras_hub.models.Backbone) -> dict[str, LoraSpec]:
@@ -144,5 +140,5 @@ def merge_lora(backbone: keras_hub.models.Backbone) -> None:
         weights.assign(merged_kernel(layer, bound_value(weights)).astype(weights.dtype))
         remove_factors(layer)
         weights.trainable = True
-    for layer in backbone._flatten_layers(include_self=False):
+    for layer in iter_layers(backbone):
         layer.trainable = True

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.lora.enable import enable_on_layers, lora_layers, lora_specs, layers_with_weights
+from gemma_tune.models.layers import lora_layers
+from gemma_tune.models.lora.enable import enable_on_layers, layers_with_weights, lora_specs
 from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.models.lora.layers import scale_of
 from gemma_tune.runtime.backend import keras

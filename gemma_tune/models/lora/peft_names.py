@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from gemma_tune.models.layers import linear_layers
 from gemma_tune.runtime.backend import keras, keras_hub
 from gemma_tune.runtime.json_files import read_json
 
@@ -27,8 +28,8 @@ def modules(backbone: keras_hub.models.Backbone) -> dict[str, keras.layers.Layer
     """Returns module -> layer of all linear layers and the embedding, as `layers.0.self_attn.q_proj`."""
     found = {EMBEDDING: backbone.token_embedding}
     for index, block in enumerate(backbone.transformer_layers):
-        for layer in block._flatten_layers(include_self=False):
-            if layer.name in MODULES and isinstance(layer, keras.layers.EinsumDense):
+        for layer in linear_layers(block):
+            if layer.name in MODULES:
                 found[f"layers.{index}.{MODULES[layer.name]}"] = layer
     return found
 

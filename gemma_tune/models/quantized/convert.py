@@ -1,12 +1,14 @@
 """Gives a backbone's layers quantized kernels: before a checkpoint is read into them, or from the floats they hold."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from gemma_tune.errors import ModelError
+from gemma_tune.models.einsum import parse_einsum
+from gemma_tune.models.layers import is_quantized, quantizable_layers, quantized_layers
 from gemma_tune.models.linear import fitting_spec
 from gemma_tune.models.quantized.layers import QuantizedEinsumDense, QuantizedEmbedding
 from gemma_tune.quantization.spec import LayerScheme, QuantSpec
@@ -48,7 +50,7 @@ def schemes_for(backbone: keras_hub.models.Backbone, quant_spec: QuantSpec) -> d
             `block_size` and the grid doesn't allow int8 there.
     """
     schemes = {}
-    for layer in linear_layers(backbone):
+    for layer in _checked_layers(backbone):
         if is_quantized(layer):
             raise ModelError(
                 f"{layer.path} is held in {layer.quantized_scheme} already. Quantize the float model that it was made "
@@ -66,7 +68,7 @@ def apply_schemes(backbone: keras_hub.models.Backbone, schemes: Mapping[str, Lay
     Raises:
         ModelError: A path is of no layer that can be quantized.
     """
-    layers = {layer.path: layer for layer in linear_layers(backbone)}
+    layers = {layer.path: layer for layer in _checked_layers(backbone)}
     if unknown := sorted(set(schemes) - set(layers)):
         raise ModelError(f"The model has no layer {unknown[0]} that could be quantized.")
     for path, scheme in schemes.items():
@@ -86,27 +88,17 @@ def quantize_layer(layer: keras.layers.Layer, scheme: LayerScheme) -> None:
         layer._float_kernel.fill(lambda start, stop: values[start:stop])
 
 
-def linear_layers(backbone: keras_hub.models.Backbone) -> Iterator[Any]:
-    """Yields the linear layers of the decoder blocks and the tied embedding.
+def _checked_layers(backbone: keras_hub.models.Backbone) -> list[Any]:
+    """Returns the layers that can be quantized.
 
     Raises:
         ModelError: One of them is of a kind that can't be quantized.
     """
-    for layer in backbone._flatten_layers(include_self=False):
-        if isinstance(layer, keras.layers.EinsumDense) or layer is backbone.token_embedding:
-            if not is_quantized(layer) and layer.quantization_mode is not None:
-                raise ModelError(f"{layer.path} is quantized by Keras itself ({layer.quantization_mode}).")
-            yield layer
-
-
-def is_quantized(layer: Any) -> bool:
-    """Says whether a layer holds codes of ours."""
-    return isinstance(layer, (QuantizedEinsumDense, QuantizedEmbedding))
-
-
-def quantized_layers(backbone: keras_hub.models.Backbone) -> list[Any]:
-    """Returns the layers that hold codes."""
-    return [layer for layer in backbone._flatten_layers(include_self=False) if is_quantized(layer)]
+    layers = quantizable_layers(backbone)
+    for layer in layers:
+        if not is_quantized(layer) and layer.quantization_mode is not None:
+            raise ModelError(f"{layer.path} is quantized by Keras itself ({layer.quantization_mode}).")
+    return layers
 
 
 def num_weights(model: Any) -> int:
@@ -121,8 +113,7 @@ def matrix_shape(layer: Any) -> tuple[int, int, int]:
     """Returns a kernel's shape as [P, C, Q], where products sum over C."""
     if isinstance(layer, keras.layers.ReversibleEmbedding):
         return (layer.input_dim, layer.output_dim, 1)
-    inputs, axes, _ = layer.equation.replace("->", ",").split(",")
-    summed = [place for place, letter in enumerate(axes) if letter in inputs]
+    summed = parse_einsum(layer.equation).summed_indices
     sizes = tuple(layer._float_kernel.shape if is_quantized(layer) else layer._kernel.shape)
     first, last = summed[0], summed[-1] + 1
     return math.prod(sizes[:first]), math.prod(sizes[first:last]), math.prod(sizes[last:])

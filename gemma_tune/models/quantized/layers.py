@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_tune.errors import ModelError
+from gemma_tune.models.einsum import parse_einsum
 from gemma_tune.models.linear import einsum_product
 from gemma_tune.models.lora.layers import merged_kernel, with_factors
 from gemma_tune.models.sharding.placement import put
@@ -244,9 +245,9 @@ def _product_forward(equation, shape, rounds_inputs, x, kernel):
 
 
 def _product_backward(equation, shape, rounds_inputs, kernel, gradient):
-    inputs, axes, outputs = equation.replace("->", ",").split(",")
-    sizes = dict(zip(axes + outputs, (*shape, *gradient.shape), strict=True))
-    anywhere = jnp.zeros(tuple(sizes[axis] for axis in inputs), gradient.dtype)  # The product is linear in x.
+    axes = parse_einsum(equation)
+    sizes = dict(zip(axes.kernel + axes.outputs, (*shape, *gradient.shape), strict=True))
+    anywhere = jnp.zeros(tuple(sizes[letter] for letter in axes.inputs), gradient.dtype)  # The product is linear in x.
     floats = dequantize(kernel, gradient.dtype).reshape(shape)
     _, pullback = jax.vjp(lambda x: einsum_product(equation, x, floats), anywhere)
     return *pullback(gradient), None
@@ -259,14 +260,14 @@ def _rounded_product(equation: str, shape: tuple[int, ...], x: jax.Array, kernel
     """Multiplies integers where hardware does that fast. XLA on CPU doesn't: there the same integers are multiplied as
     floats.
     """
-    inputs, axes, outputs = equation.replace("->", ",").split(",")
-    outer = x.shape[: sum(letter not in axes for letter in inputs)]
+    axes = parse_einsum(equation)
+    outer = x.shape[: len(axes.batch)]
     flat = x.reshape(*outer, -1).astype(jnp.float32)
     if kernel.input_scale is not None:
         flat *= kernel.input_scale[0, :, 0]
         kernel = kernel._replace(input_scale=None)
     if jax.default_backend() != "cpu":
-        sizes = [size for letter, size in zip(axes, shape, strict=True) if letter in outputs]
+        sizes = [shape[index] for index in axes.kept_indices]
         return dynamic_product(flat, kernel).reshape(*outer, *sizes).astype(x.dtype)
     codes, step = quantize_activations(flat)
     rounded = (codes * step).reshape(x.shape).astype(x.dtype)

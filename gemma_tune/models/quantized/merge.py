@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.lora.enable import lora_layers, merge_lora
+from gemma_tune.models.layers import is_quantized, lora_layers
+from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.lora.layers import merged_kernel, remove_factors
-from gemma_tune.models.quantized.convert import is_quantized, matrix_shape
+from gemma_tune.models.quantized.convert import matrix_shape
 from gemma_tune.quantization.codes import dequantize, quantize
 from gemma_tune.runtime.backend import jax, keras_hub
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import Params
+from gemma_tune.models.layers import iter_layers, quantizable_layers
 from gemma_tune.models.linear import einsum_product, fitting_spec
 from gemma_tune.models.lora.factors import kernel_update, low_rank_product
 from gemma_tune.models.lora.layers import equation_of, lora_spec_of
@@ -196,11 +197,7 @@ def enable_qat(backbone: keras_hub.models.Backbone, quant_spec: QuantSpec) -> in
         ModelError: The weights are quantized already, a layer's inputs can't be cut into groups of `block_size`, or its
             factors are DoRA's.
     """
-    layers = [
-        layer
-        for layer in backbone._flatten_layers(include_self=False)
-        if isinstance(layer, keras.layers.EinsumDense) or layer is backbone.token_embedding
-    ]
+    layers = quantizable_layers(backbone)
     for layer in layers:
         if hasattr(layer, "quantized_scheme"):
             raise ModelError(
@@ -225,7 +222,7 @@ def enable_qat(backbone: keras_hub.models.Backbone, quant_spec: QuantSpec) -> in
 
 def disable_qat(backbone: keras_hub.models.Backbone) -> None:
     """Makes layers compute with their floats again. LoRA must be merged."""
-    for layer in _fake_layers(backbone):
+    for layer in iter_layers(backbone, _FakeQuantLayer):
         for variable in layer._variables_to_round():
             variable._autocast = True
         is_embedding = layer is backbone.token_embedding
@@ -243,7 +240,7 @@ def rounded_params(model: keras.Model, params: Params) -> Params:
         The same; where QAT is on, kernels are rounded with LoRA's updates merged, and there are no factors.
     """
     changed = dict(params)
-    for layer in _fake_layers(model.backbone):
+    for layer in iter_layers(model.backbone, _FakeQuantLayer):
         paths = [variable.path for variable in layer._variables_to_round()]
         kernel, *factors = (changed.pop(path) for path in paths)
         changed[paths[0]] = _rounded_kernel(layer._rounding, kernel, tuple(factors))
@@ -263,5 +260,3 @@ def weights_are_rounded() -> Iterator[None]:
 _rounded_kernel = jax.jit(rounded_kernel, static_argnums=0)
 
 
-def _fake_layers(backbone: Any) -> list[Any]:
-    return [layer for layer in backbone._flatten_layers(include_self=False) if isinstance(layer, _FakeQuantLayer)]

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma_tune.models.functional import bound_value
+from gemma_tune.models.layers import iter_layers
 from gemma_tune.models.lm_head import num_rows, rows_at, with_plain_scales
 from gemma_tune.models.sharding.placement import ROWS, MeshSharding
 from gemma_tune.runtime.backend import keras, keras_hub
@@ -46,9 +47,8 @@ def use_mesh(backbone: keras_hub.models.Backbone, sharding: MeshSharding) -> Non
     for block in backbone.transformer_layers:
         object.__setattr__(block, "call", _gathering_call(block, block.call, sharding))
         object.__setattr__(block.attention, "_mesh_layout", sharding)
-    for layer in backbone._flatten_layers(include_self=False):
-        if isinstance(layer, keras.layers.Embedding):
-            object.__setattr__(layer, "call", _fetching_call(layer, layer.call, sharding))
+    for layer in iter_layers(backbone, keras.layers.Embedding):
+        object.__setattr__(layer, "call", _fetching_call(layer, layer.call, sharding))
 
 
 def _gathering_call(block: Any, call: Callable, sharding: MeshSharding) -> Callable:

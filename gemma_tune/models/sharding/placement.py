@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from gemma_tune.errors import ModelError
 from gemma_tune.mesh import AUTO_MESH, MeshShape, fitting_mesh, parse_mesh
+from gemma_tune.models.layers import quantized_layers
 from gemma_tune.runtime.backend import keras, keras_hub
 from gemma_tune.runtime.processes import is_distributed
 
@@ -66,7 +67,7 @@ class MeshSharding:
         Raises:
             ModelError: No rule covers a variable; names it.
         """
-        for layer in _quantized(backbone):
+        for layer in quantized_layers(backbone):
             kernel = layer._float_kernel
             axes = matrix_axes(kernel.path, kernel.shape, layer._matrix_shape)
             object.__setattr__(kernel, "sharding", self.fit(axes, layer._matrix_shape))
@@ -77,7 +78,7 @@ class MeshSharding:
 
     def _shardings(self, backbone: keras_hub.models.Backbone) -> list[tuple[keras.Variable, NamedSharding]]:
         found = []
-        quantized = {id(variable): layer for layer in _quantized(backbone) for variable in layer._code_variables}
+        quantized = {id(variable): layer for layer in quantized_layers(backbone) for variable in layer._code_variables}
         for variable in backbone.variables:
             shape = tuple(variable.shape)
             if layer := quantized.get(id(variable)):
@@ -180,10 +181,6 @@ def _in_parts(variable: keras.Variable, convert: Callable, value: Any, dtype: An
     if variable._layout is None or isinstance(value, jax.Array) or tuple(np.shape(value)) != tuple(variable.shape):
         return convert(value, dtype)
     return put(np.asarray(value).astype(dtype or variable.dtype), variable._layout)
-
-
-def _quantized(backbone: keras_hub.models.Backbone) -> list[Any]:
-    return [layer for layer in backbone._flatten_layers(include_self=False) if hasattr(layer, "_code_variables")]
 
 
 def axes_of(path: str, num_axes: int) -> Axes:

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_tune.errors import ConfigError, ModelError
+from gemma_tune.models.layers import iter_layers, lora_layers
 from gemma_tune.models.linear import PlainEinsumDense
 from gemma_tune.models.lora.adapter import load_adapter
-from gemma_tune.models.lora.enable import lora_layers
 from gemma_tune.models.lora.factors import LoraSpec, factor_letters, inner_letters, merged_norms
 from gemma_tune.models.lora.layers import factors_of, float_kernel, lora_spec_of, remove_factors
 from gemma_tune.models.lora.layouts import to_peft
 from gemma_tune.runtime.backend import keras
 
 
-class Factors(NamedTuple):
+class StackedFactors(NamedTuple):
     """Of one layer, for `n` adapters of a model.
 
     a, b: [n, …], of either layout. ratio: [n, outputs…], what DoRA multiplies the outputs with; None if no adapter is
@@ -45,7 +45,7 @@ class _Own(NamedTuple):
     ratio: np.ndarray | None
 
 
-def stacked_factors(model: keras.Model, adapters: Mapping[str, Path]) -> dict[str, Factors]:
+def stacked_factors(model: keras.Model, adapters: Mapping[str, Path]) -> dict[str, StackedFactors]:
     """Returns layer path -> factors of the model's own LoRA, index 0, and of each adapter, from 1 on, in their order.
 
     The model is as before afterwards.
@@ -75,8 +75,8 @@ def stacked_factors(model: keras.Model, adapters: Mapping[str, Path]) -> dict[st
     return {path: _stack([factors.get(path) for factors in found]) for path in sorted(paths)}
 
 
-def with_rows_factors(
-    equation: str, x: jax.Array, outputs: jax.Array, factors: Factors, of_rows: jax.Array
+def apply_row_factors(
+    equation: str, x: jax.Array, outputs: jax.Array, factors: StackedFactors, of_rows: jax.Array
 ) -> jax.Array:
     """Returns a layer's outputs with each row's own factors: (x·W + (x·A)·B), with DoRA times its ratio.
 
@@ -121,11 +121,11 @@ def _take_away(model: keras.Model) -> None:
         remove_factors(layer)
         if type(layer) is keras.layers.EinsumDense:
             layer.__class__ = PlainEinsumDense
-    for layer in model.backbone._flatten_layers(include_self=False):
+    for layer in iter_layers(model.backbone):
         layer.trainable = True
 
 
-def _stack(found: list[_Own | None]) -> Factors:
+def _stack(found: list[_Own | None]) -> StackedFactors:
     there = [own for own in found if own is not None]
     if len({own.a.ndim for own in there}) > 1:
         found = [None if own is None else _in_pefts_layout(own) for own in found]
@@ -140,7 +140,7 @@ def _stack(found: list[_Own | None]) -> Factors:
             a[index, ..., : own.b.shape[0]], b[index, : own.b.shape[0]] = own.a, own.b
             if ratio is not None and own.ratio is not None:
                 ratio[index] = own.ratio
-    return Factors(jnp.asarray(a), jnp.asarray(b), None if ratio is None else jnp.asarray(ratio))
+    return StackedFactors(jnp.asarray(a), jnp.asarray(b), None if ratio is None else jnp.asarray(ratio))
 
 
 def _in_pefts_layout(own: _Own) -> _Own:

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from gemma_tune.errors import ModelError
 from gemma_tune.models.blocks import calls
 from gemma_tune.models.functional import hidden_states, parameters
+from gemma_tune.models.layers import linear_layers
 from gemma_tune.models.quantized.layers import QuantizedEinsumDense, quantized_product
 from gemma_tune.models.quantized.qat import rounded_params
 from gemma_tune.runtime.backend import keras
-from gemma_tune.serving.engine.adapters import Factors, with_rows_factors
-from gemma_tune.serving.engine.products import Matrix, apply, head_of, is_fake_quantized, matrix_of
+from gemma_tune.serving.engine.adapters import StackedFactors, apply_row_factors
+from gemma_tune.serving.engine.matmul import MatmulWeights, einsum_matmul, lm_head_matmul_weights, is_fake_quantized, kernel_matmul_weights
 
 
-class Arrays(NamedTuple):
+class EngineParams(NamedTuple):
     """What the programs compute with.
 
     params: The model's arrays by variable path, but for kernels that are in `matrices`. matrices: Layer path -> the
@@ -24,12 +25,12 @@ class Arrays(NamedTuple):
     """
 
     params: dict[str, Any]
-    matrices: dict[str, Matrix]
-    head: Matrix | None
-    factors: dict[str, Factors]
+    matrices: dict[str, MatmulWeights]
+    head: MatmulWeights | None
+    factors: dict[str, StackedFactors]
 
 
-def called_layers(model: keras.Model) -> dict[str, Any]:
+def called_linear_layers(model: keras.Model) -> dict[str, Any]:
     """Returns path -> linear layer of those that are called. Gemma 4's blocks take some layers' kernels instead."""
     called = {}
 
@@ -40,28 +41,26 @@ def called_layers(model: keras.Model) -> dict[str, Any]:
 
         return call
 
-    layers = model.backbone._flatten_layers(include_self=False)
-    linear = [layer for layer in layers if isinstance(layer, keras.layers.EinsumDense)]
     tokens = jnp.ones((1, 2), jnp.int32)
-    with calls([(layer, noticed(layer)) for layer in linear]):
+    with calls([(layer, noticed(layer)) for layer in linear_layers(model.backbone)]):
         jax.eval_shape(lambda: hidden_states(model.backbone, tokens, tokens, tokens))
     return called
 
 
-def row_call(layer: Any, matrix: Matrix | None, factors: Factors | None, adapters: Any, one: Any) -> Callable:
+def linear_call(layer: Any, matrix: MatmulWeights | None, factors: StackedFactors | None, adapters: Any, one: Any) -> Callable:
     """What a linear layer computes for rows of several adapters."""
 
     def call(inputs: Any, training: Any = None) -> Any:
         del training
         if matrix is not None:
-            outputs = apply(layer.equation, _kernel_shape(layer), inputs, matrix, one)
+            outputs = einsum_matmul(layer.equation, _kernel_shape(layer), inputs, matrix, one)
         elif isinstance(layer, QuantizedEinsumDense):
             quantized, shape = layer.quantized(), layer._float_kernel.shape
             outputs = quantized_product(layer.equation, shape, layer.scheme.rounds_inputs, inputs, quantized)
         else:
             outputs = jnp.einsum(layer.equation, inputs, jnp.asarray(layer._kernel.value, inputs.dtype))
         if factors is not None:
-            outputs = with_rows_factors(layer.equation, inputs, outputs, factors, adapters)
+            outputs = apply_row_factors(layer.equation, inputs, outputs, factors, adapters)
         if layer.bias is not None:
             outputs = keras.ops.add(outputs, layer.bias)
         return outputs if layer.activation is None else layer.activation(outputs)
@@ -73,18 +72,18 @@ def _kernel_shape(layer: Any) -> tuple[int, ...]:
     return tuple(layer._float_kernel.shape if isinstance(layer, QuantizedEinsumDense) else layer._kernel.shape)
 
 
-def arrays_of(model: keras.Model, layers: dict[str, Any], factors: dict[str, Factors]) -> Arrays:
+def engine_params(model: keras.Model, layers: dict[str, Any], factors: dict[str, StackedFactors]) -> EngineParams:
     """Returns what the programs compute with, for a model, its called layers, and the factors of its adapters."""
     groups = parameters(model)
     params = rounded_params(model, {**groups.trainable, **groups.frozen})
     matrices = {}
     for path, layer in layers.items():
         kernel = None if isinstance(layer, QuantizedEinsumDense) else params[layer._kernel.path]
-        matrix = matrix_of(layer, kernel)
+        matrix = kernel_matmul_weights(layer, kernel)
         if matrix is not None:
             matrices[path] = matrix
     embedding = model.backbone.token_embedding
-    head = head_of(embedding, params.get(embedding._embeddings.path))
+    head = lm_head_matmul_weights(embedding, params.get(embedding._embeddings.path))
     kept = {path: value for path, value in params.items() if not _is_elsewhere(path, layers, matrices)}
     by_row = {path: each for path, each in factors.items() if path in layers and not is_fake_quantized(layers[path])}
     inside = [path for path in factors if path not in layers and factors[path].a.shape[0] > 1]
@@ -93,9 +92,9 @@ def arrays_of(model: keras.Model, layers: dict[str, Any], factors: dict[str, Fac
             f"An adapter has factors on {inside[0]}, which {type(model.backbone).__name__} computes with in a way that "
             "rows can't differ in. Merge it into the base (gemma-tune merge), and serve the merged model."
         )
-    return Arrays(kept, matrices, head, by_row)
+    return EngineParams(kept, matrices, head, by_row)
 
 
-def _is_elsewhere(path: str, layers: dict[str, Any], matrices: dict[str, Matrix]) -> bool:
+def _is_elsewhere(path: str, layers: dict[str, Any], matrices: dict[str, MatmulWeights]) -> bool:
     layer = path.rsplit("/", 1)[0]
     return layer in matrices and layer in layers and not path.endswith("/bias")

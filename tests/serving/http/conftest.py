@@ -39,7 +39,7 @@ def listening(app):
 def adapter_folder(tmp_path_factory):
     """An adapter for the tiny model that changes its answers."""
     from gemma_tune.models import enable_lora, load_model, save_adapter
-    from gemma_tune.models.lora.enable import lora_layers
+    from gemma_tune.models.layers import lora_layers
 
     model = load_model("tiny:gemma3")
     enable_lora(model.backbone, rank=2, alpha=2.0, target_layers=["all-linear"], seed=1)
@@ -123,7 +123,7 @@ def scripted():
     from gemma_tune.data import template_for
     from gemma_tune.models.load import load_tokenizer
     from gemma_tune.serving.http.app import make_app
-    from gemma_tune.serving.http.served_models import Defaults, ServedModel, Service
+    from gemma_tune.serving.http.served_models import RequestDefaults, ServedModel, Service
     from gemma_tune.serving.sampling import Sampling
 
     tokenizer, family = load_tokenizer("tiny")
@@ -138,7 +138,7 @@ def scripted():
             template_for(family),
             (106, 1),
             max_length,
-            Defaults(8, Sampling(temperature=0.5)),
+            RequestDefaults(8, Sampling(temperature=0.5)),
         )
         app = make_app(service, ServeConfig(**settings), keys=keys, hosts=hosts, store=store, log=log)
         client = TestClient(app, raise_server_exceptions=False)
