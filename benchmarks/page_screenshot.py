@@ -1,6 +1,6 @@
 """The chat page as it looks with a tuned model and its base side by side: the picture in the README.
 
-    python -m benchmarks.page_screenshot --model=runs/quickstart --output=tests/serving/http/chat_page.png
+    python -m benchmarks.page_screenshot --model=runs/quickstart --output=docs/images/chat_page.png
 
 Needs `pip install -e '.[browser]'` and a Chromium (`apt-get install chromium`, or CHROMIUM=/path/to/it).
 """
@@ -16,7 +16,7 @@ from benchmarks.server import Server
 
 _MODEL = flags.DEFINE_string("model", "runs/quickstart", "The workdir of a run, or another model.")
 _QUESTION = flags.DEFINE_string("question", "What power adapter charges the Halden One at full speed?", "To ask.")
-_OUTPUT = flags.DEFINE_string("output", "tests/serving/http/chat_page.png", "The picture.")
+_OUTPUT = flags.DEFINE_string("output", "docs/images/chat_page.png", "The picture.")
 _SCHEME = flags.DEFINE_enum("scheme", "light", ["light", "dark"], "Colours.")
 _WIDTH = flags.DEFINE_integer("width", 1120, "Of the window.", lower_bound=320)
 _HEIGHT = flags.DEFINE_integer("height", 640, "Of the window.", lower_bound=320)
