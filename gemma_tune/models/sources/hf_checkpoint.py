@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.family import Family, family_of_config
+from gemma_tune.models.family import FAMILIES, family_of_config
 from gemma_tune.models.quantized.convert import quantize_layers
 from gemma_tune.models.sharding.placement import MeshSharding
 from gemma_tune.models.sources.lazy_initialization import fill, fill_whole, lazy_initialization
+from gemma_tune.models.sources.preprocessor import keras_tokenizer
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.runtime.backend import keras, keras_hub
 from gemma_tune.runtime.json_files import read_json
@@ -193,16 +194,22 @@ def build_backbone(
     return backbone
 
 
-def load_hf_tokenizer(directory: Path, family: Family, config: dict[str, Any]) -> keras_hub.tokenizers.Tokenizer:
-    """Makes the KerasHub tokenizer from tokenizer.model or, where there is none, tokenizer.json."""
+def load_hf_tokenizer(directory: Path, config: dict[str, Any]) -> keras_hub.tokenizers.Tokenizer:
+    """Makes the KerasHub tokenizer from a directory's tokenizer.model or, if there is none, its tokenizer.json.
+
+    Raises:
+        ModelError: Neither file is there, or it can't be read.
+    """
     proto = directory / "tokenizer.model"
+    family = family_of_config(config, str(directory))
     try:
         if proto.exists():
-            return family.tokenizer(proto.read_bytes(), **family.tokenizer_arguments)
-        return _converter(config, str(directory)).convert_tokenizer(family.tokenizer, str(directory))
+            return keras_tokenizer(family, proto.read_bytes())
+        tokenizer_cls = FAMILIES[family].tokenizer
+        return _converter(config, str(directory)).convert_tokenizer(tokenizer_cls, str(directory))
     except FileNotFoundError as error:
         raise ModelError(
-            f"{directory} has neither tokenizer.model nor tokenizer.json. Copy one there from the base model."
+            f"{directory} has neither tokenizer.model nor tokenizer.json. Copy one of them there from the base model."
         ) from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"The tokenizer in {directory} can't be read: {error}.") from error

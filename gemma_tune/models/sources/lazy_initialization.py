@@ -12,7 +12,7 @@ import numpy as np
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.quantized.layers import QuantizedKernel
-from gemma_tune.models.sharding.placement import put, rows_needed
+from gemma_tune.models.sharding.placement import local_rows, put_sharded
 from gemma_tune.runtime.backend import keras
 
 _ALIGNMENT = 64  # What XLA on CPU asks of memory that it takes over as it is.
@@ -63,7 +63,7 @@ def fill(variable: keras.Variable, read_rows: Callable[[int, int], np.ndarray]) 
     dtype = np.dtype(variable.dtype)  # Also knows bfloat16, which ml_dtypes registers.
     shape, sharding = tuple(variable.shape), variable._layout
     values = aligned_empty(shape, dtype)
-    first_row, num_rows = rows_needed(shape, sharding)
+    first_row, num_rows = local_rows(shape, sharding)
     row_bytes = max(1, int(np.prod(shape[1:], dtype=np.int64)) * 4)
     step = max(1, _CHUNK_BYTES // row_bytes)
     step -= step % 64 if step > 64 else 0  # Readers like even numbers of rows.
@@ -75,7 +75,7 @@ def fill(variable: keras.Variable, read_rows: Callable[[int, int], np.ndarray]) 
         values[start:stop] = rows
     if not shape:
         values[...] = read_rows(0, 1).reshape(())
-    variable.assign(put(values, sharding))
+    variable.assign(put_sharded(values, sharding))
 
 
 def fill_whole(variable: keras.Variable, values: np.ndarray) -> None:

@@ -13,9 +13,10 @@ from gemma_tune.models.family import FAMILIES
 from gemma_tune.models.lora.peft_import import peft_base
 from gemma_tune.models.quantized.convert import quantize_layers
 from gemma_tune.models.sharding.placement import MeshSharding
-from gemma_tune.models.sources import hf_checkpoint
-from gemma_tune.models.sources.download import demo_path, download_hf
+from gemma_tune.models.sources.download import gguf_path, hf_directory
 from gemma_tune.models.sources.gguf_checkpoint import GgufCheckpoint
+from gemma_tune.models.sources.hf_checkpoint import build_backbone
+from gemma_tune.models.sources.keras_preset import build_keras_preset
 from gemma_tune.models.sources.lazy_initialization import lazy_initialization
 from gemma_tune.models.sources.preset_catalog import presets
 from gemma_tune.models.sources.source import Source, parse_source
@@ -86,14 +87,19 @@ def backbone_without_weights(
             continue
         config = read_json(Path(parsed.value) / "config.json")
         parsed = parse_source(str(config["model"]["source"]))
-    if parsed.kind == "keras":
-        return _of_keras_preset(parsed, precision, quant_spec, sharding)
     if parsed.kind in ("demo", "gguf", "hf", "hf_download"):
-        return hf_checkpoint.build_backbone(_hf_config(parsed), precision, source, quant_spec, sharding)
-    family, sizes = (parsed.value, tiny_config(parsed.value)) if parsed.kind == "tiny" else preset_sizes(parsed.value)
+        return build_backbone(_hf_config(parsed), precision, source, quant_spec, sharding)
     with lazy_initialization():
-        backbone = FAMILIES[family].causal_lm.backbone_cls(**sizes, dtype=precision)
-        _finish(backbone, quant_spec, sharding)
+        if parsed.kind == "keras":
+            backbone = build_keras_preset(Path(parsed.value), precision)
+        else:
+            is_tiny = parsed.kind == "tiny"
+            family, sizes = (parsed.value, tiny_config(parsed.value)) if is_tiny else preset_sizes(parsed.value)
+            backbone = FAMILIES[family].causal_lm.backbone_cls(**sizes, dtype=precision)
+        if quant_spec:
+            quantize_layers(backbone, quant_spec)
+        if sharding:
+            sharding.place(backbone)
     return backbone
 
 
@@ -127,24 +133,5 @@ def preset_sizes(name: str) -> tuple[str, dict[str, Any]]:
 
 def _hf_config(source: Source) -> dict[str, Any]:
     if source.kind in ("demo", "gguf"):
-        return GgufCheckpoint(demo_path() if source.kind == "demo" else Path(source.value)).config
-    directory = Path(source.value) if source.kind == "hf" else download_hf(source.value, weights=False)
-    return read_json(directory / "config.json")
-
-
-def _of_keras_preset(
-    source: Source, precision: str, quant_spec: QuantSpec | None, sharding: MeshSharding | None
-) -> keras_hub.models.Backbone:
-    from gemma_tune.models.load import keras_preset_backbone
-
-    with lazy_initialization():
-        backbone = keras_preset_backbone(source, precision)
-        _finish(backbone, quant_spec, sharding)
-    return backbone
-
-
-def _finish(backbone: keras_hub.models.Backbone, quant_spec: QuantSpec | None, sharding: MeshSharding | None) -> None:
-    if quant_spec:
-        quantize_layers(backbone, quant_spec)
-    if sharding:
-        sharding.place(backbone)
+        return GgufCheckpoint(gguf_path(source)).config
+    return read_json(hf_directory(source, weights=False) / "config.json")

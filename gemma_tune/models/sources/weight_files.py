@@ -5,7 +5,7 @@ from pathlib import Path
 from gemma_tune.models.lora.adapter import ADAPTER_FILE
 from gemma_tune.models.lora.peft_config import WEIGHTS_FILE
 from gemma_tune.models.lora.peft_import import peft_base
-from gemma_tune.models.sources.download import demo_path
+from gemma_tune.models.sources.download import gguf_path
 from gemma_tune.models.sources.source import parse_source
 from gemma_tune.runtime.json_files import read_json
 
@@ -20,10 +20,8 @@ def weight_files(source: str) -> list[Path]:
     path = Path(parsed.value)
     if parsed.kind == "tiny":
         return []
-    if parsed.kind == "demo":
-        return [demo_path()]
-    if parsed.kind == "gguf":
-        return [path]
+    if parsed.kind in ("demo", "gguf"):
+        return [gguf_path(parsed)]
     if parsed.kind == "peft":
         return [*weight_files(peft_base(path)), path / WEIGHTS_FILE]
     if parsed.kind == "run":
