@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma_tune.evaluation.comparison import Divergence, Quality
 from gemma_tune.evaluation.heldout import perplexity_of
-from gemma_tune.models.lm_head import lm_head_rows, num_rows, over_blocks
+from gemma_tune.models.lm_head import num_rows, over_vocabulary_tiles, slice_lm_head_rows
 from gemma_tune.quantization.codes import Quantized
 from gemma_tune.quantization.fake import FakeQuantized
 from gemma_tune.training.losses.cross_entropy import VOCABULARY_BLOCK, block_logits
@@ -25,7 +25,7 @@ _MOST_POSITIONS = 1024  # At a time: each pass over the heads makes their rows f
 _POSITION_BUCKET = 64
 
 
-class Head(NamedTuple):
+class SoftCappedLMHead(NamedTuple):
     """What makes logits of hidden states h: c·tanh(h·w / c) for each row w, or h·w.
 
     weights: [V, D], quantized [V, D, 1], or trained quantization-aware. soft_cap: c, or None.
@@ -51,9 +51,9 @@ class PositionFigures(NamedTuple):
 
 
 def compare_positions(
-    reference: Head,
+    reference: SoftCappedLMHead,
     reference_hidden: np.ndarray,
-    candidate: Head,
+    candidate: SoftCappedLMHead,
     candidate_hidden: np.ndarray,
     target_ids: np.ndarray,
     *,
@@ -159,7 +159,7 @@ def _compare(reference_cap, candidate_cap, block, reference, candidate, referenc
     start = _Running(jnp.full_like(zeros, -jnp.inf), jnp.zeros(zeros.shape, jnp.int32), zeros, zeros)
 
     def logits_of(cap, head, hidden, first, count):
-        return block_logits(cap, lm_head_rows(head, first, count, hidden.dtype), hidden)[0]
+        return block_logits(cap, slice_lm_head_rows(head, first, count, hidden.dtype), hidden)[0]
 
     def visit(carry, first, count):
         running, weighted = carry
@@ -170,7 +170,7 @@ def _compare(reference_cap, candidate_cap, block, reference, candidate, referenc
         return new, weighted
 
     vocabulary = min(num_rows(reference), num_rows(candidate))
-    end, weighted = over_blocks(vocabulary, block, (start, zeros[0]), visit)
+    end, weighted = over_vocabulary_tiles(vocabulary, block, (start, zeros[0]), visit)
     log_total = jnp.log(end.total)
     # Σ p (a − b) − log Σ exp a + log Σ exp b. It is never negative; what rounding makes of 0 may be.
     kl = weighted / end.total[0] - (end.top[0] - end.top[1]) - (log_total[0] - log_total[1])

@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma_tune.data import Batch
 from gemma_tune.models.attention.packing_masks import enable_packing
-from gemma_tune.models.functional import Params, bound, check_text_only, hidden_states, parameters
+from gemma_tune.models.functional import Params, check_text_only, hidden_states, parameters, params_scope
 from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.runtime.backend import keras
 from gemma_tune.serving.decode import decoder_of
@@ -31,7 +31,7 @@ class ScoredStates(NamedTuple):
     tokens_per_second: float
 
 
-class Answers(NamedTuple):
+class TimedAnswers(NamedTuple):
     """texts: Of each prompt. tokens_per_second: Written one answer at a time; None if none was longer than two."""
 
     texts: list[str]
@@ -74,7 +74,7 @@ def scored_states(model: keras.Model, batches: Sequence[Batch], advance: Callabl
     num_targets = most_targets(batches)
 
     def states(params: Params, batch: Batch) -> jax.Array:
-        with bound(model, params):
+        with params_scope(model, params):
             hidden = hidden_states(model.backbone, batch.token_ids, batch.segment_ids, batch.positions)
         (chosen,) = jnp.nonzero(batch.loss_weights.reshape(-1), size=num_targets, fill_value=0)
         return hidden.reshape(-1, hidden.shape[-1])[chosen]
@@ -95,12 +95,12 @@ def scored_states(model: keras.Model, batches: Sequence[Batch], advance: Callabl
     return ScoredStates(np.concatenate(parts), num_read / seconds)
 
 
-def written_answers(
+def timed_answers(
     model: keras.Model,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     advance: Callable[[int], None] | None = None,
-) -> Answers:
+) -> TimedAnswers:
     """Answers greedily, one prompt after the other, as a single user would see it.
 
     Args:
@@ -126,4 +126,4 @@ def written_answers(
             seconds += timed[-1] - timed[0]
         if advance:
             advance(1)
-    return Answers(texts, num_timed / seconds if num_timed else None)
+    return TimedAnswers(texts, num_timed / seconds if num_timed else None)

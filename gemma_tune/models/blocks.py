@@ -22,10 +22,10 @@ RunBlocks = Callable[[jax.Array, dict[str, Any]], jax.Array]
 def block_kinds(backbone: keras_hub.models.Backbone) -> list[int]:
     """Returns for each decoder block the index of the first block that computes the same from its own variables."""
     first: dict[str, int] = {}
-    return [first.setdefault(signature(block), index) for index, block in enumerate(backbone.transformer_layers)]
+    return [first.setdefault(block_signature(block), index) for index, block in enumerate(backbone.transformer_layers)]
 
 
-def signature(block: keras.layers.Layer) -> str:
+def block_signature(block: keras.layers.Layer) -> str:
     """Returns what blocks that compute the same have in common. Not `get_config`, which would import TensorFlow."""
     variables = [(variable.shape, variable.dtype, variable.trainable) for variable in block.variables]
     settings = [
@@ -39,7 +39,7 @@ def _is_setting(name: str, value: Any) -> bool:
     return name != "name" and not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple, type(None)))
 
 
-def can_be_split(backbone: keras_hub.models.Backbone) -> bool:
+def blocks_are_sequential(backbone: keras_hub.models.Backbone) -> bool:
     """Says whether the blocks follow one another with nothing else between them. Gemma 4's don't: each takes inputs of
     its own, and some the keys and values of another.
     """
@@ -47,13 +47,13 @@ def can_be_split(backbone: keras_hub.models.Backbone) -> bool:
         return False
     tokens = jnp.ones((1, 2), jnp.int32)
     try:
-        jax.eval_shape(lambda: run_with(backbone, tokens, tokens, tokens, lambda x, named: x))
+        jax.eval_shape(lambda: run_replacing_blocks(backbone, tokens, tokens, tokens, lambda x, named: x))
     except ModelError:
         return False
     return True
 
 
-def run_with(
+def run_replacing_blocks(
     backbone: keras_hub.models.Backbone, token_ids: Any, segment_ids: Any, positions: Any, run: RunBlocks
 ) -> jax.Array:
     """Runs a backbone, with another function in the place of all its blocks together.
@@ -81,26 +81,26 @@ def run_with(
         return x
 
     first, *others = backbone.transformer_layers
-    with calls([(first, all_at_once), *((block, nothing) for block in others)]):
+    with replaced_calls([(first, all_at_once), *((block, nothing) for block in others)]):
         return hidden_states(backbone, token_ids, segment_ids, positions)
 
 
-def run_before(
+def block_inputs(
     backbone: keras_hub.models.Backbone, token_ids: Any, segment_ids: Any, positions: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Returns the first block's input, [B, L, D], and the arguments of all blocks. Arguments as in `run_with`."""
+    """Returns the first block's input, [B, L, D], and the arguments of all blocks. Arguments as in `run_replacing_blocks`."""
     found: list[Any] = []
 
     def run(x: jax.Array, named: dict[str, Any]) -> jax.Array:
         found.append((x, named))
         return x
 
-    run_with(backbone, token_ids, segment_ids, positions, run)
+    run_replacing_blocks(backbone, token_ids, segment_ids, positions, run)
     return found[0]
 
 
 @contextlib.contextmanager
-def calls(swaps: Sequence[tuple[Any, Callable]]) -> Iterator[None]:
+def replaced_calls(swaps: Sequence[tuple[Any, Callable]]) -> Iterator[None]:
     """Within it, layers compute with other functions, each given (layer, function)."""
     before = [(layer, layer.__dict__.get("call")) for layer, _ in swaps]
     try:
@@ -115,7 +115,7 @@ def calls(swaps: Sequence[tuple[Any, Callable]]) -> Iterator[None]:
                 object.__setattr__(layer, "call", call)
 
 
-def call_block(block: keras.layers.Layer, values: Sequence[jax.Array], x: jax.Array, named: Mapping[str, Any]) -> Any:
+def run_block(block: keras.layers.Layer, values: Sequence[jax.Array], x: jax.Array, named: Mapping[str, Any]) -> Any:
     """Runs a block with other arrays in the place of its variables, in their order."""
     with keras.StatelessScope(state_mapping=list(zip(block.variables, values, strict=True))):
         return block(x, **named)

@@ -1,6 +1,6 @@
 """A KerasHub model as pure functions of its parameters.
 
-Parameters are plain dicts, variable path -> array, which jit, grad, Optax and Orbax take as they are. Inside `bound`
+Parameters are plain dicts, variable path -> array, which jit, grad, Optax and Orbax take as they are. Inside `params_scope`
 the model computes with the arrays it is given instead of its own; nothing is written to its variables.
 """
 
@@ -48,14 +48,14 @@ def assign(model: keras.Model, params: Params) -> None:
         variables[path].assign(value)
 
 
-def gather(model: keras.Model) -> None:
+def gather_to_host(model: keras.Model) -> None:
     """Brings arrays of which other processes hold parts into this one's memory, so that the model can be saved."""
     for variable in variables_by_path(model).values():
         if not variable.value.is_fully_addressable:
             variable._layout, variable._value = None, fetch_to_host(variable.value)
 
 
-def bound(model: keras.Model, *groups: Params) -> keras.StatelessScope:
+def params_scope(model: keras.Model, *groups: Params) -> keras.StatelessScope:
     """A scope in which the model computes with the given arrays."""
     variables = variables_by_path(model)
     return keras.StatelessScope(
@@ -63,7 +63,7 @@ def bound(model: keras.Model, *groups: Params) -> keras.StatelessScope:
     )
 
 
-def bound_value(variable: keras.Variable) -> jax.Array:
+def value_in_scope(variable: keras.Variable) -> jax.Array:
     """Returns what the scope around has for a variable, or else its own value; not yet cast to the compute dtype."""
     scope = keras.src.backend.common.stateless_scope.get_stateless_scope()
     value = scope.get_current_value(variable) if scope is not None else None

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.cpu.bfloat16 import product
+from gemma_tune.models.cpu.bfloat16 import cpu_matmul
 from gemma_tune.models.einsum import parse_einsum
 from gemma_tune.models.layers import linear_layers
 from gemma_tune.quantization.spec import QuantSpec, block_size_problem
@@ -32,11 +32,11 @@ def einsum_product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.einsum(equation, x, kernel)
     axes = parse_einsum(equation)
     if len(axes.kernel) == 2 and axes.inputs[-1] == axes.kernel[0]:
-        return product(x, kernel)
+        return cpu_matmul(x, kernel)
     if len(axes.kernel) == 3 and axes.inputs[-2:] == axes.kernel[:2]:
-        return product(x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
+        return cpu_matmul(x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
     if len(axes.kernel) == 3 and axes.inputs[-1] == axes.kernel[1] and kernel.shape[0] <= _MOST_HEADS:
-        return jnp.stack([product(x, kernel[head]) for head in range(kernel.shape[0])], axis=-2)
+        return jnp.stack([cpu_matmul(x, kernel[head]) for head in range(kernel.shape[0])], axis=-2)
     return jnp.einsum(equation, x, kernel)
 
 

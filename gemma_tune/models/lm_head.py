@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gemma_tune.models.cpu.bfloat16 import slice_rows
+from gemma_tune.models.cpu.bfloat16 import cpu_slice_rows
 from gemma_tune.quantization.codes import Quantized, Scales, dequantize, rows_of, scale_values, take_rows
 from gemma_tune.quantization.fake import FakeQuantized
 
@@ -19,24 +19,24 @@ def num_rows(head: LMHead) -> int:
     return jax.tree.leaves(head)[0].shape[0]
 
 
-def lm_head_rows(head: LMHead, start: Any, count: int, dtype: Any) -> jax.Array:
+def slice_lm_head_rows(head: LMHead, start: Any, count: int, dtype: Any) -> jax.Array:
     """Returns [count, D] rows in the given dtype; start may be known at run time only. Not to be
     differentiated."""
     if isinstance(head, Quantized):
         return dequantize(rows_of(head, start, count), dtype)[..., 0]
     if isinstance(head, FakeQuantized):
         return head.rows(start, count).astype(dtype)
-    return slice_rows(head, start, count).astype(dtype)
+    return cpu_slice_rows(head, start, count).astype(dtype)
 
 
-def rows_at(head: LMHead, indices: jax.Array) -> jax.Array:
+def gather_lm_head_rows(head: LMHead, indices: jax.Array) -> jax.Array:
     """Returns [n, D] rows by their indices [n]."""
     if isinstance(head, Quantized):
         return take_rows(head, indices)[..., 0]
     return head.take(indices) if isinstance(head, FakeQuantized) else head[indices]
 
 
-def over_blocks(num_rows: int, block: int, carry: Any, visit: Callable[[Any, Any, int], Any]) -> Any:
+def over_vocabulary_tiles(num_rows: int, block: int, carry: Any, visit: Callable[[Any, Any, int], Any]) -> Any:
     """Runs carry = visit(carry, first row's index, number of rows) over all blocks; the last may be shorter."""
     num_whole = num_rows // block
     if num_whole:
@@ -46,7 +46,7 @@ def over_blocks(num_rows: int, block: int, carry: Any, visit: Callable[[Any, Any
     return carry
 
 
-def with_plain_scales(head: LMHead) -> LMHead:
+def with_dequantized_scales(head: LMHead) -> LMHead:
     """Takes scales that are quantized themselves apart: 256 of them belong together, wherever the head is cut."""
     if isinstance(head, Quantized) and head.scales.step is not None:
         return head._replace(scales=Scales(scale_values(jnp, head.scales)))

@@ -38,7 +38,7 @@ def computes_in_float16(model: keras.Model) -> bool:
     return model.backbone.token_embedding.compute_dtype == "float16"
 
 
-def check_range(backbone: keras_hub.models.Backbone) -> None:
+def check_float16_range(backbone: keras_hub.models.Backbone) -> None:
     """Looks for weights that float16 can't hold.
 
     Raises:

@@ -67,7 +67,7 @@ def save_preset(model: keras.Model, directory: str | os.PathLike) -> Path:
     return path
 
 
-def check_whole(directory: Path) -> None:
+def check_undamaged(directory: Path) -> None:
     """Raises ModelError if a preset that `save_preset` wrote isn't as it was; those of others have no checksums."""
     if (directory / CHECKSUMS).exists() and (problem := find_damage(directory)):
         raise ModelError(

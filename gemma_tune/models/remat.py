@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.cpu.bfloat16 import PRODUCT
-from gemma_tune.models.functional import bound_value
+from gemma_tune.models.functional import value_in_scope
 from gemma_tune.runtime.backend import keras, keras_hub
 
 _FEW_TERMS = 64
@@ -71,7 +71,7 @@ def _recomputing_call(block: Any, call: Callable, policy: Callable) -> Callable:
             return call(*args, **named)
         variables = block.variables
         # Everything that the block computes with: what is learnt or computed before, and what gets no gradient.
-        leaves, tree = jax.tree.flatten(([bound_value(variable) for variable in variables], args, named))
+        leaves, tree = jax.tree.flatten(([value_in_scope(variable) for variable in variables], args, named))
         is_trained = [variable.trainable for variable in variables]
         is_trained += [isinstance(leaf, jax.Array) and _is_float(leaf) for leaf in leaves[len(variables) :]]
 

@@ -6,8 +6,8 @@ from gemma_tune.config import LoraConfig
 from gemma_tune.errors import ModelError
 from gemma_tune.models.attention.choice import AttentionChoice, choose_attention
 from gemma_tune.models.attention.packing_masks import enable_packing
-from gemma_tune.models.attention.swap import use_causal_attention
-from gemma_tune.models.blocks import can_be_split
+from gemma_tune.models.attention.swap import use_attention_kernel
+from gemma_tune.models.blocks import blocks_are_sequential
 from gemma_tune.models.cpu.rotary_tables import use_rotary_tables
 from gemma_tune.models.functional import check_text_only
 from gemma_tune.models.layers import lora_layers, quantized_layers
@@ -15,7 +15,7 @@ from gemma_tune.models.linear import use_plain_products
 from gemma_tune.models.lora.enable import enable_lora, merge_lora
 from gemma_tune.models.quantized.qat import disable_qat, enable_qat
 from gemma_tune.models.remat import enable_remat
-from gemma_tune.models.sharding.layers import use_mesh
+from gemma_tune.models.sharding.layers import enable_mesh_sharding
 from gemma_tune.models.sharding.placement import MeshSharding
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.runtime.backend import jax, keras
@@ -96,12 +96,12 @@ def transform_for_training(
     choice = choose_attention(model.backbone, attention, row_length)
     if packing or choice.kernel == "splash":
         enable_packing(model.backbone)
-    use_causal_attention(model.backbone, choice.kernel)
+    use_attention_kernel(model.backbone, choice.kernel)
     if _takes_per_block(model, program, sharding):
         return Transformed("per_block", choice)
     if sharding:
         sharding.place(model.backbone)  # What came since it was loaded: LoRA's factors.
-        use_mesh(model.backbone, sharding)
+        enable_mesh_sharding(model.backbone, sharding)
     enable_remat(model.backbone, remat)
     return Transformed("whole", choice)
 
@@ -118,7 +118,7 @@ def _check_floats(model: keras.Model) -> None:
 def _takes_per_block(model: keras.Model, program: str, sharding: MeshSharding | None) -> bool:
     """Says what `program` comes to, or raises ModelError if it is `per_block` and the model can't be split."""
     wants_blocks = program == "per_block" or (program == "auto" and jax.default_backend() == "cpu" and sharding is None)
-    if wants_blocks and can_be_split(model.backbone):
+    if wants_blocks and blocks_are_sequential(model.backbone):
         return True
     if program == "per_block":
         raise ModelError(

@@ -19,7 +19,7 @@ from gemma_tune.models.functional import assign, parameters
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_configured, load_model
 from gemma_tune.models.lora.enable import neutral_lora_values
-from gemma_tune.models.sharding.layers import use_mesh
+from gemma_tune.models.sharding.layers import enable_mesh_sharding
 from gemma_tune.models.sharding.placement import mesh_sharding_of
 from gemma_tune.models.sources.source import parse_source
 from gemma_tune.models.sources.tokenizer import tokenizer_of
@@ -53,7 +53,7 @@ def evaluate(
     sharding = mesh_sharding_of(model.backbone)
     num_parts = sharding.shape.num_row_shards if sharding else 1
     if sharding:
-        use_mesh(model.backbone, sharding)
+        enable_mesh_sharding(model.backbone, sharding)
     batches = HeldoutBatches(tokens.examples, -(-batch_size // num_parts) * num_parts, max_length, packing=True)
     groups = parameters(model)
     step = make_eval_step(model, most_targets(batches, num_parts), sharding=sharding)

@@ -16,7 +16,7 @@ from gemma_tune.data import (
 )
 from gemma_tune.evaluation import AnswerScore, choose_questions, score_answers
 from gemma_tune.evaluation.run_report import write_report
-from gemma_tune.models.functional import assign, gather
+from gemma_tune.models.functional import assign, gather_to_host
 from gemma_tune.models.lora.adapter import save_adapter
 from gemma_tune.models.preset import save_preset
 from gemma_tune.pipeline.setup import Setup, read_splits, set_up
@@ -176,7 +176,7 @@ def _finish(setup: Setup, workdir: Path, state: TrainState, best: Progress, samp
     else:
         shutil.rmtree(workdir / MODEL, ignore_errors=True)  # Of the same run, killed while it finished.
         saved_to = workdir / MODEL
-        gather(model)
+        gather_to_host(model)
         if is_primary():
             save_preset(model, saved_to)
     scored = _scored_examples(setup)

@@ -1,4 +1,4 @@
-"""A run's training step with shapes in the place of arrays: nothing is loaded, and no device is needed."""
+"""Builds a run's train state from shapes alone, without weights, data or devices."""
 
 import math
 from typing import Any, NamedTuple
@@ -32,10 +32,18 @@ Shapes = Any  # A tree of jax.ShapeDtypeStruct.
 
 
 class AbstractTrainState(NamedTuple):
-    """A run before its first step, without arrays.
+    """A run before its first step, with shapes in place of arrays.
 
-    model: A CausalLM whose variables have no values. num_targets: Positions with a loss in the rows that go through a
-        device at a time; target_share: of all. state, frozen, batch: What the step takes.
+    Attributes:
+        config: Settings of the run.
+        model: CausalLM whose variables have no values.
+        sharding: Shardings on the mesh; None for one device.
+        optimizer: Optimizer.
+        num_targets: Number of positions with a loss in a device's rows of a micro-batch.
+        target_share: Share of all positions that have a loss.
+        state: Shapes of the TrainState.
+        frozen: Shapes of the frozen weights, by path.
+        batch: Shapes of a Batch.
     """
 
     config: Config
@@ -50,11 +58,11 @@ class AbstractTrainState(NamedTuple):
 
     @property
     def argument_bytes(self) -> int:
-        """What weights, optimizer state and a batch take on each device."""
-        return sum(device_bytes(leaf) for leaf in jax.tree.leaves((self.state, self.frozen, self.batch)))
+        """Returns the bytes of weights, optimizer state and a batch on each device."""
+        return sum(bytes_per_device(leaf) for leaf in jax.tree.leaves((self.state, self.frozen, self.batch)))
 
     def compiled_memory(self) -> StepMemory:
-        """Compiles the step, and returns what it takes on each device, as XLA counts it. The mesh must have devices."""
+        """Compiles the training step and returns XLA's count of its memory on each device. The mesh needs devices."""
         training = self.config.training
         step = make_train_step(
             self.model,
@@ -71,16 +79,17 @@ class AbstractTrainState(NamedTuple):
 def abstract_train_state(
     config: Config, shape: MeshShape, target_share: float, mesh: Mesh | None = None
 ) -> AbstractTrainState:
-    """Prepares a run as `pipeline.set_up` does, without weights and data.
+    """Prepares a run as `pipeline.set_up` does, but without weights and data.
 
     Args:
-        config: The run; `training.mesh` is not read.
-        shape: Parts along each axis of the mesh; they cut the rows of a micro-batch evenly.
-        target_share: Of all positions, those with a loss.
-        mesh: Of devices; None: of none.
+        config: Settings of the run. `training.mesh` is not read.
+        shape: Shape of the mesh. It divides the rows of a micro-batch evenly.
+        target_share: Share of all positions that have a loss.
+        mesh: Mesh of devices to compile for; None for an abstract one, which needs no devices.
 
     Raises:
-        ModelError: The model's sizes aren't known.
+        ModelError: The model's sizes are unknown.
+        ConfigError: The config names an adapter.
     """
     training = config.training
     sharding = None
@@ -106,7 +115,7 @@ def abstract_train_state(
 
 
 def with_batch_size(run: AbstractTrainState, batch_size: int) -> AbstractTrainState:
-    """Returns the same run with so many rows in a batch: a multiple of what its mesh and micro-batches cut it into."""
+    """Returns the same run with another batch size, which its mesh and micro-batches must divide evenly."""
     config = run.config.replace({"training.batch_size": batch_size})
     parts = config.training.grad_accum_steps * (run.sharding.shape.num_row_shards if run.sharding else 1)
     return run._replace(
@@ -120,8 +129,8 @@ def _num_targets(share: float, num_positions: int) -> int:
     return max(1, round(share * num_positions))
 
 
-def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    """Returns what one device holds of an array."""
+def bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
+    """Returns the bytes of an array's shard on one device."""
     shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
     return math.prod(shape) * leaf.dtype.itemsize
 
@@ -129,7 +138,9 @@ def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
 def _model(config: Config, sharding: MeshSharding | None) -> keras.Model:
     training = config.training
     if config.model.adapter:
-        raise ConfigError("A plan is of new factors. Leave model.adapter away, and set lora as the adapter is.")
+        raise ConfigError(
+            "A plan can't read an adapter. Leave out model.adapter, and set lora.* to the adapter's settings."
+        )
     backbone = backbone_without_weights(config.model.source, config.model.precision, config.quant_spec, sharding)
     model = FAMILIES[family_of(backbone)].causal_lm(preprocessor=None, backbone=backbone)
     lora = LoraSettings(**config.lora_settings)
@@ -176,7 +187,7 @@ def _state(
     if sharding is None:
         return shapes
     everywhere = shapes._replace(trainable=None, opt_state=None)
-    everywhere = jax.tree.map(lambda leaf: _placed(leaf, sharding.everywhere), everywhere)
+    everywhere = jax.tree.map(lambda leaf: _placed(leaf, sharding.replicated), everywhere)
     places = optimizer_shardings(optimizer, trainable, sharding)
     return everywhere._replace(trainable=trainable, opt_state=jax.tree.map(_placed, shapes.opt_state, places))
 
@@ -186,7 +197,7 @@ def _placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def _batch(num_rows: int, row_length: int, sharding: MeshSharding | None) -> Batch:
-    shape, place = (num_rows, row_length), sharding.rows if sharding else None
+    shape, place = (num_rows, row_length), sharding.batch if sharding else None
     ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
     weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
     return Batch(ids, ids, ids, ids, weights)

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16
-from gemma_tune.models.functional import Params, bound, bound_value, parameters
+from gemma_tune.models.functional import Params, parameters, params_scope, value_in_scope
 from gemma_tune.models.quantized.qat import rounded_params, weights_are_rounded
 from gemma_tune.runtime.backend import is_single_cpu, keras
 from gemma_tune.runtime.processes import fetch_to_host
-from gemma_tune.serving.engine.products import head_of, logits_of, one_unseen
-from gemma_tune.serving.sampling import GREEDY, RowSampling, Sampling, rows_alike, sample
+from gemma_tune.serving.engine.matmul import lm_head_logits, lm_head_matmul_weights, opaque_one
+from gemma_tune.serving.sampling import GREEDY, RowSampling, Sampling, sample, uniform_rows
 
 _PROMPT_BUCKET = 32
 _CACHE_BUCKET = 128
@@ -71,7 +71,7 @@ class Decoder:
             groups = parameters(self._model)
             params = {**groups.trainable, **groups.frozen}
         params = rounded_params(self._model, params)  # Once, and not for every token.
-        rows = rows_alike(sampling, padded_rows, seed)
+        rows = uniform_rows(sampling, padded_rows, seed)
         prompted = np.zeros((padded_rows, self._model.backbone.token_embedding.input_dim), bool)
         for row, prompt in enumerate(prompts):
             prompted[row, list(prompt)] = True
@@ -93,7 +93,7 @@ class Decoder:
         self, params: Params, token_ids: Any, lengths: Any, rows: RowSampling, seen: Any, *, cache_length: int
     ):
         """Reads the prompts. Padding stands behind each, where causality hides it until decoding overwrites it."""
-        with bound(self._model, params), weights_are_rounded():
+        with params_scope(self._model, params), weights_are_rounded():
             cache = jax.tree.map(
                 lambda spec: jnp.zeros(spec.shape, spec.dtype), self._cache_spec(token_ids.shape[0], cache_length)
             )
@@ -111,7 +111,7 @@ class Decoder:
             return hidden[0, 0], jax.tree.map(lambda leaf: leaf[0], row_cache)
 
         seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
-        with bound(self._model, params), weights_are_rounded():
+        with params_scope(self._model, params), weights_are_rounded():
             hidden, cache = jax.vmap(one_row)(tokens, positions, cache)
             logits = self._logits(hidden, positions)
         return sample(logits, rows, seen), cache, seen
@@ -119,8 +119,8 @@ class Decoder:
     def _logits(self, hidden: Any, positions: Any) -> jax.Array:
         """Returns [B, V] float32 for [B, D]: all rows at once, in the form that reads the head fastest."""
         embedding = self._model.backbone.token_embedding
-        head = head_of(embedding, bound_value(embedding._embeddings))
-        return logits_of(embedding, head, hidden, one_unseen(positions))
+        head = lm_head_matmul_weights(embedding, value_in_scope(embedding._embeddings))
+        return lm_head_logits(embedding, head, hidden, opaque_one(positions))
 
     def _cache_spec(self, num_rows: int, cache_length: int) -> Any:
         """Returns shapes and dtypes of the family's cache, from its own `_build_cache`."""

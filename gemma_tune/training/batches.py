@@ -146,4 +146,4 @@ class OnMesh(Sequence[Batch]):
     def __getitem__(self, index):
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._layout.put_rows(self._batches.batch_size, functools.partial(self._batches.part, index))
+        return self._layout.put_batch(self._batches.batch_size, functools.partial(self._batches.part, index))

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from gemma_tune.data import Batch, TokenizedExample
 from gemma_tune.errors import ModelError
-from gemma_tune.models.blocks import call_block, calls, can_be_split, run_before, signature
-from gemma_tune.models.functional import bound, parameters
+from gemma_tune.models.blocks import block_inputs, block_signature, blocks_are_sequential, replaced_calls, run_block
+from gemma_tune.models.functional import parameters, params_scope
 from gemma_tune.models.layers import linear_layers
 from gemma_tune.models.quantized.convert import matrix_shape, quantize_layer, schemes_for
 from gemma_tune.quantization.awq import awq
@@ -64,7 +64,7 @@ def quantize_calibrated(
             are not finite.
     """
     backbone = model.backbone
-    if not can_be_split(backbone):
+    if not blocks_are_sequential(backbone):
         raise ModelError(
             f"The blocks of {type(backbone).__name__} don't just follow one another, so that {method} can't go through "
             "them one by one. Take --scheme=int4, nf4 or int8."
@@ -78,14 +78,14 @@ def quantize_calibrated(
     errors = []
     for block in backbone.transformer_layers:
         layers = linear_layers(block)
-        observer = observers.setdefault(signature(block), jax.jit(functools.partial(_observe, block)))
+        observer = observers.setdefault(block_signature(block), jax.jit(functools.partial(_observe, block)))
         total = None
         for (x, named), batch in zip(states, batches, strict=True):
             one = observer(_values(block), x, named, batch.segment_ids > 0)
             total = one if total is None else jax.tree.map(add, total, one, is_leaf=_is_statistics)
         for layer, statistics in zip(layers, total or [], strict=True):
             errors.append(_quantize_one(layer, statistics, method, schemes[layer.path].quant_spec))
-        runner = runners.setdefault(signature(block), jax.jit(functools.partial(call_block, block)))
+        runner = runners.setdefault(block_signature(block), jax.jit(functools.partial(run_block, block)))
         states = [(runner(_values(block), x, named), named) for x, named in states]
         advance(1)
     return errors
@@ -108,8 +108,8 @@ def calibration_batches(
 
 
 def _first_inputs(model: keras.Model, params: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
-    with bound(model, params):
-        return run_before(model.backbone, batch.token_ids, batch.segment_ids, batch.positions)
+    with params_scope(model, params):
+        return block_inputs(model.backbone, batch.token_ids, batch.segment_ids, batch.positions)
 
 
 def _values(block: Any) -> list[jax.Array]:
@@ -133,8 +133,8 @@ def _observe(block: Any, values: list[jax.Array], x: jax.Array, named: dict[str,
         return call
 
     layers = linear_layers(block)
-    with calls([(layer, tap(layer)) for layer in layers]):
-        call_block(block, values, x, named)
+    with replaced_calls([(layer, tap(layer)) for layer in layers]):
+        run_block(block, values, x, named)
     return [found[id(layer)] for layer in layers]
 
 

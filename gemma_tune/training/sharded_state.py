@@ -25,7 +25,7 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Params,
         lambda leaf, param: _like(leaf.shape, param.shape, param.sharding),
         state,
         params,
-        transform_non_params=lambda leaf: sharding.everywhere,
+        transform_non_params=lambda leaf: sharding.replicated,
     )
 
 

@@ -8,7 +8,7 @@ import optax
 
 from gemma_tune.models.functional import parameters, variables_by_path
 from gemma_tune.models.precision import computes_in_float16
-from gemma_tune.models.sharding.placement import MeshSharding, put
+from gemma_tune.models.sharding.placement import MeshSharding, put_sharded
 from gemma_tune.runtime.backend import keras
 from gemma_tune.training.guard import LossGuard, init_guard
 from gemma_tune.training.losses.loss_scale import LossScale, init_loss_scale
@@ -75,6 +75,6 @@ def init_state(
         init_guard() if guarded else None,
     )
     if sharding:
-        few = jax.tree.map(lambda leaf: put(leaf, sharding.everywhere), state._replace(opt_state=None))
+        few = jax.tree.map(lambda leaf: put_sharded(leaf, sharding.replicated), state._replace(opt_state=None))
         state = few._replace(opt_state=state.opt_state)
     return state._replace(trainable=trainable)

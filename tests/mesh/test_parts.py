@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 from gemma_tune.config import Config
 from gemma_tune.mesh import MeshShape
 from gemma_tune.models.attention.kernels import causal_attention, splash_attention
-from gemma_tune.models.attention.sharded import over_mesh
+from gemma_tune.models.attention.sharded import shard_map_attention
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.load import load_model
 from gemma_tune.models.preset import save_preset
-from gemma_tune.models.sharding.layers import fetch
+from gemma_tune.models.sharding.layers import sharded_lookup
 from gemma_tune.models.sharding.placement import make_mesh_sharding
 from gemma_tune.planning.abstract_train_state import abstract_train_state
 from gemma_tune.quantization.codes import dequantize, quantize
@@ -68,7 +68,7 @@ def test_rows_of_an_embedding(rng, mesh, quant_spec):
     table = quantize(values[..., None], quant_spec) if quant_spec else values
     wanted = dequantize(table)[..., 0] if quant_spec else values
     ids = rng.integers(0, 256, (8, 5)).astype(np.int32)
-    found = jax.jit(lambda table, ids: fetch(sharding, table, ids))(table, ids)
+    found = jax.jit(lambda table, ids: sharded_lookup(sharding, table, ids))(table, ids)
     assert np.allclose(
         found, wanted[ids], rtol=1e-6, atol=1e-6
     )  # XLA joins the product and sum of a doubly quantized scale.
@@ -90,7 +90,7 @@ def test_attention_kernels_on_each_devices_part(rng, num_heads, num_kv_heads):
         def kernel(q, k, v, ids):
             return splash_attention(q, k, v, ids[:, :, 0], scale=0.25, window=None, soft_cap=None, interpret=True)
 
-        attended = over_mesh(sharding, kernel, q, k, v, jnp.asarray(segments))
+        attended = shard_map_attention(sharding, kernel, q, k, v, jnp.asarray(segments))
         return (attended * weights).sum(), attended
 
     def plain(q, k, v):

@@ -8,7 +8,7 @@ from test_step import lora_model, num_targets, random_batch
 
 from gemma_tune.models.attention.kernels import causal_attention
 from gemma_tune.models.attention.segment_attention import key_spans, segment_attention
-from gemma_tune.models.attention.swap import use_causal_attention
+from gemma_tune.models.attention.swap import use_attention_kernel
 from gemma_tune.training.step.train_step import make_loss_fn
 
 
@@ -109,7 +109,7 @@ def test_loss_and_gradients_are_keras_hubs(tiny, family, rng):
     results = []
     for swap in (False, True):
         if swap:
-            use_causal_attention(model.backbone, "xla")
+            use_attention_kernel(model.backbone, "xla")
         loss_fn = make_loss_fn(model, num_targets(batch))
         loss = jax.value_and_grad(lambda trainable, f=loss_fn: f(trainable, frozen, batch).loss_sum)
         results.append(jax.jit(loss)(trainable))
@@ -123,6 +123,6 @@ def test_loss_and_gradients_are_keras_hubs(tiny, family, rng):
 def test_generating_is_left_alone(tiny, family):
     model = tiny(family)
     before = model.generate("How do I", max_length=12)
-    use_causal_attention(model.backbone, "xla")
+    use_attention_kernel(model.backbone, "xla")
     model.generate_function = None
     assert model.generate("How do I", max_length=12) == before

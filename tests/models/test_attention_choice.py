@@ -6,8 +6,14 @@ import jax
 import pytest
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.attention.choice import AttentionChoice, Device, choose_attention, why_not, why_not_compiled
-from gemma_tune.models.attention.swap import AttentionShape, shape_of
+from gemma_tune.models.attention.choice import (
+    AttentionChoice,
+    Device,
+    choose_attention,
+    compile_problem,
+    kernel_problem,
+)
+from gemma_tune.models.attention.swap import AttentionShape, attention_shape_of
 from gemma_tune.models.attention.swap import choice as attention_choice
 from gemma_tune.models.transforms import transform_for_training
 
@@ -45,7 +51,7 @@ GEMMA4_GLOBAL = GEMMA3._replace(head_width=512, scale=1.0)
     ],
 )
 def test_known_limits(kernel, device, shape, row_length, reason):
-    found = why_not(kernel, device, [GEMMA3_27B, shape], row_length)
+    found = kernel_problem(kernel, device, [GEMMA3_27B, shape], row_length)
     assert found.endswith(reason) and bool(found) == bool(reason)
 
 
@@ -124,13 +130,13 @@ def test_other_attention_stays_keras_hubs(tiny):
 def test_compiling_says_what_is_wrong():
     """Interpreted, splash attention compiles on CPU; cuDNN is not there."""
     shape = AttentionShape(4, 2, 16, "float32", 0.25, None, 16)
-    assert why_not_compiled("splash", [shape], 128) == ""
-    found = why_not_compiled("cudnn", [shape._replace(dtype="bfloat16")], 128)
+    assert compile_problem("splash", [shape], 128) == ""
+    found = compile_problem("cudnn", [shape._replace(dtype="bfloat16")], 128)
     assert found.startswith("cuDNN doesn't compile here: ") and "\n" not in found
 
 
 def test_shapes_are_read_from_the_layers(tiny, family):
-    shapes = [shape_of(block.attention) for block in tiny(family).backbone.transformer_layers]
+    shapes = [attention_shape_of(block.attention) for block in tiny(family).backbone.transformer_layers]
     assert [shape.window for shape in shapes] == {
         "gemma": [None] * 3,
         "gemma2": [16, None] * 2,

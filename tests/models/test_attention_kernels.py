@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_step import lora_model, num_targets, random_batch
 
-from gemma_tune.models.attention.choice import first_device, why_not, why_not_compiled
+from gemma_tune.models.attention.choice import compile_problem, first_device, kernel_problem
 from gemma_tune.models.attention.kernels import causal_attention, cudnn_attention, splash_attention
 from gemma_tune.models.attention.packing_masks import enable_packing
-from gemma_tune.models.attention.swap import AttentionShape, use_causal_attention
+from gemma_tune.models.attention.swap import AttentionShape, use_attention_kernel
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.remat import enable_remat
 from gemma_tune.training.step.train_step import make_loss_fn
@@ -130,7 +130,7 @@ def test_splash_in_a_model_is_keras_hubs_attention(tiny, some_family, rng):
     batch = batch._replace(segment_ids=batch.segment_ids + (batch.segment_ids > 0) * (jnp.arange(128) > 60))
     enable_packing(model.backbone)
     wanted, gradients = value_and_gradients(model, trainable, frozen, batch)
-    use_causal_attention(model.backbone, "splash")
+    use_attention_kernel(model.backbone, "splash")
     enable_remat(model.backbone, "full")
     found, ours = value_and_gradients(model, trainable, frozen, batch)
     assert float(found) == pytest.approx(float(wanted), rel=1e-5)
@@ -146,7 +146,7 @@ def test_splash_holds_no_mask(tiny, rng):
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (300,), 1, 384))
     programs = []
     for kernel in ("xla", "splash"):
-        use_causal_attention(model.backbone, kernel)
+        use_attention_kernel(model.backbone, kernel)
         loss_fn = make_loss_fn(model, num_targets(batch))
         programs.append(str(jax.make_jaxpr(lambda trainable, f=loss_fn: f(trainable, frozen, batch))(trainable)))
     assert "384,384]" in programs[0] and "384,384]" not in programs[1]
@@ -158,7 +158,7 @@ def test_rows_of_other_lengths_take_causal_blocks(tiny, rng):
     batch = random_batch(rng)
     losses = []
     for kernel in ("keras", "xla", "splash", "cudnn"):
-        use_causal_attention(model.backbone, kernel)
+        use_attention_kernel(model.backbone, kernel)
         loss_fn = jax.jit(make_loss_fn(model, num_targets(batch)))
         losses.append(float(loss_fn(trainable, frozen, batch).loss_sum))
     assert losses[1:] == [losses[1]] * 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -169,7 +169,7 @@ def test_generating_is_left_alone(tiny, family):
     before = model.generate("How do I", max_length=12)
     for _ in range(2):  # Twice changes nothing.
         enable_packing(model.backbone)
-        use_causal_attention(model.backbone, "splash")
+        use_attention_kernel(model.backbone, "splash")
     model.generate_function = None
     assert model.generate("How do I", max_length=12) == before
 
@@ -177,7 +177,7 @@ def test_generating_is_left_alone(tiny, family):
 @pytest.fixture
 def needs_cudnn():
     shape = AttentionShape(4, 1, 16, "bfloat16", 0.3, None, None)
-    problem = why_not("cudnn", first_device(), [shape], LENGTH) or why_not_compiled("cudnn", [shape], LENGTH)
+    problem = kernel_problem("cudnn", first_device(), [shape], LENGTH) or compile_problem("cudnn", [shape], LENGTH)
     if problem:
         pytest.skip(problem)
 
@@ -201,7 +201,7 @@ def test_cudnn_in_a_model_on_a_gpu(needs_cudnn, tiny, rng):
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (128, 90), 2, 128))
     losses = []
     for kernel in ("xla", "cudnn"):
-        use_causal_attention(model.backbone, kernel)
+        use_attention_kernel(model.backbone, kernel)
         loss, gradients = value_and_gradients(model, groups.trainable, groups.frozen, batch)
         assert all(bool(jnp.isfinite(gradient).all()) for gradient in gradients.values())
         losses.append(float(loss))

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from gemma_tune.models.cpu import bfloat16 as cpu_half
-from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16, product, slice_rows
+from gemma_tune.models.cpu.bfloat16 import cpu_matmul, cpu_slice_rows, multiplies_bfloat16
 from gemma_tune.models.remat import POLICIES
 from gemma_tune.training.losses.cross_entropy import fused_linear_cross_entropy
 
@@ -31,7 +31,7 @@ def test_product_and_gradients_are_those_of_float32_rounded(rng, shape):
     num_rows, num_inputs, num_outputs = shape
     x, kernel = random(rng, 2, num_rows, num_inputs), random(rng, num_inputs, num_outputs)
     weights = random(rng, 2, num_rows, num_outputs).astype(jnp.float32)
-    ours = jax.jit(jax.value_and_grad(functools.partial(loss_of, product), (0, 1)))(x, kernel, weights)
+    ours = jax.jit(jax.value_and_grad(functools.partial(loss_of, cpu_matmul), (0, 1)))(x, kernel, weights)
     exact = jax.value_and_grad(functools.partial(loss_of, jnp.matmul), (0, 1))
     wanted = exact(x.astype(jnp.float32), kernel.astype(jnp.float32), weights)
     size = np.abs(x).astype(np.float32).reshape(-1, num_inputs) @ np.abs(kernel).astype(np.float32)
@@ -55,12 +55,12 @@ def test_nothing_is_multiplied_in_float32(rng):
         types = dict(re.findall(r"%([\w.]+) = (\w+)\[", text)) | dict(re.findall(r"%([\w.]+): (\w+)\[", text))
         return [types[name] for pair in re.findall(r" dot\(%([\w.]+), %([\w.]+)\)", text) for name in pair]
 
-    assert operands(product) == ["bf16"] * 4 and operands(jnp.matmul) == ["f32"] * 4
+    assert operands(cpu_matmul) == ["bf16"] * 4 and operands(jnp.matmul) == ["f32"] * 4
 
 
 def test_float32_is_left_alone(rng):
     x, kernel = (random(rng, *shape).astype(jnp.float32) for shape in ((3, 8), (8, 5)))
-    np.testing.assert_array_equal(product(x, kernel), x @ kernel)
+    np.testing.assert_array_equal(cpu_matmul(x, kernel), x @ kernel)
 
 
 @needs_bfloat16
@@ -69,7 +69,7 @@ def test_blocks_keeps_the_products(rng):
     x, first, second = random(rng, 16, 128), random(rng, 128, 128), random(rng, 128, 128)
 
     def count(policy):
-        both = jax.checkpoint(lambda x: product(jnp.tanh(product(x, first)), second), policy=POLICIES[policy])
+        both = jax.checkpoint(lambda x: cpu_matmul(jnp.tanh(cpu_matmul(x, first)), second), policy=POLICIES[policy])
         program = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(both(x).astype(jnp.float32))))(x)
         return str(program).count("dot_general[")
 
@@ -81,7 +81,7 @@ def test_blocks_keeps_the_products(rng):
 def test_slices(rng, dtype, start):
     table = jnp.asarray(rng.standard_normal((13, 4)), dtype)
     np.testing.assert_array_equal(
-        jax.jit(lambda table, start: slice_rows(table, start, 4))(table, start), table[start : start + 4]
+        jax.jit(lambda table, start: cpu_slice_rows(table, start, 4))(table, start), table[start : start + 4]
     )
 
 
@@ -98,7 +98,7 @@ def test_a_loop_over_slices_copies_no_table():
         compiled = jax.jit(functools.partial(sum_of_blocks, slice_of)).lower(table).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary(slice_rows) < 0.1 * 2 * 4096 * 256
+    assert temporary(cpu_slice_rows) < 0.1 * 2 * 4096 * 256
     assert temporary(lax.dynamic_slice_in_dim) >= 4 * 4096 * 256  # All of it in float32.
 
 

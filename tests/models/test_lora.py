@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.functional import assign, bound, parameters
+from gemma_tune.models.functional import assign, parameters, params_scope
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.lora.enable import enable_lora, merge_lora
 from gemma_tune.models.lora.layers import LoraEinsumDense
@@ -20,7 +20,7 @@ def logits(model, params=None):
         "position_ids": np.arange(20)[None],
     }
     inputs = {name: inputs[name] for name in model.backbone.input}
-    with bound(model, params or {}):
+    with params_scope(model, params or {}):
         return np.asarray(model(inputs))
 
 

@@ -7,7 +7,7 @@ import pytest
 from models.test_lora import logits, random_second_factors
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.functional import assign, bound, parameters
+from gemma_tune.models.functional import assign, parameters, params_scope
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.lora.adapter import load_adapter, read_adapter_metadata, save_adapter
 from gemma_tune.models.lora.enable import enable_lora, enable_on_layers, lora_specs, merge_lora, neutral_lora_values
@@ -72,7 +72,7 @@ def test_merging_changes_nothing(tiny, some_family, rng, method):
     with_lora(model, rng, method)
     before = logits(model)
     assert np.abs(before - base).max() > 1e-2
-    with bound(model, neutral_lora_values(model.backbone)):
+    with params_scope(model, neutral_lora_values(model.backbone)):
         np.testing.assert_allclose(logits(model, neutral_lora_values(model.backbone)), base, atol=2e-4)
     merge_lora(model.backbone)
     np.testing.assert_allclose(logits(model), before, atol=2e-4)
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_merged_model(tiny, family, rng, method):
     weights = rng.normal(size=(1, 16, model.backbone.hidden_dim)).astype(np.float32)
 
     def ours(params):
-        with bound(model, params):
+        with params_scope(model, params):
             return (model.backbone(inputs) * weights).sum()
 
     gradients = jax.jit(jax.grad(ours))(trainable)
@@ -132,7 +132,7 @@ def test_gradients_are_those_of_the_merged_model(tiny, family, rng, method):
         try:
             for layer in layers.values():
                 layer.__class__ = keras.layers.EinsumDense
-            with bound(model, kernels):
+            with params_scope(model, kernels):
                 return (model.backbone(inputs) * weights).sum()
         finally:
             for path, layer in layers.items():

@@ -8,7 +8,7 @@ from test_blockwise import SPLIT_FAMILIES, assert_same, both_steps
 from test_step import num_targets, random_batch
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.functional import assign, bound, hidden_states, parameters
+from gemma_tune.models.functional import assign, hidden_states, parameters, params_scope
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora.adapter import save_adapter
 from gemma_tune.models.lora.enable import merge_lora
@@ -222,7 +222,7 @@ def test_weights_are_rounded_once_for_many_tokens(rng):
     assert params.keys() - once.keys() == groups.trainable.keys()  # The factors are merged.
 
     def hidden(params):
-        with bound(model, params):
+        with params_scope(model, params):
             return hidden_states(model.backbone, batch.token_ids, batch.segment_ids, batch.positions)
 
     def hidden_of_rounded(params):

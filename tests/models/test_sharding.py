@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.lora.enable import enable_lora
-from gemma_tune.models.sharding.placement import MeshSharding, axes_of, matrix_axes
+from gemma_tune.models.sharding.placement import MeshSharding, matrix_mesh_axes, mesh_axes_of
 from gemma_tune.quantization.spec import QuantSpec
 
 
@@ -44,45 +44,45 @@ def test_every_variable_of_every_family_has_a_place_that_it_fits(tiny, family, q
 
 
 def test_the_rules_by_name():
-    assert axes_of("token_embedding/embeddings", 2) == (("model", "fsdp"), None)
-    assert axes_of("decoder_block_3/attention/query/kernel", 3) == ("model", "fsdp", None)
-    assert axes_of("decoder_block_3/attention/attention_output/kernel", 3) == ("model", None, "fsdp")
-    assert axes_of("decoder_block_3/ffw_gating_2/kernel", 2) == ("fsdp", "model")
-    assert axes_of("decoder_block_3/ffw_linear/kernel", 2) == ("model", "fsdp")
-    assert axes_of("decoder_block_3/post_ffw_norm/scale", 1) == (None,)
+    assert mesh_axes_of("token_embedding/embeddings", 2) == (("model", "fsdp"), None)
+    assert mesh_axes_of("decoder_block_3/attention/query/kernel", 3) == ("model", "fsdp", None)
+    assert mesh_axes_of("decoder_block_3/attention/attention_output/kernel", 3) == ("model", None, "fsdp")
+    assert mesh_axes_of("decoder_block_3/ffw_gating_2/kernel", 2) == ("fsdp", "model")
+    assert mesh_axes_of("decoder_block_3/ffw_linear/kernel", 2) == ("model", "fsdp")
+    assert mesh_axes_of("decoder_block_3/post_ffw_norm/scale", 1) == (None,)
     # LoRA's factors follow: A has the kernel's first axes, B its last.
-    assert axes_of("decoder_block_3/attention/query/lora_kernel_a", 3) == ("model", "fsdp", None)
-    assert axes_of("decoder_block_3/attention/query/lora_kernel_b", 2) == (None, None)
-    assert axes_of("decoder_block_3/ffw_gating/lora_kernel_b", 2) == (None, "model")
+    assert mesh_axes_of("decoder_block_3/attention/query/lora_kernel_a", 3) == ("model", "fsdp", None)
+    assert mesh_axes_of("decoder_block_3/attention/query/lora_kernel_b", 2) == (None, None)
+    assert mesh_axes_of("decoder_block_3/ffw_gating/lora_kernel_b", 2) == (None, "model")
     # PEFT's have the kernel's inputs, and its outputs; DoRA's magnitudes the outputs alone.
-    assert axes_of("decoder_block_3/attention/query/lora_kernel_a", 2) == ("fsdp", None)
-    assert axes_of("decoder_block_3/attention/query/lora_kernel_b", 3) == (None, "model", None)
-    assert axes_of("decoder_block_3/attention/query/lora_kernel_magnitude", 2) == ("model", None)
-    assert axes_of("decoder_block_3/attention/attention_output/lora_kernel_a", 3) == ("model", None, None)
-    assert axes_of("decoder_block_3/attention/attention_output/lora_kernel_magnitude", 1) == ("fsdp",)
-    assert axes_of("decoder_block_3/ffw_gating/lora_kernel_magnitude", 1) == ("model",)
-    assert axes_of("token_embedding/lora_embeddings_a", 2) == (("model", "fsdp"), None)
+    assert mesh_axes_of("decoder_block_3/attention/query/lora_kernel_a", 2) == ("fsdp", None)
+    assert mesh_axes_of("decoder_block_3/attention/query/lora_kernel_b", 3) == (None, "model", None)
+    assert mesh_axes_of("decoder_block_3/attention/query/lora_kernel_magnitude", 2) == ("model", None)
+    assert mesh_axes_of("decoder_block_3/attention/attention_output/lora_kernel_a", 3) == ("model", None, None)
+    assert mesh_axes_of("decoder_block_3/attention/attention_output/lora_kernel_magnitude", 1) == ("fsdp",)
+    assert mesh_axes_of("decoder_block_3/ffw_gating/lora_kernel_magnitude", 1) == ("model",)
+    assert mesh_axes_of("token_embedding/lora_embeddings_a", 2) == (("model", "fsdp"), None)
 
 
 def test_a_weight_without_a_rule_is_named():
     for path in ("decoder_block_0/attention/gate/kernel", "decoder_block_0/attention/gate/lora_kernel_a"):
         with pytest.raises(ModelError, match=f"No rule says how {path} is spread"):
-            axes_of(path, 2)
+            mesh_axes_of(path, 2)
 
 
 def test_what_cannot_be_cut():
     sharding = abstract_sharding(data=2, fsdp=4, model=2)
     # One key/value head is on every device; what fsdp can't cut in its place, it cuts along another axis.
-    assert sharding.fit(("model", "fsdp", None), (1, 64, 16)).spec == P(None, "fsdp", None)
-    assert sharding.fit(("model", "fsdp", None), (2, 10, 16)).spec == P("model", None, "fsdp")
-    assert sharding.fit(("model", "fsdp", None), (3, 10, 15)).spec == P(None, None, None)
-    assert sharding.cuts(1024) == ("model", "fsdp") and sharding.cuts(12) == ("fsdp",)
-    assert sharding.cuts(2) == ("model",) and sharding.cuts(7) == ()
+    assert sharding.sharding_for(("model", "fsdp", None), (1, 64, 16)).spec == P(None, "fsdp", None)
+    assert sharding.sharding_for(("model", "fsdp", None), (2, 10, 16)).spec == P("model", None, "fsdp")
+    assert sharding.sharding_for(("model", "fsdp", None), (3, 10, 15)).spec == P(None, None, None)
+    assert sharding.vocabulary_axes(1024) == ("model", "fsdp") and sharding.vocabulary_axes(12) == ("fsdp",)
+    assert sharding.vocabulary_axes(2) == ("model",) and sharding.vocabulary_axes(7) == ()
 
 
 def test_kernels_as_they_are_quantized():
     query, output = "decoder_block_0/attention/query/kernel", "decoder_block_0/attention/attention_output/kernel"
-    assert matrix_axes(query, (4, 64, 16), (4, 64, 16)) == ("model", "fsdp", None)
-    assert matrix_axes(output, (4, 16, 64), (1, 64, 64)) == (None, "model", "fsdp")
-    assert matrix_axes("decoder_block_0/ffw_linear/kernel", (128, 64), (1, 128, 64)) == (None, "model", "fsdp")
-    assert matrix_axes("token_embedding/embeddings", (1024, 64), (1024, 64, 1)) == (("model", "fsdp"), None, None)
+    assert matrix_mesh_axes(query, (4, 64, 16), (4, 64, 16)) == ("model", "fsdp", None)
+    assert matrix_mesh_axes(output, (4, 16, 64), (1, 64, 64)) == (None, "model", "fsdp")
+    assert matrix_mesh_axes("decoder_block_0/ffw_linear/kernel", (128, 64), (1, 128, 64)) == (None, "model", "fsdp")
+    assert matrix_mesh_axes("token_embedding/embeddings", (1024, 64), (1024, 64, 1)) == (("model", "fsdp"), None, None)

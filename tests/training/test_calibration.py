@@ -7,7 +7,7 @@ import pytest
 from test_step import num_targets, random_batch
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.functional import bound, hidden_states, parameters
+from gemma_tune.models.functional import hidden_states, parameters, params_scope
 from gemma_tune.models.load import load_model
 from gemma_tune.models.preset import save_preset
 from gemma_tune.models.quantized.convert import matrix_shape, quantize_layer, quantize_layers
@@ -106,7 +106,7 @@ def test_gptq_loses_less_on_held_out_text_than_rounding():
             quantize_calibrated(model, batches(0, 8), "gptq", QuantSpec("int4", 32))
         groups = parameters(model)
         held_out = batches(7, 1)[0]
-        with bound(model, groups.trainable, groups.frozen):
+        with params_scope(model, groups.trainable, groups.frozen):
             losses[way] = np.asarray(
                 hidden_states(model.backbone, held_out.token_ids, held_out.segment_ids, held_out.positions)
             )

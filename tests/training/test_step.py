@@ -10,7 +10,7 @@ import pytest
 
 from gemma_tune.data import Batch, TokenizedExample, make_batch
 from gemma_tune.models.attention.packing_masks import enable_packing
-from gemma_tune.models.functional import assign, bound, parameters
+from gemma_tune.models.functional import assign, parameters, params_scope
 from gemma_tune.models.lora.enable import enable_lora
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.state import init_state
@@ -48,7 +48,7 @@ def plain_loss(model, trainable, frozen, batch):
         "padding_mask": (batch.segment_ids > 0).astype(np.int32),
         "position_ids": batch.positions,
     }
-    with bound(model, trainable, frozen):
+    with params_scope(model, trainable, frozen):
         logits = model({name: inputs[name] for name in model.backbone.input})
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.target_ids)
     return (losses * batch.loss_weights).sum() / batch.loss_weights.sum()

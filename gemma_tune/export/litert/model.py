@@ -27,7 +27,7 @@ from gemma_tune.data.chat_template import template_for
 from gemma_tune.errors import ModelError
 from gemma_tune.export.litert.cache_layout import CacheParts, cache_parts
 from gemma_tune.models.family import family_of
-from gemma_tune.models.functional import bound, parameters
+from gemma_tune.models.functional import parameters, params_scope
 from gemma_tune.models.layers import lora_layers, quantized_layers
 from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.quantized.convert import num_weights
@@ -48,11 +48,11 @@ class Lengths(NamedTuple):
     cache: int = 1024
 
 
-DEFAULTS = Lengths()
+DEFAULT_LENGTHS = Lengths()
 
 
 def write_litert(
-    model: Any, directory: str | os.PathLike, *, lengths: Lengths = DEFAULTS, weights: str = "float32"
+    model: Any, directory: str | os.PathLike, *, lengths: Lengths = DEFAULT_LENGTHS, weights: str = "float32"
 ) -> Path:
     """Writes a model for LiteRT.
 
@@ -147,7 +147,7 @@ def _step(model: Any, paths: list[str], parts: CacheParts, with_logits: bool) ->
     """Returns f(values, tokens, input_pos, cache by name) in JAX."""
 
     def step(values: Any, tokens: jax.Array, input_pos: jax.Array, named: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        with bound(model, dict(zip(paths, values, strict=True))):
+        with params_scope(model, dict(zip(paths, values, strict=True))):
             logits, _, cache = model.call_with_cache(tokens, parts.join(named), input_pos[0])
         outputs = parts.split(cache)
         return outputs | {"logits": logits.astype(jnp.float32)} if with_logits else outputs

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.attention.kernels import FUSED_BLOCK
-from gemma_tune.models.attention.swap import AttentionShape, attend, shape_of
+from gemma_tune.models.attention.kernels import FUSED_TILE
+from gemma_tune.models.attention.swap import AttentionShape, attention_shape_of, run_kernel
 from gemma_tune.runtime.backend import keras_hub
 
 _NAMES = {"xla": "XLA", "cudnn": "cuDNN", "splash": "splash attention", "keras": "KerasHub's own"}
 _FASTEST = {"cuda": "cudnn", "tpu": "splash"}  # By platform; `xla` elsewhere.
-# Those whose masks and scales `shape_of` knows how to read. Another family trains with KerasHub's own attention.
+# Those whose masks and scales `attention_shape_of` knows how to read. Another family trains with KerasHub's own attention.
 _KNOWN_LAYERS = ("CachedGemmaAttention", "CachedGemma3Attention", "Gemma4TextAttention")
 
 
@@ -50,13 +50,13 @@ def choose_attention(backbone: keras_hub.models.Backbone, wanted: str, row_lengt
     kernel = _FASTEST.get(device.platform, "xla") if wanted == "auto" else wanted
     layers = [getattr(block, "attention", None) for block in getattr(backbone, "transformer_layers", [])] or [None]
     only_keras = next(filter(None, map(_why_only_keras, layers)), "")
-    shapes = [] if only_keras else [shape_of(layer) for layer in layers]
+    shapes = [] if only_keras else [attention_shape_of(layer) for layer in layers]
     if kernel == "keras":
         problem = _why_not_keras(device, shapes)
     elif kernel == "xla" or only_keras:
         problem = only_keras
     else:
-        problem = why_not(kernel, device, shapes, row_length) or why_not_compiled(kernel, shapes, row_length)
+        problem = kernel_problem(kernel, device, shapes, row_length) or compile_problem(kernel, shapes, row_length)
     if not problem:
         return AttentionChoice(kernel)
     if wanted != "auto":
@@ -64,7 +64,7 @@ def choose_attention(backbone: keras_hub.models.Backbone, wanted: str, row_lengt
     return AttentionChoice("keras" if only_keras else "xla", problem)
 
 
-def why_not(kernel: str, device: Device, shapes: Sequence[AttentionShape], row_length: int) -> str:
+def kernel_problem(kernel: str, device: Device, shapes: Sequence[AttentionShape], row_length: int) -> str:
     """Returns why `cudnn` or `splash` can't be used, or "": the limits that are known beforehand.
 
     cuDNN's are those of jax/_src/cudnn/fused_attention_stablehlo.py. Rows that are no multiple of 128 it would take;
@@ -86,12 +86,12 @@ def why_not(kernel: str, device: Device, shapes: Sequence[AttentionShape], row_l
                 return f"{name} has no soft cap of scores, this model has one of {shape.soft_cap:g}"
             if shape.head_width > widest or shape.head_width % 8:
                 return f"{name} needs a head width in eights up to {widest} on this GPU, this is {shape.head_width}"
-    if row_length % FUSED_BLOCK:
-        return f"{name} needs rows of a multiple of {FUSED_BLOCK} tokens, these have {row_length}"
+    if row_length % FUSED_TILE:
+        return f"{name} needs rows of a multiple of {FUSED_TILE} tokens, these have {row_length}"
     return ""
 
 
-def why_not_compiled(kernel: str, shapes: Sequence[AttentionShape], row_length: int) -> str:
+def compile_problem(kernel: str, shapes: Sequence[AttentionShape], row_length: int) -> str:
     """Returns why a kernel doesn't compile, forward and backward, or "".
 
     What a version of cuDNN or a generation of TPUs doesn't have shows nowhere else.
@@ -99,7 +99,7 @@ def why_not_compiled(kernel: str, shapes: Sequence[AttentionShape], row_length: 
     for shape in sorted(set(shapes), key=str):
 
         def total(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, shape: AttentionShape = shape) -> Any:
-            return attend(kernel, q, k, v, mask, shape).astype(jnp.float32).sum()
+            return run_kernel(kernel, q, k, v, mask, shape).astype(jnp.float32).sum()
 
         q, k = (
             jax.ShapeDtypeStruct((2, row_length, heads, shape.head_width), shape.dtype)

@@ -10,10 +10,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-_QUERY_BLOCK = 128  # Positions, at least. Smaller blocks skip more, and make products too small to be fast.
+_QUERY_TILE = 128  # Positions, at least. Smaller blocks skip more, and make products too small to be fast.
 _NUM_BLOCKS = 4  # At most: beyond that, programs get long for little.
-FUSED_BLOCK = 128  # The fused kernels take rows that are a multiple of this.
-_SPLASH_BLOCKS = (512, 256, FUSED_BLOCK)  # The largest that divides a row: fewer steps, all within a TPU's fast memory.
+FUSED_TILE = 128  # The fused kernels take rows that are a multiple of this.
+_SPLASH_TILES = (512, 256, FUSED_TILE)  # The largest that divides a row: fewer steps, all within a TPU's fast memory.
 
 
 def causal_attention(
@@ -47,7 +47,7 @@ def causal_attention(
     num_rows, length, num_heads, width = q.shape
     num_kv_heads = k.shape[2]
     q = (q * scale).reshape(num_rows, length, num_kv_heads, num_heads // num_kv_heads, width)
-    blocks, size = [], max(_QUERY_BLOCK, -(-length // _NUM_BLOCKS))
+    blocks, size = [], max(_QUERY_TILE, -(-length // _NUM_BLOCKS))
     for start in range(0, length, size):
         stop = min(start + size, length)
         first = max(0, start - window + 1) if window else 0
@@ -139,7 +139,7 @@ def splash_attention(
     length, num_heads = q.shape[1:3]
     # Positions before and after a query that it sees.
     head_mask = splash.LocalMask((length, length), (None if window is None else window - 1, 0), 0)
-    block = next(size for size in _SPLASH_BLOCKS if length % size == 0)
+    block = next(size for size in _SPLASH_TILES if length % size == 0)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([head_mask] * num_heads),
         block_sizes=splash.BlockSizes(

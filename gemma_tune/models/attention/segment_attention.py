@@ -19,7 +19,7 @@ from jax import lax
 
 from gemma_tune.models.attention.kernels import masked_attention
 
-QUERY_BLOCK = 128  # Positions, at most.
+QUERY_TILE = 128  # Positions, at most.
 
 
 def segment_attention(
@@ -47,7 +47,7 @@ def segment_attention(
         [B, T, N, H] in v's dtype. The softmax is float32. Rows whose mask is all false are meaningless.
     """
     num_rows, length, num_heads, width = q.shape
-    num_blocks = -(-length // QUERY_BLOCK)
+    num_blocks = -(-length // QUERY_TILE)
     block = -(-length // num_blocks)
     missing = num_blocks * block - length
     q = (q * scale).reshape(num_rows, length, k.shape[2], num_heads // k.shape[2], width)

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from gemma_tune.models.sharding.placement import ROWS, MeshSharding
+from gemma_tune.models.sharding.placement import BATCH_AXES, MeshSharding
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def over_mesh(
+def shard_map_attention(
     sharding: MeshSharding, kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """Runs a kernel on each device's rows and heads.
@@ -32,8 +32,8 @@ def over_mesh(
     is_cut = q.shape[2] % parts == 0
     if is_cut and k.shape[2] % parts:
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    heads = P(ROWS, None, "model" if is_cut else None)
+    heads = P(BATCH_AXES, None, "model" if is_cut else None)
     local = jax.shard_map(
-        kernel, mesh=sharding.mesh, in_specs=(heads, heads, heads, P(ROWS)), out_specs=heads, check_vma=False
+        kernel, mesh=sharding.mesh, in_specs=(heads, heads, heads, P(BATCH_AXES)), out_specs=heads, check_vma=False
     )
     return local(q, k, v, mask)

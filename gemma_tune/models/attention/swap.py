@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gemma_tune.models.attention.kernels import FUSED_BLOCK, causal_attention, cudnn_attention, splash_attention
-from gemma_tune.models.attention.segment_attention import QUERY_BLOCK, segment_attention
-from gemma_tune.models.attention.sharded import over_mesh
+from gemma_tune.models.attention.kernels import FUSED_TILE, causal_attention, cudnn_attention, splash_attention
+from gemma_tune.models.attention.segment_attention import QUERY_TILE, segment_attention
+from gemma_tune.models.attention.sharded import shard_map_attention
 from gemma_tune.runtime.backend import is_single_cpu, keras_hub
 
 
@@ -33,7 +33,7 @@ class AttentionShape(NamedTuple):
     window: int | None
 
 
-def shape_of(attention: Any) -> AttentionShape:
+def attention_shape_of(attention: Any) -> AttentionShape:
     """Reads what a Gemma attention layer of KerasHub, of any family, computes."""
     is_local = attention.use_sliding_window_attention and not getattr(attention, "is_global_attention", False)
     return AttentionShape(
@@ -47,7 +47,7 @@ def shape_of(attention: Any) -> AttentionShape:
     )
 
 
-def use_causal_attention(backbone: keras_hub.models.Backbone, kernel: str) -> None:
+def use_attention_kernel(backbone: keras_hub.models.Backbone, kernel: str) -> None:
     """Makes the decoder blocks train with a kernel.
 
     Args:
@@ -65,10 +65,10 @@ def use_causal_attention(backbone: keras_hub.models.Backbone, kernel: str) -> No
 
 def takes_segment_ids(attention: Any, length: int) -> bool:
     """Whether a layer wants a [B, L, 1] column of segment ids in place of its [B, L, L] mask."""
-    return getattr(attention, "_attention_kernel", "keras") == "splash" and length % FUSED_BLOCK == 0
+    return getattr(attention, "_attention_kernel", "keras") == "splash" and length % FUSED_TILE == 0
 
 
-def attend(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, shape: AttentionShape) -> jax.Array:
+def run_kernel(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, shape: AttentionShape) -> jax.Array:
     """Runs a kernel.
 
     Args:
@@ -94,7 +94,7 @@ def attend(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Arra
         )
     if kernel == "cudnn":
         return cudnn_attention(q, k, v, mask, scale=shape.scale)
-    is_long = q.shape[1] > 2 * QUERY_BLOCK  # Shorter rows have too little to skip.
+    is_long = q.shape[1] > 2 * QUERY_TILE  # Shorter rows have too little to skip.
     by_blocks = segment_attention if is_long and is_single_cpu() else causal_attention
     return by_blocks(q, k, v, mask, scale=shape.scale, soft_cap=shape.soft_cap, window=shape.window)
 
@@ -108,23 +108,23 @@ def _compute_attention(
         return attention._keras_attention(
             q, k, v, attention_mask, training=training, cache_update_index=cache_update_index
         )
-    shape = shape_of(attention)
+    shape = attention_shape_of(attention)
     if attention_mask.shape[2] == 1 < length:
         return _attend(attention, "splash", q, k, v, attention_mask, shape)
     if attention.use_sliding_window_attention and _is_windowed_here(attention):
         attention_mask = attention._mask_sliding_window(attention_mask, cache_update_index=0)
     mask = jnp.broadcast_to(attention_mask.astype(bool), (q.shape[0], length, length))
     # A length that the model wasn't prepared for, such as a prompt's, gets the kernel that takes any.
-    kernel = "cudnn" if kernel == "cudnn" and length % FUSED_BLOCK == 0 else "xla"
+    kernel = "cudnn" if kernel == "cudnn" and length % FUSED_TILE == 0 else "xla"
     return _attend(attention, kernel, q, k, v, mask, shape)
 
 
 def _attend(attention: Any, kernel: str, q: Any, k: Any, v: Any, mask: Any, shape: AttentionShape) -> Any:
     """On a mesh, kernels that aren't XLA's own run on each device's part."""
-    sharding = getattr(attention, "_mesh_layout", None)
+    sharding = getattr(attention, "_mesh_sharding", None)
     if sharding is None or kernel == "xla":
-        return attend(kernel, q, k, v, mask, shape)
-    return over_mesh(sharding, lambda q, k, v, mask: attend(kernel, q, k, v, mask, shape), q, k, v, mask)
+        return run_kernel(kernel, q, k, v, mask, shape)
+    return shard_map_attention(sharding, lambda q, k, v, mask: run_kernel(kernel, q, k, v, mask, shape), q, k, v, mask)
 
 
 def _is_windowed_here(attention: Any) -> bool:

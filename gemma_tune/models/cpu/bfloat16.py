@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gemma_tune.runtime.backend import is_single_cpu
 
-PRODUCT = "product"  # The name of what `product` returns in bfloat16, for `jax.checkpoint`.
+PRODUCT = "product"  # The name of what `cpu_matmul` returns in bfloat16, for `jax.checkpoint`.
 _MULTIPLY_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # Of x86, as Linux names them.
 
 
@@ -32,7 +32,7 @@ def multiplies_bfloat16() -> bool:
     return not _MULTIPLY_BFLOAT16.isdisjoint(flags.split())
 
 
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def cpu_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Returns x @ kernel in their dtype: x [..., D] and kernel [D, F]."""
     is_bfloat16 = x.dtype == kernel.dtype == jnp.bfloat16
     if is_bfloat16 and is_single_cpu() and multiplies_bfloat16():
@@ -65,7 +65,7 @@ def _sum_in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.dot(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def slice_rows(table: jax.Array, start: Any, count: int) -> jax.Array:
+def cpu_slice_rows(table: jax.Array, start: Any, count: int) -> jax.Array:
     """Returns table[start : start + count]; start may be known at run time only. Not to be differentiated."""
     if table.dtype != jnp.bfloat16 or not is_single_cpu():
         return lax.dynamic_slice_in_dim(table, start, count)

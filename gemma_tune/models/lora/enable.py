@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from gemma_tune.config import LoraConfig
 from gemma_tune.errors import ModelError, did_you_mean
-from gemma_tune.models.functional import bound_value
+from gemma_tune.models.functional import value_in_scope
 from gemma_tune.models.layers import iter_layers, lora_layers
 from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.models.lora.layers import (
@@ -137,7 +137,7 @@ def merge_lora(backbone: keras_hub.models.Backbone) -> None:
                 "lose it. Load the model without quantization, and merge there."
             )
         weights = layer._embeddings if isinstance(layer, keras.layers.Embedding) else layer._kernel
-        weights.assign(merged_kernel(layer, bound_value(weights)).astype(weights.dtype))
+        weights.assign(merged_kernel(layer, value_in_scope(weights)).astype(weights.dtype))
         remove_factors(layer)
         weights.trainable = True
     for layer in iter_layers(backbone):

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 from keras.src.initializers.random_initializers import compute_fans
 
-from gemma_tune.models.functional import bound_value
+from gemma_tune.models.functional import value_in_scope
 from gemma_tune.models.linear import PlainEinsumDense, einsum_product
 from gemma_tune.models.lora.factors import (
     LoraSpec,
@@ -39,7 +39,7 @@ class LoraEinsumDense(keras.layers.EinsumDense):
     @property
     def kernel(self) -> jax.Array:
         """The merged kernel, as Gemma 4's blocks multiply with it. `_kernel` has the frozen one."""
-        return merged_kernel(self, bound_value(self._kernel)).astype(self.compute_dtype)
+        return merged_kernel(self, value_in_scope(self._kernel)).astype(self.compute_dtype)
 
     def call(self, inputs: Any, training: Any = None) -> Any:
         outputs = einsum_product(self.equation, inputs, ops.cast(self._kernel, inputs.dtype))
@@ -57,13 +57,13 @@ def with_factors(layer: Any, inputs: jax.Array, outputs: jax.Array) -> jax.Array
         inputs: x, [B, L, …].
         outputs: x·W, [B, L, outputs…].
     """
-    scale, (a, b) = scale_of(layer), (bound_value(factor) for factor in factors_of(layer)[:2])
+    scale, (a, b) = scale_of(layer), (value_in_scope(factor) for factor in factors_of(layer)[:2])
     low = low_rank_product(layer.equation, scale, inputs, a.astype(inputs.dtype), b.astype(inputs.dtype))
     outputs = outputs + low
     if not lora_spec_of(layer).use_dora:
         return outputs
     frozen = jax.lax.stop_gradient((float_kernel(layer), a, b))
-    ratio = bound_value(layer.lora_kernel_magnitude) / merged_norms(layer.equation, scale, *frozen)
+    ratio = value_in_scope(layer.lora_kernel_magnitude) / merged_norms(layer.equation, scale, *frozen)
     return outputs * ratio.astype(outputs.dtype)
 
 
@@ -74,7 +74,7 @@ def merged_kernel(layer: Any, kernel: jax.Array) -> jax.Array:
         layer: With factors.
         kernel: W, in its own shape.
     """
-    lora_spec, (a, b, *magnitude) = lora_spec_of(layer), (bound_value(factor) for factor in factors_of(layer))
+    lora_spec, (a, b, *magnitude) = lora_spec_of(layer), (value_in_scope(factor) for factor in factors_of(layer))
     equation = equation_of(layer)
     merged = kernel.astype(jnp.float32) + kernel_update(equation, lora_spec.scale, a, b)
     for length in magnitude:
@@ -167,7 +167,7 @@ def _norms(layer: Any) -> jax.Array:
 
 def float_kernel(layer: Any) -> jax.Array:
     """The frozen kernel in float32, whatever holds it."""
-    kernel = layer.dequantized() if hasattr(layer, "dequantized") else bound_value(layer._kernel)
+    kernel = layer.dequantized() if hasattr(layer, "dequantized") else value_in_scope(layer._kernel)
     return kernel.astype(jnp.float32)
 
 

@@ -21,7 +21,7 @@ from gemma_tune.errors import ModelError
 from gemma_tune.models.einsum import parse_einsum
 from gemma_tune.models.linear import einsum_product
 from gemma_tune.models.lora.layers import merged_kernel, with_factors
-from gemma_tune.models.sharding.placement import put
+from gemma_tune.models.sharding.placement import put_sharded
 from gemma_tune.quantization.codes import Quantized, Scales, dequantize, quantize, rows_of, shapes_of, take_rows
 from gemma_tune.quantization.smoothquant import dynamic_product, quantize_activations
 from gemma_tune.quantization.spec import LayerScheme
@@ -74,7 +74,7 @@ class QuantizedKernel:
                 object.__setattr__(self.layer, "_first_floats", rows.ravel()[:NUM_FIRST].copy())
             matrix = rows.reshape(-1, *shape[1:])
             if sharding is not None and step == num_rows:
-                parts.append(_quantize(put(matrix, sharding), quant_spec))  # Each device its part.
+                parts.append(_quantize(put_sharded(matrix, sharding), quant_spec))  # Each device its part.
             else:
                 parts.append(jax.tree.map(np.asarray, _quantize(matrix, quant_spec)))
         arrays = jax.tree.map(lambda *pieces: pieces[0] if len(pieces) == 1 else np.concatenate(pieces), *parts)
@@ -132,7 +132,7 @@ class _QuantizedLayer:
         if tree != self._code_tree:
             raise ValueError(f"{self.path} holds {self._code_tree}, not {tree}.")
         for variable, value in zip(self._code_variables, leaves, strict=True):
-            variable.assign(put(value, variable._layout))
+            variable.assign(put_sharded(value, variable._layout))
 
     def save_own_variables(self: Any, store: Any) -> None:
         """Writes codes and scales as they are.
@@ -153,7 +153,7 @@ class _QuantizedLayer:
         if _FIRST_KEY in names:
             object.__setattr__(self, "_first_floats", np.asarray(store[_FIRST_KEY]))
             for index, variable in enumerate(self._code_variables):
-                variable.assign(put(np.asarray(store[str(index)]), variable._layout))
+                variable.assign(put_sharded(np.asarray(store[str(index)]), variable._layout))
             bias = str(len(self._code_variables))
         else:
             self._float_kernel.fill(lambda start, stop: store["0"][start:stop])

@@ -23,7 +23,7 @@ from gemma_tune.models.layers import quantized_layers
 from gemma_tune.runtime.backend import keras, keras_hub
 from gemma_tune.runtime.processes import is_distributed
 
-ROWS = ("data", "fsdp")  # The mesh axes that cut the rows of a batch.
+BATCH_AXES = ("data", "fsdp")  # The mesh axes that cut the rows of a batch.
 Axes = tuple[str | tuple[str, ...] | None, ...]
 
 # Path of a float variable -> the mesh axis that cuts each of its axes. What a head is made of stays together.
@@ -50,8 +50,8 @@ class MeshSharding:
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self.everywhere, self.rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(ROWS))
-        self.micro_rows = NamedSharding(mesh, P(None, ROWS))
+        self.replicated, self.batch = NamedSharding(mesh, P()), NamedSharding(mesh, P(BATCH_AXES))
+        self.micro_batches = NamedSharding(mesh, P(None, BATCH_AXES))
 
     def __str__(self) -> str:
         return f"{self.shape} of {self.mesh.size} × {self.mesh.devices.flat[0].device_kind}"
@@ -69,12 +69,12 @@ class MeshSharding:
         """
         for layer in quantized_layers(backbone):
             kernel = layer._float_kernel
-            axes = matrix_axes(kernel.path, kernel.shape, layer._matrix_shape)
-            object.__setattr__(kernel, "sharding", self.fit(axes, layer._matrix_shape))
+            axes = matrix_mesh_axes(kernel.path, kernel.shape, layer._matrix_shape)
+            object.__setattr__(kernel, "sharding", self.sharding_for(axes, layer._matrix_shape))
         for variable, sharding in self._shardings(backbone):
             variable._layout = sharding  # Keras puts there what is assigned.
             if variable._value is not None:
-                variable._value = put(variable._value, sharding)
+                variable._value = put_sharded(variable._value, sharding)
 
     def _shardings(self, backbone: keras_hub.models.Backbone) -> list[tuple[keras.Variable, NamedSharding]]:
         found = []
@@ -84,23 +84,23 @@ class MeshSharding:
             if layer := quantized.get(id(variable)):
                 found.append((variable, self._of_codes(layer, variable.name, shape)))
             else:
-                found.append((variable, self.fit(axes_of(variable.path, len(shape)), shape)))
+                found.append((variable, self.sharding_for(mesh_axes_of(variable.path, len(shape)), shape)))
         return found
 
     def _of_codes(self, layer: Any, name: str, shape: tuple[int, ...]) -> NamedSharding:
         if name.endswith(("_scale_step", "_scale_lowest")):  # Of 256 scales each, wherever these are.
-            return self.everywhere
-        first, inputs, last = matrix_axes(layer._float_kernel.path, layer._float_kernel.shape, layer._matrix_shape)
-        return self.fit((first, inputs, None, last) if len(shape) == 4 else (first, inputs, last), shape)
+            return self.replicated
+        first, inputs, last = matrix_mesh_axes(layer._float_kernel.path, layer._float_kernel.shape, layer._matrix_shape)
+        return self.sharding_for((first, inputs, None, last) if len(shape) == 4 else (first, inputs, last), shape)
 
-    def fit(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+    def sharding_for(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
         """Returns the sharding where each axis can be cut: a single key/value head is on every device. What `fsdp`
         can't cut at its place, it cuts along the longest axis that it divides.
         """
         cut = list(axes)
         for place, (axis, length) in enumerate(zip(axes, shape, strict=True)):
             if isinstance(axis, tuple):
-                cut[place] = self.cuts(length)
+                cut[place] = self.vocabulary_axes(length)
             elif axis and length % self.mesh.shape[axis]:
                 cut[place] = None
                 others = [i for i, free in enumerate(axes) if free is None and not shape[i] % self.mesh.shape[axis]]
@@ -108,14 +108,14 @@ class MeshSharding:
                     cut[max(others, key=lambda i: shape[i])] = axis
         return NamedSharding(self.mesh, P(*cut))
 
-    def cuts(self, vocabulary: int) -> tuple[str, ...]:
+    def vocabulary_axes(self, vocabulary: int) -> tuple[str, ...]:
         """Returns the axes that cut the rows of an embedding, the outer one first: as many as divide their number."""
         for axes in (("model", "fsdp"), ("fsdp",), ("model",)):
             if not vocabulary % math.prod(self.mesh.shape[axis] for axis in axes):
                 return axes
         return ()
 
-    def assign_parts(self, backbone: keras_hub.models.Backbone) -> None:
+    def assign_shards(self, backbone: keras_hub.models.Backbone) -> None:
         """Makes the variables of a skeleton take NumPy's arrays part by part. Keras would put each whole on the first
         device, and cut it there.
         """
@@ -123,14 +123,14 @@ class MeshSharding:
             convert = functools.partial(_in_parts, variable, variable._convert_to_tensor)
             object.__setattr__(variable, "_convert_to_tensor", convert)
 
-    def put_rows(self, num_rows: int, make: Callable[[int, int], Any]) -> Any:
+    def put_batch(self, num_rows: int, make: Callable[[int, int], Any]) -> Any:
         """Puts a batch's rows where they are computed with.
 
         Args:
             num_rows: In the batch.
             make: (start, stop) -> a tree of these rows, [stop - start, …] each. Called for those of this process alone.
         """
-        cut = self.rows.addressable_devices_indices_map((num_rows,)).values()
+        cut = self.batch.addressable_devices_indices_map((num_rows,)).values()
         made = {part: make(*part) for part in {index[0].indices(num_rows)[:2] for index in cut if index}}
 
         def whole(*parts: Any) -> jax.Array:
@@ -140,7 +140,7 @@ class MeshSharding:
             def rows_of(index: Any) -> Any:
                 return by_rows[index[0].indices(num_rows)[:2]]
 
-            return jax.make_array_from_callback(shape, self.rows, rows_of)
+            return jax.make_array_from_callback(shape, self.batch, rows_of)
 
         return jax.tree.map(whole, *made.values())
 
@@ -180,10 +180,10 @@ def mesh_sharding_of(backbone: keras_hub.models.Backbone) -> MeshSharding | None
 def _in_parts(variable: keras.Variable, convert: Callable, value: Any, dtype: Any = None) -> Any:
     if variable._layout is None or isinstance(value, jax.Array) or tuple(np.shape(value)) != tuple(variable.shape):
         return convert(value, dtype)
-    return put(np.asarray(value).astype(dtype or variable.dtype), variable._layout)
+    return put_sharded(np.asarray(value).astype(dtype or variable.dtype), variable._layout)
 
 
-def axes_of(path: str, num_axes: int) -> Axes:
+def mesh_axes_of(path: str, num_axes: int) -> Axes:
     """Returns the mesh axis that cuts each axis of a float variable, or of a LoRA factor of one.
 
     Raises:
@@ -216,15 +216,15 @@ def _rule_of(path: str, named: str) -> Axes:
     )
 
 
-def matrix_axes(path: str, shape: tuple[int, ...], matrix_shape: tuple[int, ...]) -> Axes:
+def matrix_mesh_axes(path: str, shape: tuple[int, ...], matrix_shape: tuple[int, ...]) -> Axes:
     """Returns the mesh axes of a float kernel that is taken as a [P, C, Q] (quantization/codes.py)."""
-    axes = axes_of(path, len(shape))
+    axes = mesh_axes_of(path, len(shape))
     if len(shape) == 3:
         return axes if shape == tuple(matrix_shape) else (None, axes[0], axes[2])
     return (None, *axes) if matrix_shape[0] == 1 else (*axes, None)
 
 
-def put(values: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def put_sharded(values: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Puts an array where it belongs; a NumPy array part by part, so that no device holds it whole."""
     if sharding is None:
         return jax.device_put(values)
@@ -239,7 +239,7 @@ def put(values: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
-def rows_needed(shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> tuple[int, int]:
+def local_rows(shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> tuple[int, int]:
     """Returns the first row, and the one behind the last, that this process's devices hold of an array."""
     if sharding is None or not shape:
         return 0, shape[0] if shape else 0

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gemma_tune.models.attention.swap import AttentionShape, shape_of
+from gemma_tune.models.attention.swap import AttentionShape, attention_shape_of
 from gemma_tune.runtime.backend import is_single_cpu, keras_hub
 
 
@@ -26,7 +26,7 @@ class LayerCache(NamedTuple):
     values: Any
 
 
-class Place(NamedTuple):
+class CacheIndex(NamedTuple):
     """Where B rows of T new tokens stand.
 
     starts: [B] int32, of each row's region. firsts: [B] int32, of the first new token, counted from there. lengths: How
@@ -42,14 +42,16 @@ def empty_cache(backbone: keras_hub.models.Backbone, num_positions: int) -> list
     """Returns a cache of zeros, in the dtype in which each block computes."""
     caches = []
     for block in backbone.transformer_layers:
-        shape = shape_of(block.attention)
+        shape = attention_shape_of(block.attention)
         size = (num_positions, shape.num_kv_heads, shape.head_width)
         caches.append(LayerCache(jnp.zeros(size, shape.dtype), jnp.zeros(size, shape.dtype)))
     return caches
 
 
 @contextlib.contextmanager
-def attention_to(cache: Sequence[LayerCache], backbone: keras_hub.models.Backbone, place: Place) -> Iterator[list]:
+def attention_over_cache(
+    cache: Sequence[LayerCache], backbone: keras_hub.models.Backbone, place: CacheIndex
+) -> Iterator[list]:
     """Within it, the backbone's blocks attend to a cache; yields the list that has the new cache afterwards."""
     updated: list[LayerCache] = list(cache)
     attentions = [block.attention for block in backbone.transformer_layers]
@@ -69,7 +71,7 @@ def attention_to(cache: Sequence[LayerCache], backbone: keras_hub.models.Backbon
                     object.__setattr__(attention, name, original)
 
 
-def _rope(attention: Any, place: Place) -> Any:
+def _rope(attention: Any, place: CacheIndex) -> Any:
     """Rotates by each row's own positions. Gemma 3's `_apply_rope` takes none, but its layer does."""
     original = type(attention)._apply_rope
     takes_positions = "positions" in inspect.signature(original).parameters
@@ -84,25 +86,27 @@ def _rope(attention: Any, place: Place) -> Any:
     return apply_rope
 
 
-def _attention(attention: Any, index: int, caches: list[LayerCache], place: Place) -> Any:
-    shape = shape_of(attention)
+def _attention(attention: Any, index: int, caches: list[LayerCache], place: CacheIndex) -> Any:
+    shape = attention_shape_of(attention)
 
     def compute_attention(q: Any, k: Any, v: Any, attention_mask: Any, **named: Any) -> jax.Array:
         del attention_mask, named
-        caches[index] = LayerCache(*(write(old, new, place) for old, new in zip(caches[index], (k, v), strict=True)))
-        return attend(q * jnp.asarray(shape.scale, q.dtype), caches[index], shape, place)
+        caches[index] = LayerCache(
+            *(write_to_cache(old, new, place) for old, new in zip(caches[index], (k, v), strict=True))
+        )
+        return attend_to_cache(q * jnp.asarray(shape.scale, q.dtype), caches[index], shape, place)
 
     return compute_attention
 
 
-def write(cache: jax.Array, new: jax.Array, place: Place) -> jax.Array:
+def write_to_cache(cache: jax.Array, new: jax.Array, place: CacheIndex) -> jax.Array:
     """Puts [B, T, K, H] at their places. Row by row, so that XLA does it in place."""
     for row in range(new.shape[0]):
         cache = lax.dynamic_update_slice(cache, new[row], (place.starts[row] + place.firsts[row], 0, 0))
     return cache
 
 
-def attend(q: jax.Array, cache: LayerCache, shape: AttentionShape, place: Place) -> jax.Array:
+def attend_to_cache(q: jax.Array, cache: LayerCache, shape: AttentionShape, place: CacheIndex) -> jax.Array:
     """Returns [B, T, N, H] for scaled queries of the same shape. A row's result depends on nothing of other rows."""
     last_of_rows = place.firsts + q.shape[1]
 

@@ -7,14 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.blocks import calls
+from gemma_tune.models.blocks import replaced_calls
 from gemma_tune.models.functional import hidden_states, parameters
 from gemma_tune.models.layers import linear_layers
 from gemma_tune.models.quantized.layers import QuantizedEinsumDense, quantized_product
 from gemma_tune.models.quantized.qat import rounded_params
 from gemma_tune.runtime.backend import keras
 from gemma_tune.serving.engine.adapters import StackedFactors, apply_row_factors
-from gemma_tune.serving.engine.matmul import MatmulWeights, einsum_matmul, lm_head_matmul_weights, is_fake_quantized, kernel_matmul_weights
+from gemma_tune.serving.engine.matmul import (
+    MatmulWeights,
+    einsum_matmul,
+    is_fake_quantized,
+    kernel_matmul_weights,
+    lm_head_matmul_weights,
+)
 
 
 class EngineParams(NamedTuple):
@@ -42,12 +48,14 @@ def called_linear_layers(model: keras.Model) -> dict[str, Any]:
         return call
 
     tokens = jnp.ones((1, 2), jnp.int32)
-    with calls([(layer, noticed(layer)) for layer in linear_layers(model.backbone)]):
+    with replaced_calls([(layer, noticed(layer)) for layer in linear_layers(model.backbone)]):
         jax.eval_shape(lambda: hidden_states(model.backbone, tokens, tokens, tokens))
     return called
 
 
-def linear_call(layer: Any, matrix: MatmulWeights | None, factors: StackedFactors | None, adapters: Any, one: Any) -> Callable:
+def linear_call(
+    layer: Any, matrix: MatmulWeights | None, factors: StackedFactors | None, adapters: Any, one: Any
+) -> Callable:
     """What a linear layer computes for rows of several adapters."""
 
     def call(inputs: Any, training: Any = None) -> Any:

@@ -15,23 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gemma_tune.models.blocks import calls
-from gemma_tune.models.functional import bound, hidden_states
+from gemma_tune.models.blocks import replaced_calls
+from gemma_tune.models.functional import hidden_states, params_scope
 from gemma_tune.models.quantized.qat import weights_are_rounded
 from gemma_tune.runtime.backend import keras
-from gemma_tune.serving.engine.adapters import Factors
-from gemma_tune.serving.engine.cached_attention import LayerCache, Place, attention_to, empty_cache
-from gemma_tune.serving.engine.parameters import Arrays, arrays_of, called_layers, row_call
-from gemma_tune.serving.engine.products import logits_of, one_unseen
-from gemma_tune.serving.sampling import MOST_LOGPROBS, Logprobs, RowSampling, log_probabilities, sample
+from gemma_tune.serving.engine.adapters import StackedFactors
+from gemma_tune.serving.engine.cached_attention import CacheIndex, LayerCache, attention_over_cache, empty_cache
+from gemma_tune.serving.engine.matmul import lm_head_logits, opaque_one
+from gemma_tune.serving.engine.parameters import EngineParams, called_linear_layers, engine_params, linear_call
+from gemma_tune.serving.sampling import MAX_LOGPROBS, Logprobs, RowSampling, log_probabilities, sample
 
-CHUNK = 64  # Tokens of a prompt that are read at once.
-_TAILS = (16, 32, CHUNK)  # What the last of them are filled up to.
+PREFILL_CHUNK = 64  # Tokens of a prompt that are read at once.
+_TAILS = (16, 32, PREFILL_CHUNK)  # What the last of them are filled up to.
 _SHORTEST_LENGTH = 128
 _LENGTH_FACTOR = 2
 
 
-class Rows(NamedTuple):
+class DecodeBatch(NamedTuple):
     """One step's rows, as arrays [B] of int32, `seed` uint32 and four float32.
 
     tokens: The last of each answer or prompt. starts, positions: Where they stand: of the region, and in it. slots:
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     sampling: RowSampling
 
 
-class Made(NamedTuple):
+class DecodeOutput(NamedTuple):
     """What a step made: tokens [B], whether each row's logits were numbers [B], and Logprobs, where asked for."""
 
     tokens: Any
@@ -59,15 +59,20 @@ class Programs:
     """Compiled functions of one model, with the cache that they read and write."""
 
     def __init__(
-        self, model: keras.Model, factors: dict[str, Factors], num_positions: int, max_length: int, num_slots: int
+        self,
+        model: keras.Model,
+        factors: dict[str, StackedFactors],
+        num_positions: int,
+        max_length: int,
+        num_slots: int,
     ):
         self._model = model
-        self._layers = called_layers(model)
-        self._arrays = arrays_of(model, self._layers, factors)
+        self._layers = called_linear_layers(model)
+        self._arrays = engine_params(model, self._layers, factors)
         self._lengths = _lengths_up_to(max_length)
         # One chunk that rows without a request write to, and as many positions as a look from the last one may see.
         self._unused_start = num_positions
-        self._cache = empty_cache(model.backbone, num_positions + CHUNK + self._lengths[-1])
+        self._cache = empty_cache(model.backbone, num_positions + PREFILL_CHUNK + self._lengths[-1])
         self._num_slots = num_slots
         self.vocabulary_size: int = model.backbone.token_embedding.input_dim
         self._seen = jnp.zeros((num_slots + 1, self.vocabulary_size), bool)
@@ -87,7 +92,7 @@ class Programs:
         for size in _TAILS:
             todo.append(functools.partial(self.prefill, [0] * size, self._unused_start, 0, 0))
         for count in row_counts:
-            todo.append(functools.partial(self.decode, self.no_rows(count)))
+            todo.append(functools.partial(self.decode, self.empty_batch(count)))
         todo.append(functools.partial(self.copy, self._unused_start, self._unused_start, 1))
         todo.append(functools.partial(self.mark_seen, self._num_slots, ()))
         for done, run in enumerate(todo):
@@ -106,8 +111,8 @@ class Programs:
         place = np.array([start, first, adapter], np.int32)
         self._cache = self._prefill(self._arrays, self._cache, padded, place)
 
-    def decode(self, rows: Rows) -> Made:
-        """Makes each row's next token. Rows beyond the requests come from `no_rows`."""
+    def decode(self, rows: DecodeBatch) -> DecodeOutput:
+        """Makes each row's next token. Rows beyond the requests come from `empty_batch`."""
         self._cache, self._seen, made = self._decode(self._arrays, self._cache, self._seen, rows)
         return jax.device_get(made)
 
@@ -121,7 +126,7 @@ class Programs:
         row[list(token_ids)] = True
         self._seen = self._mark(self._seen, np.int32(slot), row)
 
-    def no_rows(self, count: int) -> Rows:
+    def empty_batch(self, count: int) -> DecodeBatch:
         """Returns rows that nothing is asked of: greedy, and written where nothing is read."""
         zeros = np.zeros(count, np.int32)
         sampling = RowSampling(
@@ -134,49 +139,57 @@ class Programs:
             index=zeros.copy(),
         )
         starts, slots = np.full(count, self._unused_start, np.int32), np.full(count, self._num_slots, np.int32)
-        return Rows(zeros.copy(), starts, zeros.copy(), slots, zeros.copy(), zeros.copy(), sampling)
+        return DecodeBatch(zeros.copy(), starts, zeros.copy(), slots, zeros.copy(), zeros.copy(), sampling)
 
-    def _prefill_fn(self, arrays: Arrays, cache: list[LayerCache], token_ids: Any, place: Any) -> list[LayerCache]:
-        where = Place(place[:1], place[1:2], self._lengths)
+    def _prefill_fn(
+        self, arrays: EngineParams, cache: list[LayerCache], token_ids: Any, place: Any
+    ) -> list[LayerCache]:
+        where = CacheIndex(place[:1], place[1:2], self._lengths)
         with self._running(arrays, cache, where, place[2:]) as updated:
             self._hidden(token_ids)
         return updated
 
-    def _decode_fn(self, arrays: Arrays, cache: list[LayerCache], seen: Any, rows: Rows) -> tuple[Any, Any, Made]:
+    def _decode_fn(
+        self, arrays: EngineParams, cache: list[LayerCache], seen: Any, rows: DecodeBatch
+    ) -> tuple[Any, Any, DecodeOutput]:
         seen = seen.at[rows.slots, rows.tokens].set(True)
-        with self._running(arrays, cache, Place(rows.starts, rows.positions, self._lengths), rows.adapters) as updated:
+        with self._running(
+            arrays, cache, CacheIndex(rows.starts, rows.positions, self._lengths), rows.adapters
+        ) as updated:
             hidden = self._hidden(rows.tokens[:, None])[:, 0]
-            logits = logits_of(self._model.backbone.token_embedding, arrays.head, hidden, one_unseen(rows.starts))
+            logits = lm_head_logits(self._model.backbone.token_embedding, arrays.head, hidden, opaque_one(rows.starts))
         penalized = jnp.any(rows.sampling.repetition_penalty != 1)
         seen_here = lax.cond(penalized, lambda: seen[rows.slots], lambda: jnp.zeros(logits.shape, bool))
         tokens = sample(logits, rows.sampling, seen_here)
         logprobs = lax.cond(jnp.any(rows.wants_logprobs > 0), log_probabilities, _no_logprobs, logits, tokens)
-        return updated, seen, Made(tokens, jnp.isfinite(jnp.max(logits, axis=-1)), logprobs)
+        return updated, seen, DecodeOutput(tokens, jnp.isfinite(jnp.max(logits, axis=-1)), logprobs)
 
     def _hidden(self, token_ids: Any) -> jax.Array:
         ones = jnp.ones(token_ids.shape, jnp.int32)
-        positions = jnp.zeros(token_ids.shape, jnp.int32)  # Given to the rotation by `attention_to`.
+        positions = jnp.zeros(token_ids.shape, jnp.int32)  # Given to the rotation by `attention_over_cache`.
         return hidden_states(self._model.backbone, token_ids, ones, positions)
 
     @contextlib.contextmanager
-    def _running(self, arrays: Arrays, cache: list[LayerCache], place: Place, adapters: Any) -> Iterator[list]:
+    def _running(
+        self, arrays: EngineParams, cache: list[LayerCache], place: CacheIndex, adapters: Any
+    ) -> Iterator[list]:
         """Within it, the backbone computes with `arrays`; yields the cache that it leaves."""
-        one = one_unseen(place.starts)
+        one = opaque_one(place.starts)
         swaps = [
-            (layer, row_call(layer, arrays.matrices.get(path), arrays.factors.get(path), adapters, one))
+            (layer, linear_call(layer, arrays.matrices.get(path), arrays.factors.get(path), adapters, one))
             for path, layer in self._layers.items()
             if path in arrays.matrices or path in arrays.factors
         ]
-        computing = bound(self._model, arrays.params), weights_are_rounded(), calls(swaps)
+        computing = params_scope(self._model, arrays.params), weights_are_rounded(), replaced_calls(swaps)
         with contextlib.ExitStack() as stack:
             for each in computing:
                 stack.enter_context(each)
-            yield stack.enter_context(attention_to(cache, self._model.backbone, place))
+            yield stack.enter_context(attention_over_cache(cache, self._model.backbone, place))
 
 
 def _no_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
     num_rows = logits.shape[0]
-    some = jnp.zeros((num_rows, MOST_LOGPROBS))
+    some = jnp.zeros((num_rows, MAX_LOGPROBS))
     return Logprobs(jnp.zeros(num_rows), some.astype(jnp.int32), some)
 
 
@@ -185,8 +198,8 @@ def _copy_chunks(cache: list[LayerCache], numbers: jax.Array) -> list[LayerCache
 
     def copy_chunk(index: Any, cache: list[LayerCache]) -> list[LayerCache]:
         def of_array(array: jax.Array) -> jax.Array:
-            chunk = lax.dynamic_slice_in_dim(array, source + index * CHUNK, CHUNK)
-            return lax.dynamic_update_slice_in_dim(array, chunk, target + index * CHUNK, 0)
+            chunk = lax.dynamic_slice_in_dim(array, source + index * PREFILL_CHUNK, PREFILL_CHUNK)
+            return lax.dynamic_update_slice_in_dim(array, chunk, target + index * PREFILL_CHUNK, 0)
 
         return jax.tree.map(of_array, cache)
 
@@ -196,5 +209,5 @@ def _copy_chunks(cache: list[LayerCache], numbers: jax.Array) -> list[LayerCache
 def _lengths_up_to(max_length: int) -> tuple[int, ...]:
     lengths = [_SHORTEST_LENGTH]
     while lengths[-1] < max_length:
-        lengths.append(min(lengths[-1] * _LENGTH_FACTOR, -(-max_length // CHUNK) * CHUNK))
+        lengths.append(min(lengths[-1] * _LENGTH_FACTOR, -(-max_length // PREFILL_CHUNK) * PREFILL_CHUNK))
     return tuple(lengths)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gemma_tune.models.lm_head import LMHead, lm_head_rows, num_rows, over_blocks, rows_at
+from gemma_tune.models.lm_head import LMHead, gather_lm_head_rows, num_rows, over_vocabulary_tiles, slice_lm_head_rows
 
 VOCABULARY_BLOCK = 4096
 
@@ -90,7 +90,7 @@ class _WholeHead(NamedTuple):
         return num_rows(self.head)
 
     def rows(self, first: Any, count: int, dtype: Any) -> jax.Array:
-        return lm_head_rows(self.head, first, count, dtype)
+        return slice_lm_head_rows(self.head, first, count, dtype)
 
     def find(self, first: Any, count: int) -> tuple[jax.Array, jax.Array]:
         inside = (self.target_ids >= first) & (self.target_ids < first + count)
@@ -142,7 +142,7 @@ def visit_blocks(
             weighted_rows=weighted_rows,
         )
 
-    return over_blocks(vocabulary.num_rows, block, start, visit)
+    return over_vocabulary_tiles(vocabulary.num_rows, block, start, visit)
 
 
 def block_logits(soft_cap: float | None, rows: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -180,7 +180,7 @@ def _frozen_head_loss(soft_cap, block, hidden, head, target_ids, weights):
 
 def _frozen_head_forward(soft_cap, block, hidden, head, target_ids, weights):
     running = visit_blocks(soft_cap, block, hidden, _WholeHead(head, target_ids), with_gradient=True)
-    gradient = gradient_in_hidden(running, rows_at(head, target_ids), weights)
+    gradient = gradient_in_hidden(running, gather_lm_head_rows(head, target_ids), weights)
     return sums_of(running, weights), (gradient, jnp.empty(0, hidden.dtype))
 
 
@@ -260,7 +260,7 @@ def both_gradients(
         )
 
     start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head_values))
-    return over_blocks(vocabulary.num_rows, block, start, visit)
+    return over_vocabulary_tiles(vocabulary.num_rows, block, start, visit)
 
 
 _trained_head_loss.defvjp(_trained_head_forward, _trained_head_backward)

@@ -14,9 +14,9 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gemma_tune.models.lm_head import LMHead, lm_head_rows, num_rows, with_plain_scales
-from gemma_tune.models.sharding.layers import fetch_rows
-from gemma_tune.models.sharding.placement import ROWS, MeshSharding
+from gemma_tune.models.lm_head import LMHead, num_rows, slice_lm_head_rows, with_dequantized_scales
+from gemma_tune.models.sharding.layers import lookup_in_shard
+from gemma_tune.models.sharding.placement import BATCH_AXES, MeshSharding
 from gemma_tune.quantization.codes import Quantized, dequantize, rows_of
 from gemma_tune.training.losses.cross_entropy import (
     VOCABULARY_BLOCK,
@@ -28,26 +28,26 @@ from gemma_tune.training.losses.cross_entropy import (
     visit_blocks,
 )
 
-_BY_ROWS = P(ROWS)
+_BY_ROWS = P(BATCH_AXES)
 
 
 class _Plan(NamedTuple):
-    """What is known beforehand. cuts: The mesh axes that cut the head's rows, the outer one first."""
+    """What is known beforehand. vocabulary_axes: The mesh axes that cut the head's rows, the outer one first."""
 
     mesh: Mesh
-    cuts: tuple[str, ...]
+    vocabulary_axes: tuple[str, ...]
     soft_cap: float | None
     block: int
 
     @property
     def head(self) -> P:
         """How the head is cut."""
-        return P(self.cuts or None)
+        return P(self.vocabulary_axes or None)
 
     @property
     def num_peers(self) -> int:
         """Devices that gather their rows for each other."""
-        return self.mesh.shape["fsdp"] if "fsdp" in self.cuts else 1
+        return self.mesh.shape["fsdp"] if "fsdp" in self.vocabulary_axes else 1
 
     def local_block(self) -> int:
         """Rows of its own that a device reads at a time."""
@@ -82,12 +82,12 @@ def sharded_linear_cross_entropy(
         num_targets: Most positions with a weight in the rows of one device.
         soft_cap, head_is_trained, block: As there.
     """
-    head = with_plain_scales(head)
+    head = with_dequantized_scales(head)
     pick = jax.shard_map(
         functools.partial(_pick, num_targets), mesh=sharding.mesh, in_specs=(_BY_ROWS,) * 3, out_specs=(_BY_ROWS,) * 3
     )
     chosen, chosen_ids, chosen_weights = pick(hidden, target_ids, weights.astype(jnp.float32))
-    plan = _Plan(sharding.mesh, sharding.cuts(num_rows(head)), soft_cap, block)
+    plan = _Plan(sharding.mesh, sharding.vocabulary_axes(num_rows(head)), soft_cap, block)
     loss = _trained_head_loss if head_is_trained else _frozen_head_loss
     loss_sum, correct_sum = loss(plan, chosen, head, chosen_ids, chosen_weights)
     return LossSums(loss_sum, jnp.sum(weights, dtype=jnp.float32), lax.stop_gradient(correct_sum))
@@ -117,17 +117,17 @@ class _HeadPart(NamedTuple):
 
     def rows(self, first: Any, count: int, dtype: Any) -> jax.Array:
         if self.plan.num_peers == 1:
-            return lm_head_rows(self.head, first, count, dtype)
+            return slice_lm_head_rows(self.head, first, count, dtype)
         if isinstance(self.head, Quantized):  # Codes take less time on the way.
             codes = jax.tree.map(self._gather, rows_of(self.head, first, count))
             return dequantize(codes, dtype)[..., 0]
-        return self._gather(lm_head_rows(self.head, first, count, dtype))
+        return self._gather(slice_lm_head_rows(self.head, first, count, dtype))
 
     def find(self, first: Any, count: int) -> tuple[jax.Array, jax.Array]:
         part, row = jnp.divmod(self.target_ids, self.num_rows)
         slice_of_model, peer = jnp.divmod(part, self.plan.num_peers)
         inside = (row >= first) & (row < first + count)
-        if "model" in self.plan.cuts:
+        if "model" in self.plan.vocabulary_axes:
             inside &= slice_of_model == lax.axis_index("model")
         return inside, peer * count + jnp.clip(row - first, 0, count - 1)
 
@@ -140,7 +140,7 @@ def _visit(plan: _Plan, hidden: Any, head: Any, target_ids: Any, with_gradient: 
     """Returns what all parts of the vocabulary come to."""
     part = _HeadPart(plan, head, target_ids)
     running = visit_blocks(plan.soft_cap, plan.local_block(), hidden, part, with_gradient)
-    if "model" not in plan.cuts:
+    if "model" not in plan.vocabulary_axes:
         return running
     is_here, _ = part.find(0, part.num_rows)
     top = lax.pmax(running.top, "model")
@@ -157,7 +157,7 @@ def _visit(plan: _Plan, hidden: Any, head: Any, target_ids: Any, with_gradient: 
 
 def _sums(running: Running, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     loss_sum, correct_sum = sums_of(running, weights)
-    return lax.psum(loss_sum, ROWS), lax.psum(correct_sum, ROWS)
+    return lax.psum(loss_sum, BATCH_AXES), lax.psum(correct_sum, BATCH_AXES)
 
 
 def _in_specs(plan: _Plan) -> tuple:
@@ -175,7 +175,7 @@ def _frozen_head_loss(plan: _Plan, hidden: Any, head: Any, target_ids: Any, weig
 def _frozen_head_forward(plan: _Plan, hidden: Any, head: Any, target_ids: Any, weights: Any) -> tuple:
     def local(hidden: Any, head: Any, target_ids: Any, weights: Any) -> tuple:
         running = _visit(plan, hidden, head, target_ids, with_gradient=True)
-        gradient = gradient_in_hidden(running, fetch_rows(head, target_ids, plan.cuts), weights)
+        gradient = gradient_in_hidden(running, lookup_in_shard(head, target_ids, plan.vocabulary_axes), weights)
         return *_sums(running, weights), gradient
 
     outputs = plan.run(local, _in_specs(plan), (P(), P(), _BY_ROWS), hidden, head, target_ids, weights)
@@ -214,12 +214,12 @@ def _trained_head_backward(plan: _Plan, saved: tuple, cotangents: tuple) -> tupl
 
         def add_up(rows: jax.Array) -> jax.Array:
             rows = lax.psum_scatter(rows, "fsdp", tiled=True) if plan.num_peers > 1 else rows
-            return lax.psum(rows, tuple(axis for axis in ROWS if axis not in plan.cuts))
+            return lax.psum(rows, tuple(axis for axis in BATCH_AXES if axis not in plan.vocabulary_axes))
 
         of_hidden, of_head = both_gradients(
             plan.soft_cap, plan.local_block(), hidden, part, scale, log_total, values, add_up
         )
-        if "model" in plan.cuts:
+        if "model" in plan.vocabulary_axes:
             of_hidden = lax.psum(of_hidden, "model")
         return of_hidden.astype(hidden.dtype), jax.tree.unflatten(tree, [of_head])
 

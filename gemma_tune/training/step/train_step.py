@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from gemma_tune.data import Batch
-from gemma_tune.models.functional import Params, bound, final_soft_cap, hidden_states, lm_head_weights
-from gemma_tune.models.sharding.layers import cut_rows
+from gemma_tune.models.functional import Params, final_soft_cap, hidden_states, lm_head_weights, params_scope
+from gemma_tune.models.sharding.layers import batch_sharded_inputs
 from gemma_tune.models.sharding.placement import MeshSharding
 from gemma_tune.runtime.backend import keras
 from gemma_tune.training.guard import is_bad, next_guard
@@ -42,7 +42,7 @@ def make_loss_fn(
     backbone, loss_of_hidden = model.backbone, make_loss_of_hidden(model, num_targets, sharding)
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch) -> LossSums:
-        with bound(model, trainable, frozen), cut_rows() if sharding else contextlib.nullcontext():
+        with params_scope(model, trainable, frozen), batch_sharded_inputs() if sharding else contextlib.nullcontext():
             hidden = hidden_states(backbone, batch.token_ids, batch.segment_ids, batch.positions)
             return loss_of_hidden(trainable, frozen, hidden, batch)
 
@@ -52,7 +52,7 @@ def make_loss_fn(
 def make_loss_of_hidden(
     model: keras.Model, num_targets: int, sharding: MeshSharding | None = None
 ) -> Callable[[Params, Params, jax.Array, Batch], LossSums]:
-    """Returns (trainable, frozen, [B, L, D] final hidden states, batch) -> LossSums, to be called within `bound`."""
+    """Returns (trainable, frozen, [B, L, D] final hidden states, batch) -> LossSums, to be called within `params_scope`."""
     backbone = model.backbone
     head_variable = backbone.token_embedding.path
     soft_cap = final_soft_cap(backbone)
@@ -122,7 +122,7 @@ def make_train_step(
         scale = scale_of_sum(state.loss_scale, num_summed)
         return update(state, *sum_gradients(state.trainable, frozen, batch, scale), batch.segment_ids)
 
-    where = (lambda state, *_: (places(state), sharding.everywhere)) if sharding else None
+    where = (lambda state, *_: (places(state), sharding.replicated)) if sharding else None
     return CompiledOnce(train_step, places=where, donate_argnums=0)
 
 
@@ -149,7 +149,7 @@ def _make_sum_gradients(
             return as_float32(grads), sums
         micro_batches = Batch(*(field.reshape(grad_accum_steps, -1, field.shape[-1]) for field in batch))
         if sharding:
-            micro_batches = jax.lax.with_sharding_constraint(micro_batches, sharding.micro_rows)
+            micro_batches = jax.lax.with_sharding_constraint(micro_batches, sharding.micro_batches)
         zero = (
             jax.tree.map(lambda value: jnp.zeros(value.shape, jnp.float32), dict(trainable)),
             LossSums(*[jnp.zeros(())] * 3),
@@ -221,5 +221,5 @@ def make_eval_step(
     """
     if per_block:
         return per_block.make_loss(make_loss_of_hidden(model, num_targets))
-    where = (lambda *_: sharding.everywhere) if sharding else None
+    where = (lambda *_: sharding.replicated) if sharding else None
     return CompiledOnce(make_loss_fn(model, num_targets, sharding), places=where)
