@@ -39,7 +39,7 @@ class CountingTokenizer:
 
 
 @pytest.fixture
-def track_progress(tiny_tokenizer):
+def counting(tiny_tokenizer):
     return CountingTokenizer(tiny_tokenizer)
 
 
@@ -166,26 +166,26 @@ def test_streaming_gives_what_lists_in_memory_give(write, monkeypatch, tiny_toke
     assert counts["num_without_target"] + counts["num_overlong_dropped"] > 0
 
 
-def test_parallel_gives_the_same_ids(write, monkeypatch, track_progress):
+def test_parallel_gives_the_same_ids(write, monkeypatch, counting):
     source = write("a.jsonl", to_jsonl(random_rows(0, 200)))
-    _, serial = prepare(source, track_progress)
-    num_serial = track_progress.num_texts
+    _, serial = prepare(source, counting)
+    num_serial = counting.num_texts
     assert num_serial > 100
     monkeypatch.setattr(tokenize, "_PARALLEL_FROM", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    _, parallel = prepare(source, track_progress)
-    assert track_progress.num_texts == num_serial  # The other way was taken.
+    _, parallel = prepare(source, counting)
+    assert counting.num_texts == num_serial  # The other way was taken.
     for ours, theirs in zip(parallel.train, serial.train, strict=True):
         np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
 
 
-def test_a_second_run_reads_no_row_and_tokenizes_nothing(write, monkeypatch, tmp_path, track_progress):
+def test_a_second_run_reads_no_row_and_tokenizes_nothing(write, monkeypatch, tmp_path, counting):
     source = write("a.jsonl", to_jsonl(random_rows(0, 60)) + "broken\n")
-    first_splits, first = prepare(source, track_progress, cache=tmp_path, on_error="skip")
-    num_texts = track_progress.num_texts
+    first_splits, first = prepare(source, counting, cache=tmp_path, on_error="skip")
+    num_texts = counting.num_texts
     monkeypatch.setattr(splits_module, "read_rows", lambda *_: pytest.fail("a row was read"))
-    splits, second = prepare(source, track_progress, cache=tmp_path, on_error="skip")
-    assert num_texts and track_progress.num_texts == num_texts
+    splits, second = prepare(source, counting, cache=tmp_path, on_error="skip")
+    assert num_texts and counting.num_texts == num_texts
     assert second.report.to_dict() == first.report.to_dict() and len(second.report.errors) == 1
     assert list(splits.train) == list(first_splits.train)
     assert list(second.heldout_examples) == list(first.heldout_examples)
@@ -210,44 +210,44 @@ def test_a_second_run_reads_no_row_and_tokenizes_nothing(write, monkeypatch, tmp
         ({"family": "gemma4"}, False),
     ],
 )
-def test_each_setting_that_matters_is_in_the_key(write, tmp_path, track_progress, changes, splits_anew):
+def test_each_setting_that_matters_is_in_the_key(write, tmp_path, counting, changes, splits_anew):
     source = write("a.jsonl", to_jsonl(random_rows(0, 40)))
     write("other.jsonl", to_jsonl(random_rows(1, 10)))
     cache = tmp_path / "cache"
-    prepare(source, track_progress, cache=cache)
+    prepare(source, counting, cache=cache)
     changes = {key: value.format(tmp_path) if key == "eval_source" else value for key, value in changes.items()}
-    prepare(source, track_progress, cache=cache, **changes)
+    prepare(source, counting, cache=cache, **changes)
     assert len(list((cache / "examples").iterdir())) == 1 + splits_anew
     assert len(list((cache / "tokens").iterdir())) == 1 + (splits_anew or "split" not in changes)
 
 
-def test_another_tokenizer_has_another_key(write, tmp_path, track_progress):
+def test_another_tokenizer_has_another_key(write, tmp_path, counting):
     source = write("a.jsonl", to_jsonl(random_rows(0, 40)))
-    prepare(source, track_progress, cache=tmp_path)
-    track_progress.proto += b"\x00"
-    prepare(source, track_progress, cache=tmp_path)
+    prepare(source, counting, cache=tmp_path)
+    counting.proto += b"\x00"
+    prepare(source, counting, cache=tmp_path)
     assert len(list((tmp_path / "tokens").iterdir())) == 2
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_changed_bytes_are_noticed(write, tmp_path, track_progress, zipped):
+def test_changed_bytes_are_noticed(write, tmp_path, counting, zipped):
     name, pack = ("a.jsonl.gz", gzip.compress) if zipped else ("a.jsonl", bytes)
     text = to_jsonl(random_rows(0, 40))
     source = write(name, pack(text.encode()))
     times = source.stat()
-    prepare(source, track_progress, cache=tmp_path / "cache")
+    prepare(source, counting, cache=tmp_path / "cache")
     write(name, pack(text.replace("yes", "yep").encode()))
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))  # Neither size nor time tells.
-    splits, _ = prepare(source, track_progress, cache=tmp_path / "cache")
+    splits, _ = prepare(source, counting, cache=tmp_path / "cache")
     assert "yep" in {example.answer for example in splits.train}
 
 
 @pytest.mark.parametrize("kind", ["examples", "tokens"])
 @pytest.mark.parametrize("damage", ["cut", "missing", "no contents", "broken contents", "grown"])
-def test_a_damaged_entry_is_built_again(write, tmp_path, track_progress, kind, damage):
+def test_a_damaged_entry_is_built_again(write, tmp_path, counting, kind, damage):
     source = write("a.jsonl", to_jsonl(random_rows(0, 40)))
     cache = tmp_path / "cache"
-    _, wanted = prepare(source, track_progress, cache=cache)
+    _, wanted = prepare(source, counting, cache=cache)
     (entry,) = (cache / kind).iterdir()
     file = max((path for path in entry.iterdir() if path.name != CONTENTS), key=lambda path: path.stat().st_size)
     if damage == "cut":
@@ -260,34 +260,34 @@ def test_a_damaged_entry_is_built_again(write, tmp_path, track_progress, kind, d
         (entry / CONTENTS).unlink()
     else:
         (entry / CONTENTS).write_text('{"sizes": {')
-    before = track_progress.num_texts
-    _, data = prepare(source, track_progress, cache=cache)
-    assert (track_progress.num_texts > before) == (kind == "tokens")
+    before = counting.num_texts
+    _, data = prepare(source, counting, cache=cache)
+    assert (counting.num_texts > before) == (kind == "tokens")
     for ours, theirs in zip(data.train, wanted.train, strict=True):
         np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
     assert list((cache / kind).iterdir()) == [entry] and json.loads((entry / CONTENTS).read_text())
 
 
-def test_a_failed_run_leaves_nothing_behind(write, tmp_path, track_progress):
+def test_a_failed_run_leaves_nothing_behind(write, tmp_path, counting):
     source = write("a.jsonl", to_jsonl(random_rows(0, 40)) + "broken\n")
     with pytest.raises(DataError, match=r"a.jsonl:41: not valid JSON"):
-        prepare(source, track_progress, cache=tmp_path / "cache")
+        prepare(source, counting, cache=tmp_path / "cache")
     with pytest.raises(DataError, match=r"data.max_length=8 allows"):
-        prepare(source, track_progress, cache=tmp_path / "cache", on_error="skip", overlong="error", max_length=8)
+        prepare(source, counting, cache=tmp_path / "cache", on_error="skip", overlong="error", max_length=8)
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(write, tmp_path, track_progress):
+def test_a_cache_that_cannot_be_written_is_done_without(write, tmp_path, counting):
     source = write("a.jsonl", to_jsonl(random_rows(0, 40)))
     (tmp_path / "cache").write_text("a file where the folder should be")
-    _, data = prepare(source, track_progress, cache=tmp_path / "cache")
+    _, data = prepare(source, counting, cache=tmp_path / "cache")
     assert len(data.train) == data.report.num_train > 0
 
 
-def test_nothing_stays_without_a_cache(write, tmp_path, monkeypatch, track_progress):
+def test_nothing_stays_without_a_cache(write, tmp_path, monkeypatch, counting):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    splits, data = prepare(write("a.jsonl", to_jsonl(random_rows(0, 40))), track_progress)
+    splits, data = prepare(write("a.jsonl", to_jsonl(random_rows(0, 40))), counting)
     assert len(list((tmp_path / "temporary").iterdir())) == 2
     heldout = data.heldout_examples
     del splits, data
