@@ -10,7 +10,7 @@ from benchmarks.contenders.worker import run, tell
 from gemma_tune.models.load import load_model
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.serving.engine.engine import Engine
-from gemma_tune.serving.engine.request import Piece, Request
+from gemma_tune.serving.engine.request import AnswerDelta, Request
 
 
 def main(source: str, scheme: str = "") -> None:
@@ -21,7 +21,7 @@ def main(source: str, scheme: str = "") -> None:
     engine.start()
 
     def answer(prompts: Sequence[Sequence[int]], num_new: Sequence[int], together: bool) -> list[list[int]]:
-        pieces: list[list[Piece]] = [[] for _ in prompts]
+        pieces: list[list[AnswerDelta]] = [[] for _ in prompts]
         handles = []
         for prompt, count, own in zip(prompts, num_new, pieces, strict=True):
             handles.append(engine.submit(Request(tuple(prompt), count), own.append))

@@ -77,7 +77,7 @@ def _answering(model: Any, config: Config) -> tuple[Callable[[Any], Any], Callab
     if config.training.mesh:  # The engine computes on one device.
         return lambda turns: turns, lambda turns, seed: stream(model, turns, **settings, seed=seed)
     conversation = Conversation(model, _MOST_TOKENS, settings.pop("max_new_tokens"), Sampling(**settings))
-    return conversation.that_fit, conversation.answer
+    return conversation.trim, conversation.answer
 
 
 def _read_line(output: Output) -> str | None:

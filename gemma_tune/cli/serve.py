@@ -70,7 +70,7 @@ def run(
     _check_packages()
     settings = ServeConfig(**{name: value for name in _HELP if (value := values[name].value) is not None})
     config = flags.to_config(values, overrides)
-    from gemma_tune.serving.http.gates import read_keys
+    from gemma_tune.serving.http.access_control import read_keys
     from gemma_tune.serving.http.server import open_socket
 
     keys = read_keys(settings.api_key_file) if settings.api_key_file else ()

@@ -25,7 +25,7 @@ from gemma_tune.serve_config import ServeConfig
 from gemma_tune.serving.engine.engine import Engine
 from gemma_tune.serving.engine.request import BASE
 from gemma_tune.serving.generation import stop_ids
-from gemma_tune.serving.http.served_models import Defaults, ServedModel, Service
+from gemma_tune.serving.http.served_models import RequestDefaults, ServedModel, Service
 from gemma_tune.serving.sampling import Sampling
 
 
@@ -131,7 +131,7 @@ def _service(
         template=template_for(family_of(model)),
         stop_ids=stop_ids(model, tokenizer),
         max_length=engine.max_length,
-        defaults=Defaults(
+        defaults=RequestDefaults(
             generation.max_new_tokens, Sampling(*(getattr(generation, name) for name in Sampling._fields))
         ),
     )

@@ -33,7 +33,7 @@ class Conversation:
         )
         self._engine.start()
 
-    def that_fit(self, turns: Sequence[Turn]) -> list[Turn]:
+    def trim(self, turns: Sequence[Turn]) -> list[Turn]:
         """Returns the turns without so many of the earliest, a system turn apart, as make the conversation too long."""
         kept = list(turns)
         first = int(kept[0].role == "system")

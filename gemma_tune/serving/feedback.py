@@ -73,7 +73,7 @@ class Exchange(NamedTuple):
     updated_at: str = ""
 
     @property
-    def says_something(self) -> bool:
+    def has_feedback(self) -> bool:
         """Whether there is a verdict, a choice or a correction."""
         return self.choice is not None or any(answer.verdict or answer.correction for answer in self.answers)
 
@@ -102,7 +102,7 @@ class FeedbackStore:
         with self._errors(), self._connection() as connection:
             row = connection.execute("select created_at from exchanges where id = ?", (exchange.id,)).fetchone()
             connection.execute("delete from exchanges where id = ?", (exchange.id,))
-            if not exchange.says_something:
+            if not exchange.has_feedback:
                 return
             connection.execute(
                 "insert into exchanges values (?, ?, ?, ?, ?, ?)",

@@ -13,7 +13,7 @@ from jax import lax
 
 from gemma_tune.config_checks import MOST_CANDIDATES
 
-MOST_LOGPROBS = 20
+MAX_LOGPROBS = 20
 _BLOCK = 512
 
 
@@ -58,7 +58,7 @@ class Logprobs(NamedTuple):
     top: Any
 
 
-def rows_alike(sampling: Sampling, num_rows: int, seed: int = 0, index: int = 0) -> RowSampling:
+def uniform_rows(sampling: Sampling, num_rows: int, seed: int = 0, index: int = 0) -> RowSampling:
     """Returns one Sampling for all rows; each draws with a seed of its own."""
     floats = {
         name: np.full(num_rows, getattr(sampling, name), np.float32)
@@ -83,14 +83,14 @@ def sample(logits: jax.Array, rows: RowSampling, seen: jax.Array) -> jax.Array:
         seen: [B, V] bool, the tokens that repetition_penalty (arXiv:1909.05858, section 4.1) makes less likely.
     """
     is_plain = jnp.all((rows.temperature == 0) & (rows.repetition_penalty == 1))
-    return lax.cond(is_plain, lambda: first_largest(logits), lambda: _sample(logits, rows, seen))
+    return lax.cond(is_plain, lambda: tiled_argmax(logits), lambda: _sample(logits, rows, seen))
 
 
 def _sample(logits: jax.Array, rows: RowSampling, seen: jax.Array) -> jax.Array:
     logits = lax.cond(
         jnp.any(rows.repetition_penalty != 1), lambda: _penalized(logits, rows.repetition_penalty, seen), lambda: logits
     )
-    greedy = first_largest(logits)
+    greedy = tiled_argmax(logits)
     draws = rows.temperature > 0
     filters = draws & ((rows.top_k > 0) | (rows.top_p < 1))
 
@@ -104,7 +104,7 @@ def _sample(logits: jax.Array, rows: RowSampling, seen: jax.Array) -> jax.Array:
     return jnp.where(draws, lax.cond(jnp.any(draws), drawn, lambda: greedy), greedy)
 
 
-def first_largest(logits: jax.Array) -> jax.Array:
+def tiled_argmax(logits: jax.Array) -> jax.Array:
     """Returns [B] int32, jnp.argmax of each row; that takes XLA on CPU twelve times as long for 262,144 logits."""
     num_rows, vocabulary = logits.shape
     missing = ((0, 0), (0, -vocabulary % _BLOCK))
@@ -117,8 +117,8 @@ def first_largest(logits: jax.Array) -> jax.Array:
 def log_probabilities(logits: jax.Array, tokens: jax.Array) -> Logprobs:
     """Returns those of tokens [B] under logits [B, V], and of the likeliest."""
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    values, ids = lax.top_k(logits, min(MOST_LOGPROBS, logits.shape[-1]))
-    missing = ((0, 0), (0, MOST_LOGPROBS - values.shape[-1]))
+    values, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    missing = ((0, 0), (0, MAX_LOGPROBS - values.shape[-1]))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
     top = jnp.pad(values - total, missing, constant_values=-jnp.inf)
     return Logprobs(chosen[:, 0], jnp.pad(ids, missing), top)

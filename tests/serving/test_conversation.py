@@ -20,15 +20,15 @@ def test_each_turn_is_answered_as_generate_does_and_old_turns_make_room(tiny):
     conversation = Conversation(model, 320, 12, GREEDY)
     for index, answer in enumerate(wanted):
         asked = turns[: 2 + 2 * index]
-        assert conversation.that_fit(asked) == asked
+        assert conversation.trim(asked) == asked
         assert "".join(conversation.answer(asked, seed=0)) == answer
     long = [turns[0], *turns[1:-1] * 20, turns[-2]]
-    kept = conversation.that_fit(long)
+    kept = conversation.trim(long)
     assert kept[0] == turns[0] and kept[1].role == "user" and len(kept) < len(long)
     assert kept[1:] == long[-len(kept) + 1 :]
     assert "".join(conversation.answer(kept, seed=0)) == gemma_tune.generate(model, [kept], max_new_tokens=12)[0]
     with pytest.raises(ConfigError, match="together at most 320"):
-        list(conversation.answer(conversation.that_fit([Turn("user", "long " * 400)]), seed=0))
+        list(conversation.answer(conversation.trim([Turn("user", "long " * 400)]), seed=0))
     conversation.close()
 
 

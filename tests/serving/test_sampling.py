@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_tune.serving.sampling import Sampling, first_largest, log_probabilities, rows_alike, sample
+from gemma_tune.serving.sampling import Sampling, log_probabilities, sample, tiled_argmax, uniform_rows
 
 LOGITS = jnp.log(jnp.asarray([0.4, 0.3, 0.15, 0.1, 0.05]))
 NUM_DRAWS = 20_000
@@ -14,7 +14,7 @@ _sample = jax.jit(sample)
 
 def draw(logits, sampling, seen=None, seed=0):
     seen = jnp.zeros(logits.shape, bool) if seen is None else seen
-    return np.asarray(_sample(logits, rows_alike(sampling, logits.shape[0], seed), seen))
+    return np.asarray(_sample(logits, uniform_rows(sampling, logits.shape[0], seed), seen))
 
 
 def frequencies(sampling, **named):
@@ -64,7 +64,7 @@ def test_a_row_draws_the_same_in_any_company(rng):
         Sampling(1.0), Sampling(), Sampling(0.7, top_k=5), Sampling(1.2, top_p=0.8), Sampling(1.0, min_p=0.1),
         Sampling(0.9, repetition_penalty=1.3),
     ]  # fmt: skip
-    alone = [rows_alike(each, 1, seed=index, index=index) for index, each in enumerate(settings)]
+    alone = [uniform_rows(each, 1, seed=index, index=index) for index, each in enumerate(settings)]
     together = jax.tree.map(lambda *rows: np.concatenate(rows), *alone)
     seen = jnp.asarray(rng.random((6, 700)) < 0.5)
     drawn = np.asarray(_sample(logits, together, seen))
@@ -85,7 +85,7 @@ def test_seen_tokens_are_penalized_as_the_formula_says():
 def test_first_largest_is_argmax(rng):
     for width in (5, 512, 1300):
         logits = rng.integers(0, 4, (7, width)).astype(np.float32)  # With many ties.
-        np.testing.assert_array_equal(first_largest(jnp.asarray(logits)), np.argmax(logits, axis=-1))
+        np.testing.assert_array_equal(tiled_argmax(jnp.asarray(logits)), np.argmax(logits, axis=-1))
 
 
 def test_log_probabilities_are_those_of_softmax(rng):

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gemma_tune.models.sources.tokenizer import TextTokenizer
-from gemma_tune.serving.engine.kv_cache import Region
-from gemma_tune.serving.engine.request import Piece, Request, TokenLogprob
-from gemma_tune.serving.text import TextStream
+from gemma_tune.serving.engine.kv_cache import CacheSlot
+from gemma_tune.serving.engine.request import AnswerDelta, Request, TokenLogprob
+from gemma_tune.serving.text_stream import TextStream
 
-Deliver = Callable[[Piece], None]
+Deliver = Callable[[AnswerDelta], None]
 
 
-class Handle:
+class AnswerHandle:
     """What `Engine.submit` returns.
 
     Attributes:
@@ -47,10 +47,12 @@ class Answer:
         finish_reason: "" until it is done.
     """
 
-    def __init__(self, request: Request, adapter: int, deliver: Deliver, handle: Handle, tokenizer: TextTokenizer):
+    def __init__(
+        self, request: Request, adapter: int, deliver: Deliver, handle: AnswerHandle, tokenizer: TextTokenizer
+    ):
         self.request, self.adapter, self.handle = request, adapter, handle
         self.slot, self.num_read, self.num_made = -1, 0, 0
-        self.region: Region | None = None
+        self.region: CacheSlot | None = None
         self.last_token = request.prompt_ids[-1]
         self.finish_reason = ""
         self._deliver, self._tokenizer = deliver, tokenizer
@@ -83,22 +85,22 @@ class Answer:
             named["logprobs"] = (self._logprob(token, chosen),)
             named["top_logprobs"] = (tuple(self._logprob(*each) for each in likeliest),)
         if self._text.stopped:
-            self._finish(Piece(text, (token,), finish_reason="stop", **named))
+            self._finish(AnswerDelta(text, (token,), finish_reason="stop", **named))
         elif self.num_made == self.request.max_new_tokens:
-            self._finish(Piece(text + self._text.finish(), (token,), finish_reason="length", **named))
+            self._finish(AnswerDelta(text + self._text.finish(), (token,), finish_reason="length", **named))
         else:
-            self._send(Piece(text, (token,), **named))
+            self._send(AnswerDelta(text, (token,), **named))
 
     def end(self, reason: str, error: str = "") -> None:
         """Delivers the last piece."""
-        self._finish(Piece(self._text.finish(), finish_reason=reason, error=error))
+        self._finish(AnswerDelta(self._text.finish(), finish_reason=reason, error=error))
 
-    def _finish(self, piece: Piece) -> None:
+    def _finish(self, piece: AnswerDelta) -> None:
         self.finish_reason = "stop" if self._text.stopped and piece.finish_reason == "length" else piece.finish_reason
         self._send(piece._replace(finish_reason=self.finish_reason))
         self.handle.done.set()
 
-    def _send(self, piece: Piece) -> None:
+    def _send(self, piece: AnswerDelta) -> None:
         try:
             self._deliver(piece)
         except Exception:  # Whoever asked is gone; the others' answers go on.
@@ -108,9 +110,9 @@ class Answer:
         return TokenLogprob(int(token), self._tokenizer.decode([int(token)]), float(logprob))
 
 
-def pieces_of(submit: Callable[[Request, Deliver], Handle], request: Request) -> Iterator[Piece]:
+def stream_deltas(submit: Callable[[Request, Deliver], AnswerHandle], request: Request) -> Iterator[AnswerDelta]:
     """Yields the pieces of one answer as they come. Leaving the iterator cancels it."""
-    pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+    pieces: queue.SimpleQueue[AnswerDelta] = queue.SimpleQueue()
     handle = submit(request, pieces.put)
     try:
         while True:

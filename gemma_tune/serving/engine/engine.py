@@ -22,14 +22,16 @@ from gemma_tune.models.sharding.placement import mesh_sharding_of
 from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.runtime.backend import keras
 from gemma_tune.serving.engine.adapters import stacked_factors
-from gemma_tune.serving.engine.answer import Answer, Deliver, Handle, pieces_of
+from gemma_tune.serving.engine.answer import Answer, AnswerHandle, Deliver, stream_deltas
 from gemma_tune.serving.engine.kv_cache import KVCacheAllocator
-from gemma_tune.serving.engine.limits import check_request
-from gemma_tune.serving.engine.programs import CHUNK, Programs, Rows
-from gemma_tune.serving.engine.request import BASE, Piece, Request
+from gemma_tune.serving.engine.programs import PREFILL_CHUNK, DecodeBatch, Programs
+from gemma_tune.serving.engine.request import BASE, AnswerDelta, Request
+from gemma_tune.serving.engine.request_limits import check_request
 from gemma_tune.serving.engine.stats import EngineStats, num_compilations
 
-_PROMPT_TOKENS_A_STEP = 4 * CHUNK  # So that a long prompt holds the answers under way up for so long and no longer.
+_PROMPT_TOKENS_A_STEP = (
+    4 * PREFILL_CHUNK
+)  # So that a long prompt holds the answers under way up for so long and no longer.
 
 
 class Engine:
@@ -74,7 +76,7 @@ class Engine:
         self.template: ChatTemplate = template_for(self.family)
         self.adapters, self.max_length = tuple(adapters), max_length
         self._max_concurrent, self._max_queued = max_concurrent, max_queued
-        self._positions = -(-max_tokens_in_flight // CHUNK) * CHUNK
+        self._positions = -(-max_tokens_in_flight // PREFILL_CHUNK) * PREFILL_CHUNK
         if self._positions < max_length:
             raise ConfigError(
                 f"max_tokens_in_flight must be at least max_length={max_length}, got "
@@ -82,7 +84,7 @@ class Engine:
             )
         factors = stacked_factors(model, adapters)
         self._programs = Programs(model, factors, self._positions, max_length, max_concurrent)
-        self._regions = KVCacheAllocator(self._positions, CHUNK)
+        self._regions = KVCacheAllocator(self._positions, PREFILL_CHUNK)
         self._row_counts = _row_counts(max_concurrent)
         self._queue: collections.deque[Answer] = collections.deque()
         self._slots: list[Answer | None] = [None] * max_concurrent
@@ -107,7 +109,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="gemma_tune engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, deliver: Deliver) -> Handle:
+    def submit(self, request: Request, deliver: Deliver) -> AnswerHandle:
         """Asks for an answer, and returns at once. Any thread may call it.
 
         Args:
@@ -121,7 +123,7 @@ class Engine:
             ConfigError: The request can't be answered whenever it is asked; says why.
         """
         check_request(request, self.adapters, self.max_length, self._programs.vocabulary_size)
-        handle = Handle(self._wake)
+        handle = AnswerHandle(self._wake)
         adapter = 0 if request.adapter == BASE else 1 + self.adapters.index(request.adapter)
         answer = Answer(request, adapter, deliver, handle, self.tokenizer)
         with self._changed:
@@ -134,9 +136,9 @@ class Engine:
             self._changed.notify_all()
         return handle
 
-    def stream(self, request: Request) -> Iterator[Piece]:
+    def stream(self, request: Request) -> Iterator[AnswerDelta]:
         """Returns the pieces of one answer as they come; leaving them cancels it. Errors come with the first."""
-        return pieces_of(self.submit, request)
+        return stream_deltas(self.submit, request)
 
     def drain(self, timeout_seconds: float) -> bool:
         """Takes no more requests, and waits until those there are have been answered. Returns whether they have."""
@@ -164,7 +166,7 @@ class Engine:
         with self._changed:
             return EngineStats(
                 slots=self._max_concurrent,
-                slots_in_use=sum(slot is not None for slot in self._slots),
+                running=sum(slot is not None for slot in self._slots),
                 queued=len(self._queue),
                 positions=self._positions,
                 positions_in_use=self._regions.positions_in_use,
@@ -230,7 +232,7 @@ class Engine:
                 self._totals["prompt"] += len(prompt)
             answer.region, source, answer.num_read = room
             if source is not None:
-                self._programs.copy(source.start, answer.region.start, answer.num_read // CHUNK)
+                self._programs.copy(source.start, answer.region.start, answer.num_read // PREFILL_CHUNK)
                 self._totals["reused"] += answer.num_read
             if answer.request.sampling.repetition_penalty != 1:
                 self._programs.mark_seen(answer.slot, prompt)
@@ -240,10 +242,10 @@ class Engine:
         for answer in filter(None, list(self._slots)):
             prompt, region = answer.request.prompt_ids, answer.region
             while region is not None and not answer.is_read and budget > 0:
-                piece = prompt[answer.num_read : min(answer.num_read + CHUNK, len(prompt) - 1)]
+                piece = prompt[answer.num_read : min(answer.num_read + PREFILL_CHUNK, len(prompt) - 1)]
                 self._programs.prefill(piece, region.start, answer.num_read, answer.adapter)
                 answer.num_read += len(piece)
-                if len(piece) == CHUNK:
+                if len(piece) == PREFILL_CHUNK:
                     region.tokens = tuple(prompt[: answer.num_read])
                 budget -= len(piece)
 
@@ -265,8 +267,8 @@ class Engine:
             if answer.finish_reason:
                 self._release(answer)
 
-    def _rows(self, answers: list[Answer]) -> Rows:
-        rows = self._programs.no_rows(next(count for count in self._row_counts if count >= len(answers)))
+    def _rows(self, answers: list[Answer]) -> DecodeBatch:
+        rows = self._programs.empty_batch(next(count for count in self._row_counts if count >= len(answers)))
         for index, answer in enumerate(answers):
             request = answer.request
             assert answer.region is not None
@@ -283,7 +285,7 @@ class Engine:
         with self._changed:
             self._requests[answer.finish_reason] += 1
             if answer.region is not None:
-                self._regions.give_back(answer.region)
+                self._regions.free(answer.region)
                 answer.region = None
                 self._slots[answer.slot] = None
             else:

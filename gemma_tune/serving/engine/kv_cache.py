@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 
 @dataclasses.dataclass(eq=False)
-class Region:
+class CacheSlot:
     """A stretch of the cache.
 
     Attributes:
@@ -33,8 +33,8 @@ class KVCacheAllocator:
 
     def __init__(self, num_positions: int, chunk: int):
         self._num_positions, self._chunk = num_positions, chunk
-        self._regions: list[Region] = []  # By start.
-        self._unused: list[Region] = []  # The one that was given back first comes first.
+        self._regions: list[CacheSlot] = []  # By start.
+        self._unused: list[CacheSlot] = []  # The one that was given back first comes first.
 
     @property
     def positions_in_use(self) -> int:
@@ -47,7 +47,7 @@ class KVCacheAllocator:
 
     def allocate(
         self, num_tokens: int, prompt: Sequence[int], adapter: int
-    ) -> tuple[Region, Region | None, int] | None:
+    ) -> tuple[CacheSlot, CacheSlot | None, int] | None:
         """Returns a region, the one to copy the beginning of the prompt from, and how many tokens of it; None when
         there is no room until a request is done.
 
@@ -69,12 +69,12 @@ class KVCacheAllocator:
             self._remove(self._unused[0])
         if source not in self._regions:
             source, common = None, 0
-        region = Region(start, size, adapter, tuple(prompt[:common]))
+        region = CacheSlot(start, size, adapter, tuple(prompt[:common]))
         self._regions.append(region)
         self._regions.sort(key=lambda each: each.start)
         return region, source, common
 
-    def give_back(self, region: Region) -> None:
+    def free(self, region: CacheSlot) -> None:
         """The request is done. What it computed stays while there is room."""
         region.in_use = False
         if region.tokens:
@@ -82,7 +82,7 @@ class KVCacheAllocator:
         else:
             self._regions.remove(region)
 
-    def _remove(self, region: Region) -> None:
+    def _remove(self, region: CacheSlot) -> None:
         self._unused.remove(region)
         self._regions.remove(region)
 
@@ -95,7 +95,7 @@ class KVCacheAllocator:
             start = region.start + region.size
         return start if self._num_positions - start >= size else None
 
-    def _longest_beginning(self, prompt: Sequence[int], adapter: int) -> tuple[Region | None, int]:
+    def _longest_beginning(self, prompt: Sequence[int], adapter: int) -> tuple[CacheSlot | None, int]:
         best, longest = None, 0
         for region in self._regions:
             if region.adapter == adapter:

@@ -39,7 +39,7 @@ class TokenLogprob(NamedTuple):
     logprob: float
 
 
-class Piece(NamedTuple):
+class AnswerDelta(NamedTuple):
     """The next piece of an answer. All `text` together is the answer.
 
     Attributes:

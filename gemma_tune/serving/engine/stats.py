@@ -32,7 +32,7 @@ class EngineStats(NamedTuple):
     """
 
     slots: int
-    slots_in_use: int
+    running: int
     queued: int
     positions: int
     positions_in_use: int

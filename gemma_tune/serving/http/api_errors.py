@@ -58,7 +58,7 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def too_busy() -> ApiError:
+def queue_full() -> ApiError:
     """As many answers wait as may."""
     return ApiError(
         429,
@@ -92,12 +92,12 @@ def timed_out(seconds: float) -> ApiError:
     )
 
 
-def failed(message: str = "") -> ApiError:
+def server_failed(message: str = "") -> ApiError:
     """Something that is no fault of the request."""
     return ApiError(500, message or "The server failed. Its log says why.", kind=SERVER, code="server_error")
 
 
-def install(app: FastAPI) -> None:
+def install_error_handlers(app: FastAPI) -> None:
     """Makes every error of an app look like this."""
 
     @app.exception_handler(ApiError)
@@ -117,11 +117,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(GemmaTuneError)
     async def on_own_error(request: Request, error: GemmaTuneError) -> JSONResponse:
         _LOG.error("%s %s: %s", request.method, request.url.path, error)
-        return failed(str(error)).response()
+        return server_failed(str(error)).response()
 
     @app.exception_handler(Exception)
     async def on_defect(request: Request, error: Exception) -> JSONResponse:
-        return failed().response()  # Starlette raises it again, so that it is logged with its traceback.
+        return server_failed().response()  # Starlette raises it again, so that it is logged with its traceback.
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:

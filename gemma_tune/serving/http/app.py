@@ -14,14 +14,21 @@ from gemma_tune.serve_config import ServeConfig
 from gemma_tune.serving.engine.request import Request
 from gemma_tune.serving.feedback import FeedbackStore
 from gemma_tune.serving.http import api_errors as errors
-from gemma_tune.serving.http.completions import CHAT, TEXT, Kind, Reply
-from gemma_tune.serving.http.gates import Gates
+from gemma_tune.serving.http.access_control import AccessControl
+from gemma_tune.serving.http.engine_requests import chat_requests, completion_requests
 from gemma_tune.serving.http.page_routes import page_routes
-from gemma_tune.serving.http.pending_answers import Answers, ClientLeft, unless_client_leaves
-from gemma_tune.serving.http.prometheus import Counted, Metrics
-from gemma_tune.serving.http.prompts import chat_requests, completion_requests
-from gemma_tune.serving.http.replies import ChatReply, CompletionReply, Health, ModelList, ModelReply, documented
-from gemma_tune.serving.http.schema import Asked, ChatRequest, CompletionRequest
+from gemma_tune.serving.http.pending_answers import ClientDisconnected, PendingAnswers, unless_disconnected
+from gemma_tune.serving.http.prometheus import Metrics, MetricsMiddleware
+from gemma_tune.serving.http.reply_builder import CHAT, TEXT, CompletionKind, ReplyBuilder
+from gemma_tune.serving.http.request_schema import ChatRequest, CompletionRequest, GenerationRequest
+from gemma_tune.serving.http.response_schema import (
+    ChatReply,
+    CompletionReply,
+    HealthReply,
+    ModelList,
+    ModelReply,
+    documented_responses,
+)
 from gemma_tune.serving.http.served_models import Service
 from gemma_tune.serving.http.streaming import EventStream
 from gemma_tune.version import __version__
@@ -31,7 +38,7 @@ _COUNTED_PATHS = frozenset(
     {"/", "/health", "/metrics", "/feedback", "/page-settings", "/v1/chat/completions", "/v1/completions", "/v1/models"}
 )
 _CLIENT_LEFT = 499  # As nginx calls it. Nobody receives it; it is counted.
-_ANSWERING = documented(400, 401, 404, 408, 413, 415, 429, 500, 503, 504, events=True)
+_ANSWERING = documented_responses(400, 401, 404, 408, 413, 415, 429, 500, 503, 504, events=True)
 
 
 def make_app(
@@ -58,20 +65,22 @@ def make_app(
     app.include_router(_openai_routes(service, settings, metrics), dependencies=[Depends(HTTPBearer(auto_error=False))])
     app.include_router(_operation_routes(service, metrics))
     app.include_router(page_routes(service, store))
-    errors.install(app)
+    errors.install_error_handlers(app)
     _describe_errors_as_they_are(app)
-    app.add_middleware(Gates, keys=keys, open_paths=_OPEN_PATHS, hosts=hosts, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        AccessControl, keys=keys, open_paths=_OPEN_PATHS, hosts=hosts, max_body_bytes=settings.max_body_bytes
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Counted, metrics=metrics, paths=_COUNTED_PATHS, log=log)
+    app.add_middleware(MetricsMiddleware, metrics=metrics, paths=_COUNTED_PATHS, log=log)
     return app
 
 
 def _now(service: Service) -> tuple[float, float, float]:
     stats = service.engine.stats
-    return stats.slots_in_use, stats.queued, stats.compilations_since_start
+    return stats.running, stats.queued, stats.compilations_since_start
 
 
 def _openai_routes(service: Service, settings: ServeConfig, metrics: Metrics) -> APIRouter:
@@ -79,21 +88,21 @@ def _openai_routes(service: Service, settings: ServeConfig, metrics: Metrics) ->
 
     async def reply(
         http: HttpRequest,
-        asked: Asked,
-        kind: Kind,
+        asked: GenerationRequest,
+        kind: CompletionKind,
         num_top: int | None,
         make_requests: Callable[[Service, Any, int], list[Request]],
     ) -> Response:
         # Tokenizing a long text takes a while, in which others are to be answered.
         requests = await run_in_threadpool(make_requests, service, asked, settings.max_answers)
-        made = Reply(kind, service.model(asked.model), requests, num_top, service.tokenizer)
-        answers = Answers(service.engine, requests, settings.request_timeout_seconds, metrics, asked.model)
+        made = ReplyBuilder(kind, service.model(asked.model), requests, num_top, service.tokenizer)
+        answers = PendingAnswers(service.engine, requests, settings.request_timeout_seconds, metrics, asked.model)
         if asked.stream:
             options = asked.stream_options
             return EventStream(made.events(answers, bool(options and options.include_usage)), answers)
         try:
-            return JSONResponse(await unless_client_leaves(http, made.whole(answers)))
-        except ClientLeft:
+            return JSONResponse(await unless_disconnected(http, made.whole(answers)))
+        except ClientDisconnected:
             return Response(status_code=_CLIENT_LEFT)
         finally:
             answers.close()
@@ -109,12 +118,12 @@ def _openai_routes(service: Service, settings: ServeConfig, metrics: Metrics) ->
         """Goes on with a text."""
         return await reply(http, asked, TEXT, asked.logprobs, completion_requests)
 
-    @router.get("/models", response_model=ModelList, responses=documented(401))
+    @router.get("/models", response_model=ModelList, responses=documented_responses(401))
     async def models() -> Any:
         """Lists the models that requests can name."""
         return {"object": "list", "data": [service.describe(model) for model in service.models.values()]}
 
-    @router.get("/models/{name:path}", response_model=ModelReply, responses=documented(401, 404))
+    @router.get("/models/{name:path}", response_model=ModelReply, responses=documented_responses(401, 404))
     async def model(name: str) -> Any:
         """Returns one of them."""
         return service.describe(service.model(name))
@@ -125,7 +134,7 @@ def _openai_routes(service: Service, settings: ServeConfig, metrics: Metrics) ->
 def _operation_routes(service: Service, metrics: Metrics) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/health", response_model=Health, responses=documented(503))
+    @router.get("/health", response_model=HealthReply, responses=documented_responses(503))
     async def health() -> Any:
         """Says whether requests are taken."""
         stats = service.engine.stats
@@ -134,12 +143,14 @@ def _operation_routes(service: Service, metrics: Metrics) -> APIRouter:
         return {
             "status": "ok",
             "models": list(service.models),
-            "running": stats.slots_in_use,
+            "running": stats.running,
             "queued": stats.queued,
         }
 
     @router.get(
-        "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **documented(401)}
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, **documented_responses(401)},
     )
     async def prometheus() -> Response:
         """Returns the server's counts, as Prometheus reads them."""

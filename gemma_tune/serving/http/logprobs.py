@@ -3,10 +3,10 @@
 from typing import Any
 
 from gemma_tune.models.sources.tokenizer import TextTokenizer
-from gemma_tune.serving.engine.request import Piece, TokenLogprob
+from gemma_tune.serving.engine.request import AnswerDelta, TokenLogprob
 
 
-def chat_logprobs(piece: Piece, num_top: int, tokenizer: TextTokenizer) -> dict[str, Any]:
+def chat_logprobs(piece: AnswerDelta, num_top: int, tokenizer: TextTokenizer) -> dict[str, Any]:
     """Returns `logprobs` of a choice of a chat.
 
     Args:
@@ -24,7 +24,7 @@ def chat_logprobs(piece: Piece, num_top: int, tokenizer: TextTokenizer) -> dict[
     }
 
 
-def text_logprobs(piece: Piece, num_top: int, offset: int) -> dict[str, Any]:
+def text_logprobs(piece: AnswerDelta, num_top: int, offset: int) -> dict[str, Any]:
     """Returns `logprobs` of a choice of a completion. offset: characters of the tokens before."""
     offsets = []
     for token in piece.logprobs:

@@ -11,8 +11,8 @@ from gemma_tune.data import Turn
 from gemma_tune.serving.feedback import Exchange, FeedbackStore, RatedAnswer
 from gemma_tune.serving.http.api_errors import ApiError
 from gemma_tune.serving.http.page import Page
-from gemma_tune.serving.http.replies import Stored, documented
-from gemma_tune.serving.http.schema import FeedbackBody
+from gemma_tune.serving.http.request_schema import FeedbackBody
+from gemma_tune.serving.http.response_schema import FeedbackStored, documented_responses
 from gemma_tune.serving.http.served_models import Service
 
 
@@ -37,14 +37,16 @@ def page_routes(service: Service, store: FeedbackStore | None) -> APIRouter:
             "feedback": store is not None,
         }
 
-    @router.post("/feedback", response_model=Stored, responses=documented(400, 401, 404, 408, 413, 415, 500))
+    @router.post(
+        "/feedback", response_model=FeedbackStored, responses=documented_responses(400, 401, 404, 408, 413, 415, 500)
+    )
     def feedback(said: FeedbackBody) -> Any:  # No coroutine: it waits for the disk.
         """Stores what a user says of answers."""
         if store is None:
             raise ApiError(404, "This server stores no feedback. Start it with --feedback_db=FILE.", code="no_feedback")
         exchange = _exchange(said)
         store.write(exchange)
-        return {"stored": exchange.says_something}
+        return {"stored": exchange.has_feedback}
 
     return router
 

@@ -10,24 +10,24 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import Receive
 
 from gemma_tune.errors import ConfigError, EngineClosed, EngineFull
-from gemma_tune.serving.engine.request import Piece, Request
-from gemma_tune.serving.http.api_errors import ApiError, failed, shutting_down, timed_out, too_busy
+from gemma_tune.serving.engine.request import AnswerDelta, Request
+from gemma_tune.serving.http.api_errors import ApiError, queue_full, server_failed, shutting_down, timed_out
 from gemma_tune.serving.http.prometheus import Metrics
-from gemma_tune.serving.http.served_models import Handle, RunningEngine
+from gemma_tune.serving.http.served_models import Cancellable, RunningEngine
 
 Result = TypeVar("Result")
 _SECONDS_OF_SILENCE = 15.0  # Proxies close connections over which nothing comes for long.
 
 
-class Delivered(NamedTuple):
+class IndexedDelta(NamedTuple):
     """A piece, and of which of the requests, counted from 0. None: nothing came for a while."""
 
     number: int
-    piece: Piece | None
+    piece: AnswerDelta | None
 
 
-class Answers:
-    """The answers to some requests, all accepted by the engine or none, as an asynchronous iterator of `Delivered`.
+class PendingAnswers:
+    """The answers to some requests, all accepted by the engine or none, as an asynchronous iterator of `IndexedDelta`.
 
     Must be closed: what is still under way then is cancelled, and its place in the engine is free.
 
@@ -47,15 +47,15 @@ class Answers:
     ):
         self._seconds, self._metrics, self._model = seconds, metrics, model
         self._started = time.monotonic()
-        self._queue: asyncio.Queue[Delivered] = asyncio.Queue()
+        self._queue: asyncio.Queue[IndexedDelta] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._unfinished: dict[int, Handle] = {}
+        self._unfinished: dict[int, Cancellable] = {}
         try:
             for index, request in enumerate(requests):
                 self._unfinished[index] = engine.submit(request, self._deliver(index))
         except EngineFull:
             self.close()
-            raise too_busy() from None
+            raise queue_full() from None
         except EngineClosed:
             self.close()
             raise shutting_down() from None
@@ -76,7 +76,7 @@ class Answers:
             handle.cancel()
         self._unfinished.clear()
 
-    async def __aiter__(self) -> AsyncIterator[Delivered]:
+    async def __aiter__(self) -> AsyncIterator[IndexedDelta]:
         """Yields pieces as they come, until all answers are whole."""
         is_first = True
         while self._unfinished:
@@ -90,12 +90,12 @@ class Answers:
                 if piece.finish_reason:
                     self._unfinished.pop(delivered.number, None)
                 if piece.finish_reason == "error":
-                    raise failed(piece.error)
+                    raise server_failed(piece.error)
                 if piece.finish_reason == "cancelled":
                     raise shutting_down()  # Only the engine's own end does so while somebody still reads.
             yield delivered
 
-    async def _next(self) -> Delivered:
+    async def _next(self) -> IndexedDelta:
         """Waits for a piece, or for as long as may be silence."""
         left = self._seconds - (time.monotonic() - self._started)
         if left <= 0:
@@ -104,42 +104,42 @@ class Answers:
             async with asyncio.timeout(min(left, _SECONDS_OF_SILENCE)):
                 return await self._queue.get()
         except TimeoutError:
-            return Delivered(0, None)
+            return IndexedDelta(0, None)
 
     def _deliver(self, index: int):
         """Returns what the engine calls, from its thread, with each piece of an answer."""
 
-        def deliver(piece: Piece) -> None:
+        def deliver(piece: AnswerDelta) -> None:
             with contextlib.suppress(RuntimeError):  # The loop is closed: the server is gone.
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, Delivered(index, piece))
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, IndexedDelta(index, piece))
 
         return deliver
 
 
-class ClientLeft(Exception):
+class ClientDisconnected(Exception):
     """Nobody waits for the reply any more."""
 
 
-async def unless_client_leaves(request: HttpRequest, work: Awaitable[Result]) -> Result:
+async def unless_disconnected(request: HttpRequest, work: Awaitable[Result]) -> Result:
     """Awaits something, and stops it when the client closes its connection.
 
     Raises:
         ClientLeft: It did.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(until_gone(request.receive))
+    leaving = asyncio.ensure_future(wait_for_disconnect(request.receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientLeft
+        raise ClientDisconnected
     finally:
         for future in (working, leaving):
             future.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def until_gone(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
     """Waits until the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -53,7 +53,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class Counted:
+class MetricsMiddleware:
     """ASGI middleware: counts and times requests, and calls `log` with a line for each."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str], log: Callable[[str], None] | None):

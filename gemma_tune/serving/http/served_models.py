@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, Protocol
 from gemma_tune.data.chat_template import ChatTemplate
 from gemma_tune.errors import did_you_mean
 from gemma_tune.models.sources.tokenizer import TextTokenizer
-from gemma_tune.serving.engine.request import Piece, Request
+from gemma_tune.serving.engine.request import AnswerDelta, Request
 from gemma_tune.serving.http.api_errors import ApiError
 from gemma_tune.serving.sampling import Sampling
 
 
-class Handle(Protocol):
+class Cancellable(Protocol):
     """An answer under way."""
 
     def cancel(self) -> None: ...
@@ -21,7 +21,7 @@ class Handle(Protocol):
 class RunningEngine(Protocol):
     """What is asked of `serving.engine.Engine` here."""
 
-    def submit(self, request: Request, deliver: Callable[[Piece], None]) -> Handle: ...
+    def submit(self, request: Request, deliver: Callable[[AnswerDelta], None]) -> Cancellable: ...
 
     def drain(self, timeout_seconds: float) -> bool: ...
 
@@ -50,7 +50,7 @@ class ServedModel(NamedTuple):
     version: str
 
 
-class Defaults(NamedTuple):
+class RequestDefaults(NamedTuple):
     """What a request gets that doesn't say."""
 
     max_new_tokens: int
@@ -75,7 +75,7 @@ class Service(NamedTuple):
     template: ChatTemplate
     stop_ids: tuple[int, ...]
     max_length: int
-    defaults: Defaults
+    defaults: RequestDefaults
     created: int = int(time.time())
 
     def model(self, name: str) -> ServedModel:

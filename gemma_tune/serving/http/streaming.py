@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gemma_tune.serving.http.api_errors import ApiError
-from gemma_tune.serving.http.pending_answers import Answers, until_gone
+from gemma_tune.serving.http.pending_answers import PendingAnswers, wait_for_disconnect
 
 KEEP_ALIVE = b": still there\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -30,7 +30,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], answers: Answers):
+    def __init__(self, events: AsyncIterator[bytes], answers: PendingAnswers):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events, self._answers = events, answers
@@ -38,7 +38,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the reply."""
         sending = asyncio.ensure_future(self._send(send))
-        leaving = asyncio.ensure_future(until_gone(receive))
+        leaving = asyncio.ensure_future(wait_for_disconnect(receive))
         try:
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
             if sending.done():

@@ -253,7 +253,7 @@ def test_a_stream_is_the_answer_and_leaving_it_cancels(engine, greedy):
     stream = engine.stream(Request(PROMPTS[0], 200))
     next(stream)
     stream.close()
-    wait_until(lambda: engine.stats.slots_in_use == 0)
+    wait_until(lambda: engine.stats.running == 0)
     assert engine.stats.requests["cancelled"] >= 1
 
 
@@ -271,7 +271,7 @@ def test_cancelling_frees_the_slot_for_the_next(engine):
     handles = [engine.submit(Request(PROMPTS[0], 180), pieces.append) for _ in range(4)]
     waiting = []
     last = engine.submit(Request(PROMPTS[2], 3), waiting.append)
-    wait_until(lambda: engine.stats.slots_in_use == 4 and len(pieces) > 8)
+    wait_until(lambda: engine.stats.running == 4 and len(pieces) > 8)
     handles[1].cancel()
     assert last.done.wait(20) and len(tokens(waiting)) == 3
     assert sum(handle.done.is_set() for handle in handles) == 1
@@ -330,7 +330,7 @@ def test_nothing_leaks_in_a_thousand_requests_with_random_cancellations(model):
             assert handle.done.wait(60)
         reasons = [[piece.finish_reason for piece in pieces if piece.finish_reason] for pieces in made]
         assert all(len(each) == 1 and each[0] in ("length", "cancelled") for each in reasons)
-        wait_until(lambda: engine.stats.slots_in_use == engine.stats.positions_in_use == engine.stats.queued == 0)
+        wait_until(lambda: engine.stats.running == engine.stats.positions_in_use == engine.stats.queued == 0)
         sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
     assert sum(engine.stats.requests.values()) == 1000
     assert engine.stats.compilations_since_start == 0
@@ -345,7 +345,7 @@ def test_full_draining_and_closed(model):
     engine.start()
     pieces = []
     first = engine.submit(Request((2,), 150), pieces.append)
-    wait_until(lambda: engine.stats.slots_in_use == 1)
+    wait_until(lambda: engine.stats.running == 1)
     second = engine.submit(Request((2,), 3), pieces.append)
     with pytest.raises(EngineFull, match="1 requests are waiting already"):
         engine.submit(Request((2,), 1), pieces.append)

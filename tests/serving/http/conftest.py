@@ -105,7 +105,7 @@ class ScriptedEngine:
 
     @property
     def stats(self):
-        return SimpleNamespace(slots_in_use=len(self.under_way), queued=0, compilations_since_start=0)
+        return SimpleNamespace(running=len(self.under_way), queued=0, compilations_since_start=0)
 
     def drain(self, timeout_seconds):
         self.is_open = False

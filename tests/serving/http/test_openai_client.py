@@ -190,9 +190,9 @@ def test_clients_that_leave_free_their_places(service, client):
         next(iter(stream))
         stream.close()
     deadline = time.monotonic() + 5
-    while (stats := service.engine.stats).slots_in_use + stats.queued and time.monotonic() < deadline:
+    while (stats := service.engine.stats).running + stats.queued and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert (stats.slots_in_use, stats.queued, stats.positions_in_use) == (0, 0, 0)
+    assert (stats.running, stats.queued, stats.positions_in_use) == (0, 0, 0)
     assert stats.requests["cancelled"] >= 1
 
 

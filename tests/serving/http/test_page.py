@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tune.serving.engine.request import Piece
+from gemma_tune.serving.engine.request import AnswerDelta
 from gemma_tune.serving.feedback import FeedbackStore, RatedAnswer
 from gemma_tune.serving.http import page
 
@@ -82,7 +82,7 @@ def answering(client, *texts):
     def submit_and_answer(request, deliver):
         handle = submit(request, deliver)
         for index, text in enumerate(texts):
-            deliver(Piece(text, (index,), finish_reason="stop" if index == len(texts) - 1 else ""))
+            deliver(AnswerDelta(text, (index,), finish_reason="stop" if index == len(texts) - 1 else ""))
         return handle
 
     client.engine.submit = submit_and_answer
@@ -177,7 +177,7 @@ def test_stop_and_again_by_keyboard(scripted, open_page):
         if client.engine.asked:
             break
         opened.wait_for_timeout(20)
-    client.engine.asked[0][1](Piece("Hel", (1,)))
+    client.engine.asked[0][1](AnswerDelta("Hel", (1,)))
     expect(opened.locator(".text")).to_have_text("Hel")
     opened.keyboard.press("Escape")
     expect(opened.get_by_role("status")).to_have_text("Stopped.")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from gemma_tune.serving.engine.request import BASE, Piece, TokenLogprob
+from gemma_tune.serving.engine.request import BASE, AnswerDelta, TokenLogprob
 
 USER = [{"role": "user", "content": "Hello"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -18,7 +18,7 @@ def answer_at_once(client, *pieces):
 
     def submit_and_answer(request, deliver):
         handle = submit(request, deliver)
-        for piece in pieces or (Piece("Hi", (5,), finish_reason="stop"),):
+        for piece in pieces or (AnswerDelta("Hi", (5,), finish_reason="stop"),):
             deliver(piece)
         return handle
 
@@ -209,7 +209,10 @@ def test_a_body_from_another_page_s_form_is_no_json(scripted):
 
 def test_a_reply_counts_tokens_and_shows_log_probabilities(scripted):
     token = TokenLogprob(300, " a", -0.5)
-    pieces = [Piece(" a", (300,), (token,), ((token, TokenLogprob(301, "b", -2.0)),)), Piece("", finish_reason="stop")]
+    pieces = [
+        AnswerDelta(" a", (300,), (token,), ((token, TokenLogprob(301, "b", -2.0)),)),
+        AnswerDelta("", finish_reason="stop"),
+    ]
     client = answer_at_once(scripted(), *pieces)
     body = {"model": "t", "messages": USER, "logprobs": True, "top_logprobs": 1, "n": 2}
     reply = client.post(CHAT, json=body).json()
@@ -234,8 +237,8 @@ def test_a_byte_of_a_character_is_shown_as_that_byte(scripted):
     ids = tokenizer.encode("\N{ELEPHANT}")[-4:]
     assert [tokenizer.piece(i) for i in ids] == ["<0xF0>", "<0x9F>", "<0x90>", "<0x98>"]
     tokens = [TokenLogprob(i, tokenizer.decode([i]), -1.0) for i in ids]
-    pieces = [Piece("", (i,), (token,), ((token,),)) for i, token in zip(ids, tokens, strict=True)]
-    client = answer_at_once(scripted(), *pieces, Piece("\N{ELEPHANT}", finish_reason="stop"))
+    pieces = [AnswerDelta("", (i,), (token,), ((token,),)) for i, token in zip(ids, tokens, strict=True)]
+    client = answer_at_once(scripted(), *pieces, AnswerDelta("\N{ELEPHANT}", finish_reason="stop"))
     reply = client.post(CHAT, json={"model": "m", "messages": USER, "logprobs": True}).json()
     content = reply["choices"][0]["logprobs"]["content"]
     assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "\N{ELEPHANT}"
@@ -246,7 +249,9 @@ def events_of(reply):
 
 
 def test_a_stream_is_the_reply_in_pieces(scripted):
-    client = answer_at_once(scripted(), Piece("Go", (1,)), Piece("", (2,)), Piece(" on", (3,), finish_reason="length"))
+    client = answer_at_once(
+        scripted(), AnswerDelta("Go", (1,)), AnswerDelta("", (2,)), AnswerDelta(" on", (3,), finish_reason="length")
+    )
     body = {"model": "m", "messages": USER, "stream": True, "stream_options": {"include_usage": True}, "n": 2}
     reply = client.post(CHAT, json=body)
     assert reply.headers["content-type"].startswith("text/event-stream")
@@ -267,7 +272,9 @@ def test_a_stream_is_the_reply_in_pieces(scripted):
 
 
 def test_an_answer_that_fails_is_an_error_whole_or_in_a_stream(scripted):
-    client = answer_at_once(scripted(), Piece("Go", (1,)), Piece("", finish_reason="error", error="The disk burns."))
+    client = answer_at_once(
+        scripted(), AnswerDelta("Go", (1,)), AnswerDelta("", finish_reason="error", error="The disk burns.")
+    )
     whole = client.post(CHAT, json={"model": "m", "messages": USER})
     assert (whole.status_code, whole.json()["error"]["message"]) == (500, "The disk burns.")
     last = json.loads(events_of(client.post(CHAT, json={"model": "m", "messages": USER, "stream": True}))[-1])
@@ -323,7 +330,7 @@ def test_silence_is_filled_so_that_proxies_wait(scripted, monkeypatch):
 
     monkeypatch.setattr(answers, "_SECONDS_OF_SILENCE", 0.05)
     client = scripted()
-    threading.Timer(0.2, lambda: client.engine.asked[0][1](Piece("Hi", (1,), finish_reason="stop"))).start()
+    threading.Timer(0.2, lambda: client.engine.asked[0][1](AnswerDelta("Hi", (1,), finish_reason="stop"))).start()
     reply = client.post(CHAT, json={"model": "m", "messages": USER, "stream": True})
     assert reply.text.count(": still there\n\n") >= 2
     assert events_of(reply)[-1] == "[DONE]"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_tune.serving.text import TextStream
+from gemma_tune.serving.text_stream import TextStream
 
 BYTES = st.lists(st.integers(0, 255), max_size=30)
 

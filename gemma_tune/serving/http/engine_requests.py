@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from gemma_tune.data import Turn
 from gemma_tune.serving.engine.request import Request
 from gemma_tune.serving.http.api_errors import ApiError
-from gemma_tune.serving.http.schema import Asked, ChatRequest, CompletionRequest, Message
+from gemma_tune.serving.http.request_schema import ChatRequest, CompletionRequest, GenerationRequest, Message
 from gemma_tune.serving.http.served_models import Service
 from gemma_tune.serving.sampling import Sampling
 
@@ -87,7 +87,7 @@ def _encoded(service: Service, prompt: str | Sequence[int]) -> list[int]:
 
 def _requests(
     service: Service,
-    asked: Asked,
+    asked: GenerationRequest,
     prompts: Sequence[Sequence[int]],
     longest: int | None,
     num_logprobs: int,
@@ -127,7 +127,7 @@ def _room(service: Service, num_prompt_tokens: int, longest: int | None) -> int:
     return longest or min(service.defaults.max_new_tokens, left)
 
 
-def _sampling(asked: Asked, default: Sampling) -> Sampling:
+def _sampling(asked: GenerationRequest, default: Sampling) -> Sampling:
     given = {
         name: value
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

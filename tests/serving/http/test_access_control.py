@@ -7,7 +7,7 @@ import json
 import pytest
 
 from gemma_tune.errors import ConfigError
-from gemma_tune.serving.http.gates import read_keys
+from gemma_tune.serving.http.access_control import read_keys
 
 USER = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -52,7 +52,7 @@ def test_keys_are_compared_whole_all_of_them_and_in_constant_time(scripted, monk
         return whole(one, other)
 
     client = scripted(keys=["first", "second", "third"])
-    monkeypatch.setattr("gemma_tune.serving.http.gates.hmac.compare_digest", watched)
+    monkeypatch.setattr("gemma_tune.serving.http.access_control.hmac.compare_digest", watched)
     for key in ("first", "third", "wrong", "f"):
         compared.clear()
         client.get("/v1/models", headers=bearer(key))
@@ -121,7 +121,7 @@ def test_a_client_that_sends_much_too_much_still_sees_why_it_is_refused(scripted
 def test_a_body_that_does_not_come_is_408(scripted, listen, monkeypatch):
     import socket
 
-    monkeypatch.setattr("gemma_tune.serving.http.gates._SECONDS_FOR_A_BODY", 0.2)
+    monkeypatch.setattr("gemma_tune.serving.http.access_control._SECONDS_FOR_A_BODY", 0.2)
     with listen(scripted().asgi) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=5) as slow:

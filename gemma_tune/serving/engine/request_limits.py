@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from gemma_tune.config_checks import MOST_CANDIDATES
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.serving.engine.request import BASE, Request
-from gemma_tune.serving.sampling import MOST_LOGPROBS, Sampling
+from gemma_tune.serving.sampling import MAX_LOGPROBS, Sampling
 
 
 def check_request(request: Request, adapters: Sequence[str], max_length: int, vocabulary_size: int) -> None:
@@ -30,9 +30,9 @@ def check_request(request: Request, adapters: Sequence[str], max_length: int, vo
     if not all(0 <= token < vocabulary_size for token in request.prompt_ids):
         raise ConfigError(f"The prompt has a token that is none of the vocabulary's {vocabulary_size}.")
     _check_sampling(request.sampling)
-    if not 0 <= request.num_logprobs <= MOST_LOGPROBS:
+    if not 0 <= request.num_logprobs <= MAX_LOGPROBS:
         raise ConfigError(
-            f"At most {MOST_LOGPROBS} log-probabilities of each token can be had, got {request.num_logprobs}."
+            f"At most {MAX_LOGPROBS} log-probabilities of each token can be had, got {request.num_logprobs}."
         )
 
 

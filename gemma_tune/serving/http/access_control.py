@@ -38,7 +38,7 @@ def read_keys(path: str | Path) -> tuple[str, ...]:
     return keys
 
 
-class Gates:
+class AccessControl:
     """Lets in what asks for an allowed name, brings a key where one is needed, and is not too long.
 
     Args:

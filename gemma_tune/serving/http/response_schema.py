@@ -20,7 +20,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class Usage(BaseModel):
+class TokenUsage(BaseModel):
     """Tokens of a request."""
 
     prompt_tokens: int
@@ -54,7 +54,7 @@ class ChatReply(BaseModel):
     model: str
     system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: TokenUsage
 
 
 class CompletionChoice(BaseModel):
@@ -75,7 +75,7 @@ class CompletionReply(BaseModel):
     model: str
     system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage
+    usage: TokenUsage
 
 
 class ModelReply(BaseModel):
@@ -97,7 +97,7 @@ class ModelList(BaseModel):
     data: list[ModelReply]
 
 
-class Health(BaseModel):
+class HealthReply(BaseModel):
     """Reply of GET /health. Answers that are written, and that wait."""
 
     status: Literal["ok"]
@@ -106,7 +106,7 @@ class Health(BaseModel):
     queued: int
 
 
-class Stored(BaseModel):
+class FeedbackStored(BaseModel):
     """Reply of POST /feedback."""
 
     stored: bool
@@ -131,7 +131,7 @@ _EVENT = {
 }
 
 
-def documented(*statuses: int, events: bool = False) -> dict[int | str, dict[str, Any]]:
+def documented_responses(*statuses: int, events: bool = False) -> dict[int | str, dict[str, Any]]:
     """Returns a route's `responses`: these errors, and events beside the JSON of a reply if it can be streamed."""
     found: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses

@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from gemma_tune.models.sources.tokenizer import TextTokenizer
-from gemma_tune.serving.engine.request import Piece, Request
+from gemma_tune.serving.engine.request import AnswerDelta, Request
 from gemma_tune.serving.http.logprobs import chat_logprobs, text_logprobs
-from gemma_tune.serving.http.pending_answers import Answers
+from gemma_tune.serving.http.pending_answers import PendingAnswers
 from gemma_tune.serving.http.served_models import ServedModel
 from gemma_tune.serving.http.streaming import DONE, KEEP_ALIVE, event
 
 
-class Kind(NamedTuple):
+class CompletionKind(NamedTuple):
     """What a kind of reply is called: at the beginning of its id, whole, and in pieces."""
 
     prefix: str
@@ -26,11 +26,11 @@ class Kind(NamedTuple):
         return self is CHAT
 
 
-CHAT = Kind("chatcmpl", "chat.completion", "chat.completion.chunk")
-TEXT = Kind("cmpl", "text_completion", "text_completion")
+CHAT = CompletionKind("chatcmpl", "chat.completion", "chat.completion.chunk")
+TEXT = CompletionKind("cmpl", "text_completion", "text_completion")
 
 
-class Reply:
+class ReplyBuilder:
     """A reply that is being made.
 
     Args:
@@ -43,7 +43,7 @@ class Reply:
 
     def __init__(
         self,
-        kind: Kind,
+        kind: CompletionKind,
         model: ServedModel,
         requests: Sequence[Request],
         num_top: int | None,
@@ -59,9 +59,9 @@ class Reply:
         # Answers to one prompt count it once.
         self._num_prompt_tokens = sum(len(prompt) for prompt in {request.prompt_ids for request in requests})
 
-    async def whole(self, answers: Answers) -> dict[str, Any]:
+    async def whole(self, answers: PendingAnswers) -> dict[str, Any]:
         """Waits for all answers, and returns the reply."""
-        pieces: list[list[Piece]] = [[] for _ in range(self._num_answers)]
+        pieces: list[list[AnswerDelta]] = [[] for _ in range(self._num_answers)]
         async for index, piece in answers:
             if piece is not None:
                 pieces[index].append(piece)
@@ -70,7 +70,7 @@ class Reply:
         usage = self._usage(sum(len(piece.token_ids) for piece in texts))
         return {**self._head, "object": self._kind.whole, "choices": choices, "usage": usage}
 
-    async def events(self, answers: Answers, with_usage: bool) -> AsyncIterator[bytes]:
+    async def events(self, answers: PendingAnswers, with_usage: bool) -> AsyncIterator[bytes]:
         """Yields the reply in events, as the answers are made. with_usage: The last says how many tokens it took."""
         unknown = {"usage": None} if with_usage else {}
 
@@ -95,20 +95,20 @@ class Reply:
             yield event({**head, "choices": [], "usage": self._usage(num_generated)})
         yield DONE
 
-    def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
+    def _choice(self, index: int, piece: AnswerDelta) -> dict[str, Any]:
         content: dict[str, Any] = {"text": piece.text}
         if self._kind.is_chat:
             content = {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
         return {"index": index, **content, "logprobs": self._logprobs(piece, 0), "finish_reason": piece.finish_reason}
 
-    def _part(self, index: int, piece: Piece, offset: int) -> dict[str, Any]:
+    def _part(self, index: int, piece: AnswerDelta, offset: int) -> dict[str, Any]:
         content: dict[str, Any] = {"text": piece.text}
         if self._kind.is_chat:
             content = {"delta": {"content": piece.text} if piece.text else {}}
         logprobs = self._logprobs(piece, offset) if piece.logprobs else None
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": piece.finish_reason or None}
 
-    def _logprobs(self, piece: Piece, offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, piece: AnswerDelta, offset: int) -> dict[str, Any] | None:
         if self._num_top is None:
             return None
         if self._kind.is_chat:
@@ -123,9 +123,9 @@ class Reply:
         }
 
 
-def _joined(pieces: Sequence[Piece]) -> Piece:
+def _joined(pieces: Sequence[AnswerDelta]) -> AnswerDelta:
     """Returns an answer as one piece."""
-    return Piece(
+    return AnswerDelta(
         text="".join(piece.text for piece in pieces),
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         logprobs=tuple(token for piece in pieces for token in piece.logprobs),

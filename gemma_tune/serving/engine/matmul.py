@@ -8,7 +8,7 @@ on one core with a [65,536, 640] matrix, in GB/s of weights:
   outputs as the first axis: the other way round it is 0.5. XLA computes it with one core, so the matrix is cut into
   parts.
 - XLA also fuses what makes x into it, and then makes x anew for each few outputs: a feed-forward layer took three times
-  as long. `set_down` keeps it from that.
+  as long. `materialized` keeps it from that.
 - two to sixteen rows, float32: `W @ x.T` 19 to 25, `x @ W.T` 6 to 9. int8: blocks of up to 1,024 rows of W are made
   floats, which stay in the processor's cache, 6 to 9; all at once 0.8.
 - bfloat16, where the processor multiplies it: one row `x @ W.T` 25; more rows `x @ W.T` with a float32 result 12. The
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16
+from gemma_tune.models.einsum import parse_einsum
 from gemma_tune.models.quantized.layers import QuantizedEinsumDense, QuantizedEmbedding
 from gemma_tune.models.quantized.qat import FakeQuantEinsumDense
 from gemma_tune.runtime.backend import is_single_cpu, keras
@@ -35,7 +36,7 @@ _MOST_ROWS = 1024
 _NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Matrix(NamedTuple):
+class MatmulWeights(NamedTuple):
     """Weights of a product.
 
     values: [outputs, inputs], float or int8. scales: [outputs] float32 with int8, else None.
@@ -45,7 +46,7 @@ class Matrix(NamedTuple):
     scales: Any = None
 
 
-def product(x: jax.Array, matrix: Matrix, one: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, matrix: MatmulWeights, one: jax.Array) -> jax.Array:
     """Returns x [M, inputs] times the matrix: [M, outputs], in x's dtype.
 
     Args:
@@ -55,7 +56,7 @@ def product(x: jax.Array, matrix: Matrix, one: jax.Array) -> jax.Array:
     """
     values, scales = matrix
     if x.shape[0] == 1:
-        outputs = _by_parts(set_down(x, one), values)
+        outputs = _by_parts(materialized(x, one), values)
     elif values.dtype == jnp.int8:
         outputs = _by_blocks(x, values)
     elif x.dtype == values.dtype == jnp.bfloat16 and multiplies_bfloat16():
@@ -67,29 +68,29 @@ def product(x: jax.Array, matrix: Matrix, one: jax.Array) -> jax.Array:
     return outputs if scales is None else (outputs * scales).astype(x.dtype)
 
 
-def logits_of(embedding: Any, head: Matrix | None, hidden: jax.Array, one: jax.Array) -> jax.Array:
+def lm_head_logits(embedding: Any, head: MatmulWeights | None, hidden: jax.Array, one: jax.Array) -> jax.Array:
     """Returns [B, V] float32.
 
     Args:
         embedding: The model's, tied.
-        head: From `head_of`.
+        head: From `lm_head_matmul_weights`.
         hidden: [B, D] final hidden states.
-        one: As for `product`.
+        one: As for `matmul`.
     """
     if head is None:
         return embedding(hidden[:, None], reverse=True)[:, 0].astype(jnp.float32)
-    logits = product(hidden.astype(embedding.reverse_dtype or embedding.compute_dtype), head, one)
+    logits = matmul(hidden.astype(embedding.reverse_dtype or embedding.compute_dtype), head, one)
     if embedding.logit_soft_cap:
         logits = embedding.logit_soft_cap * jnp.tanh(logits / embedding.logit_soft_cap)
     return logits.astype(jnp.float32)
 
 
-def one_unseen(integers: jax.Array) -> jax.Array:
+def opaque_one(integers: jax.Array) -> jax.Array:
     """Returns int32 1 in a way that the compiler can't see, given [B] integers that are at least 0."""
     return (integers[0] >= 0).astype(jnp.int32)
 
 
-def set_down(x: jax.Array, one: jax.Array) -> jax.Array:
+def materialized(x: jax.Array, one: jax.Array) -> jax.Array:
     """Returns x, computed before it is used: XLA fuses nothing over the borders of a loop, once around though it is."""
     return lax.fori_loop(0, one, lambda _, zeros: zeros + x, jnp.zeros_like(x))
 
@@ -117,7 +118,7 @@ def _block_size(num_rows: int) -> int:
     return next(size for size in range(min(_MOST_ROWS, max(num_rows // 2, 1)), 0, -1) if num_rows % size == 0)
 
 
-def matrix_of(layer: Any, kernel: Any) -> Matrix | None:
+def kernel_matmul_weights(layer: Any, kernel: Any) -> MatmulWeights | None:
     """Returns a layer's kernel as it is multiplied with here, or None where the layer's own product is as good.
 
     Args:
@@ -133,17 +134,15 @@ def matrix_of(layer: Any, kernel: Any) -> Matrix | None:
             return None
         codes = jnp.swapaxes(quantized.codes, 1, 2)  # [P, Q, C]: outputs before inputs.
         scales = jnp.broadcast_to(quantized.scales.values[:, 0, 0], codes.shape[:2])
-        return Matrix(codes.reshape(-1, codes.shape[2]), scales.reshape(-1))
+        return MatmulWeights(codes.reshape(-1, codes.shape[2]), scales.reshape(-1))
     if type(layer).call is not keras.layers.EinsumDense.call and layer.quantization_mode is not None:
         return None
-    _, axes, outputs = layer.equation.replace("->", ",").split(",")
-    inner = [index for index, axis in enumerate(axes) if axis not in outputs]
-    outer = [index for index, axis in enumerate(axes) if axis in outputs]
-    num_inputs = math.prod(kernel.shape[index] for index in inner)
-    return Matrix(jnp.transpose(kernel, (*outer, *inner)).reshape(-1, num_inputs))
+    axes = parse_einsum(layer.equation)
+    num_inputs = math.prod(kernel.shape[index] for index in axes.summed_indices)
+    return MatmulWeights(jnp.transpose(kernel, axes.kept_indices + axes.summed_indices).reshape(-1, num_inputs))
 
 
-def head_of(embedding: Any, rows: Any) -> Matrix | None:
+def lm_head_matmul_weights(embedding: Any, rows: Any) -> MatmulWeights | None:
     """Returns the tied embedding as the matrix that makes logits, without a copy; None: its own product is as good."""
     if not is_single_cpu() or getattr(embedding, "lora_enabled", False):
         return None
@@ -151,23 +150,23 @@ def head_of(embedding: Any, rows: Any) -> Matrix | None:
         quantized = embedding.quantized()
         if quantized.codes.dtype != jnp.int8:
             return None
-        return Matrix(quantized.codes.reshape(quantized.codes.shape[:2]), quantized.scales.values.reshape(-1))
-    return Matrix(rows) if embedding.quantization_mode is None else None
+        return MatmulWeights(quantized.codes.reshape(quantized.codes.shape[:2]), quantized.scales.values.reshape(-1))
+    return MatmulWeights(rows) if embedding.quantization_mode is None else None
 
 
-def apply(equation: str, kernel_shape: tuple[int, ...], x: jax.Array, matrix: Matrix, one: jax.Array) -> jax.Array:
+def einsum_matmul(
+    equation: str, kernel_shape: tuple[int, ...], x: jax.Array, matrix: MatmulWeights, one: jax.Array
+) -> jax.Array:
     """Returns what a layer with this equation and kernel returns for x [B, L, …], without bias and activation."""
-    _, axes, outputs = equation.replace("->", ",").split(",")
-    sizes = [size for size, axis in zip(kernel_shape, axes, strict=True) if axis in outputs]
-    return product(x.reshape(-1, matrix.values.shape[1]), matrix, one).reshape(*x.shape[:2], *sizes)
+    sizes = [kernel_shape[index] for index in parse_einsum(equation).kept_indices]
+    return matmul(x.reshape(-1, matrix.values.shape[1]), matrix, one).reshape(*x.shape[:2], *sizes)
 
 
 def _is_known(equation: str) -> bool:
     """Whether the kernel's inputs are the last of x, in their order, and its outputs the last of the result."""
-    inputs, axes, outputs = equation.replace("->", ",").split(",")
-    inner = "".join(axis for axis in axes if axis not in outputs)
-    outer = "".join(axis for axis in axes if axis in outputs)
-    return inputs == inputs[:2] + inner and outputs == inputs[:2] + outer
+    axes = parse_einsum(equation)
+    rows = axes.inputs[:2]
+    return axes.inputs == rows + axes.summed and axes.outputs == rows + axes.kept
 
 
 def is_fake_quantized(layer: Any) -> bool:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic_core import PydanticCustomError
 
 from gemma_tune.config_checks import MOST_CANDIDATES
-from gemma_tune.serving.sampling import MOST_LOGPROBS
+from gemma_tune.serving.sampling import MAX_LOGPROBS
 
 _MAX_CHARACTERS_OF_STOP = 256
 # What is known but can't be done -> the values that ask for nothing.
@@ -53,7 +53,7 @@ def _whole(text: str) -> str:
 Unicode = Annotated[str, AfterValidator(_whole)]
 
 
-class Strict(BaseModel):
+class StrictBody(BaseModel):
     """Nothing is guessed: "1" is no number, and an argument that doesn't exist is an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -72,7 +72,7 @@ class Strict(BaseModel):
         return kept
 
 
-class TextPart(Strict):
+class TextPart(StrictBody):
     """A part of a message. There are only texts."""
 
     type: Literal["text"]
@@ -96,13 +96,13 @@ Content = Annotated[
     Discriminator(_kind_of),
 ]
 Text = Annotated[Unicode, Field(min_length=1, max_length=_MAX_CHARACTERS_OF_STOP)]
-Stop = Annotated[
+StopStrings = Annotated[
     Annotated[Text, Tag("<text>")] | Annotated[list[Text], Field(max_length=16), Tag("<list>")],
     Discriminator(_kind_of),
 ]
 
 
-class Message(Strict):
+class Message(StrictBody):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -114,14 +114,14 @@ class Message(Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictBody):
     """Of an answer in pieces."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class Asked(Strict):
+class GenerationRequest(StrictBody):
     """What both kinds of completions may ask. None: as the server was started."""
 
     model: Unicode = Field(examples=["gemma"])
@@ -133,7 +133,7 @@ class Asked(Strict):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop | None = None
+    stop: StopStrings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # What doesn't bear on the answer.
@@ -149,19 +149,19 @@ class Asked(Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @model_validator(mode="after")
-    def _options_of_a_stream(self) -> "Asked":
+    def _options_of_a_stream(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("value", "only with stream=true", {"param": "stream_options"})
         return self
 
 
-class ChatRequest(Asked):
+class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     @model_validator(mode="after")
     def _logprobs_first(self) -> "ChatRequest":
@@ -180,7 +180,7 @@ def _kind_of_prompt(value: Any) -> str:
     return "<ids>" if isinstance(first, int) else "<lists>" if isinstance(first, list) else "<texts>"
 
 
-Prompt = Annotated[
+CompletionPrompt = Annotated[
     Annotated[Unicode, Tag("<text>")]
     | Annotated[list[Unicode], Field(min_length=1), Tag("<texts>")]
     | Annotated[TokenIds, Tag("<ids>")]
@@ -189,15 +189,15 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
-    prompt: Prompt
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    prompt: CompletionPrompt
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=1)
 
 
-class RatedAnswerBody(Strict):
+class RatedAnswerBody(StrictBody):
     """An answer, and what is said of it."""
 
     model: Unicode = Field(max_length=1000)
@@ -207,14 +207,14 @@ class RatedAnswerBody(Strict):
     correction: Unicode | None = None
 
 
-class TurnBody(Strict):
+class TurnBody(StrictBody):
     """A turn of the conversation that is judged."""
 
     role: Literal["system", "user", "assistant"]
     content: Unicode
 
 
-class FeedbackBody(Strict):
+class FeedbackBody(StrictBody):
     """Body of POST /feedback. The same id again replaces what was said; one that says nothing takes it back."""
 
     id: Unicode = Field(min_length=8, max_length=64, pattern=r"^[A-Za-z0-9-]+$")

@@ -13,7 +13,7 @@ def test_regions_never_overlap_and_all_room_comes_back(rng):
         if live and rng.random() < 0.5:
             region = live.pop(rng.integers(len(live)))
             region.tokens = tuple(rng.integers(0, 2, region.size // CHUNK * CHUNK))
-            regions.give_back(region)
+            regions.free(region)
         else:
             found = regions.allocate(int(rng.integers(1, 20)), rng.integers(0, 2, 8).tolist(), int(rng.integers(2)))
             if found is not None:
@@ -24,7 +24,7 @@ def test_regions_never_overlap_and_all_room_comes_back(rng):
             taken[region.start : region.start + region.size] += 1
         assert taken.max(initial=0) <= 1 and taken.sum() == regions.positions_in_use
     for region in live:
-        regions.give_back(region)
+        regions.free(region)
     assert regions.positions_in_use == 0
     assert regions.allocate(64, [], 0) is not None  # What nobody uses makes room.
 
@@ -37,7 +37,7 @@ def test_the_longest_beginning_is_found_in_whole_chunks_and_of_the_same_adapter(
     again = regions.allocate(12, [*range(7), 99, 99], 1)  # Of one in use, too.
     assert again[1:] == (region, 4) and again[0].tokens == (0, 1, 2, 3)
     assert regions.allocate(12, list(range(9)), 0)[1:] == (None, 0)
-    regions.give_back(region)
+    regions.free(region)
     assert regions.allocate(12, list(range(9)), 1)[1:] == (region, 8)
 
 
@@ -47,7 +47,7 @@ def test_no_room_until_a_request_is_done_and_the_longest_unused_goes_first():
     assert regions.allocate(4, [], 0) is None
     for region, tokens in ((second, (1, 1, 1, 1)), (first, (2, 2, 2, 2))):
         region.tokens = tokens
-        regions.give_back(region)
+        regions.free(region)
     assert regions.allocate(4, [2, 2, 2, 2], 0)[1:] == (first, 4)  # `second` made room.
     assert regions.allocate(4, [1, 1, 1, 1], 0)[2] == 0
 
@@ -56,5 +56,5 @@ def test_a_source_that_must_make_room_is_no_source():
     regions = KVCacheAllocator(8, CHUNK)
     region, _, _ = regions.allocate(8, [], 0)
     region.tokens = (1, 1, 1, 1)
-    regions.give_back(region)
+    regions.free(region)
     assert regions.allocate(8, [1, 1, 1, 1], 0)[1:] == (None, 0)
