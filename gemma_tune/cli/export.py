@@ -7,7 +7,7 @@ from absl import flags as absl_flags
 
 from gemma_tune.cli import flags
 from gemma_tune.cli.output import Output
-from gemma_tune.export.options import DEFAULTS, Options
+from gemma_tune.export.options import DEFAULT_OPTIONS, ExportOptions
 
 USAGE = "--model=WORKDIR --format=FORMAT --output=FOLDER [--adapter=FOLDER]"
 DESCRIPTION = """Writes a model in a format that other programs read, with a model card (README.md) that says where it
@@ -44,7 +44,7 @@ def define_flags(values: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_bool("merge", None, "LoRA goes into the weights. (default: if it can)", flag_values=values)
     absl_flags.DEFINE_bool("overwrite", False, "Replaces an export, once the new one is whole.", flag_values=values)
     for name, text in _FORMAT_FLAGS.items():
-        default = getattr(DEFAULTS, name)
+        default = getattr(DEFAULT_OPTIONS, name)
         text = f"{text} (default: {default})" if default else text
         define = absl_flags.DEFINE_integer if isinstance(default, int) else absl_flags.DEFINE_string
         define(name, default, text, flag_values=values)
@@ -71,7 +71,7 @@ def run(
         overwrite=values.overwrite,
         precision=config.model.precision,
         seed=config.seed,
-        options=Options(**chosen),
+        options=ExportOptions(**chosen),
     )
     output.console.print(
         f"{done.output}: {len(done.files)} files, {done.bytes / 1e6:,.1f} MB, in {done.seconds:.0f} s.", markup=False

@@ -8,7 +8,7 @@ import importlib
 _PUBLIC = {
     "export_model": "model_export",
     "Export": "model_export",
-    "Options": "options",
+    "ExportOptions": "options",
     "EXPORT_FORMATS": "export_formats",
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma_tune.errors import ConfigError, did_you_mean
-from gemma_tune.export.options import Options, Written
+from gemma_tune.export.options import ExportOptions, WrittenExport
 
 
 class ExportFormat(NamedTuple):
@@ -27,11 +27,11 @@ class ExportFormat(NamedTuple):
     estimate: str
     library: str
 
-    def write(self, model: Any, folder: Path, options: Options) -> Written:
+    def write(self, model: Any, folder: Path, options: ExportOptions) -> WrittenExport:
         """Writes a model."""
         return _function(self.writer)(model, folder, options)
 
-    def num_bytes(self, model: Any, options: Options) -> int:
+    def num_bytes(self, model: Any, options: ExportOptions) -> int:
         """Returns about how many bytes it will take; raises what writing would, as far as that is known before."""
         return _function(self.estimate)(model, options)
 

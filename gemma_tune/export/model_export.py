@@ -12,7 +12,7 @@ from gemma_tune.export.card.provenance import Provenance, read_provenance
 from gemma_tune.export.card.sections import About
 from gemma_tune.export.card.usage import next_command
 from gemma_tune.export.export_formats import ExportFormat, find_format
-from gemma_tune.export.options import DEFAULTS, Options, Written
+from gemma_tune.export.options import DEFAULT_OPTIONS, ExportOptions, WrittenExport
 from gemma_tune.models.family import family_of
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
@@ -65,7 +65,7 @@ def export_model(
     precision: str = "float32",
     seed: int = 0,
     provenance: str = "",
-    options: Options = DEFAULTS,
+    options: ExportOptions = DEFAULT_OPTIONS,
 ) -> Export:
     """Writes a model in a format that other programs read.
 
@@ -106,9 +106,8 @@ def export_model(
         written = chosen.write(loaded, folder, options)
         notes += written.notes
         write_card(folder, _about(loaded, path.name, chosen, written._replace(notes=notes), options), known)
-        write_json(
-            folder / MARK, {"format": format, "gemma_tune": __version__, "notes": notes, "origin": known.to_dict()}
-        )
+        mark = {"format": format, "gemma_tune": __version__, "notes": notes, "provenance": known.to_dict()}
+        write_json(folder / MARK, mark)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     names = [file.relative_to(path).as_posix() for file in files]
     num_bytes = sum(file.stat().st_size for file in files)
@@ -130,7 +129,7 @@ def _put_lora(model: Any, name: str, chosen: ExportFormat, merges: bool, known: 
     return [f"The run trained on a base held in {known.scheme}; its LoRA is merged into the floats of that base."]
 
 
-def _about(model: Any, name: str, chosen: ExportFormat, written: Written, options: Options) -> About:
+def _about(model: Any, name: str, chosen: ExportFormat, written: WrittenExport, options: ExportOptions) -> About:
     return About(
         name=name,
         kind=written.kind,

@@ -12,7 +12,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """How a model is written.
 
     Attributes:
@@ -58,13 +58,13 @@ class Options:
         return int(parse_bytes(self.max_shard_size))
 
 
-DEFAULTS = Options()
+DEFAULT_OPTIONS = ExportOptions()
 
 
-class Written(NamedTuple):
+class WrittenExport(NamedTuple):
     """What a writer says of what it wrote.
 
-    notes: Sentences. kind: How it is to be used, as `usage.usage_of` takes it, and words that it replaces there.
+    notes: Sentences. kind: How it is to be used, as `usage.usage_examples` takes it, and words that it replaces there.
     """
 
     notes: list[str]

@@ -6,14 +6,21 @@ from typing import Any
 from gemma_tune.errors import ModelError
 from gemma_tune.export.card.provenance import hugging_face_name
 from gemma_tune.export.gguf.writer import estimate_gguf, write_gguf
-from gemma_tune.export.litert.model import DEFAULTS, WEIGHTS, Lengths, check_litert, estimate_litert, write_litert
-from gemma_tune.export.options import Options, Written
+from gemma_tune.export.litert.model import (
+    DEFAULT_LENGTHS,
+    WEIGHTS,
+    Lengths,
+    check_litert,
+    estimate_litert,
+    write_litert,
+)
+from gemma_tune.export.options import ExportOptions, WrittenExport
 from gemma_tune.export.peft.adapter import can_be_peft, peft_modules, write_peft_adapter
 
 _GGUF_SCHEME = "f16"
 
 
-def write_peft(model: Any, folder: Path, options: Options) -> Written:
+def write_peft(model: Any, folder: Path, options: ExportOptions) -> WrittenExport:
     """Writes adapter_config.json and adapter_model.safetensors. base_name is used."""
     base = hugging_face_name(options.base_name) or options.base_name
     write_peft_adapter(model, folder, base)
@@ -21,10 +28,10 @@ def write_peft(model: Any, folder: Path, options: Options) -> Written:
     if not hugging_face_name(options.base_name):
         notes.append("The base isn't known to be on Hugging Face: export it with --format=hf, and name that folder.")
     ranks = [one.lora_spec.rank for one in peft_modules(model).values()]
-    return Written(notes, "peft", {"BASE": base, "NAMED": options.base_name or base, "MOST": f"{max(ranks)}"})
+    return WrittenExport(notes, "peft", {"BASE": base, "NAMED": options.base_name or base, "MOST": f"{max(ranks)}"})
 
 
-def peft_bytes(model: Any, options: Options) -> int:
+def peft_bytes(model: Any, options: ExportOptions) -> int:
     """Returns what the factors take."""
     del options
     if problem := can_be_peft(model):
@@ -32,29 +39,29 @@ def peft_bytes(model: Any, options: Options) -> int:
     return sum(value.nbytes for one in peft_modules(model).values() for value in one.tensors.values())
 
 
-def write_gguf_folder(model: Any, folder: Path, options: Options) -> Written:
+def write_gguf_folder(model: Any, folder: Path, options: ExportOptions) -> WrittenExport:
     """Writes a GGUF file and a Modelfile. scheme and base_name are used."""
     scheme = options.scheme or _GGUF_SCHEME
     file = write_gguf(model, folder / f"model-{scheme}.gguf", scheme, base=options.base_name)
-    return Written([], "gguf", {"FILE": file.name})
+    return WrittenExport([], "gguf", {"FILE": file.name})
 
 
-def gguf_bytes(model: Any, options: Options) -> int:
+def gguf_bytes(model: Any, options: ExportOptions) -> int:
     """Returns about what the file takes."""
     return estimate_gguf(model, options.scheme or _GGUF_SCHEME)
 
 
-def write_litert_folder(model: Any, folder: Path, options: Options) -> Written:
+def write_litert_folder(model: Any, folder: Path, options: ExportOptions) -> WrittenExport:
     """Writes a .tflite file with its tokenizer. scheme and cache_length are used."""
     write_litert(model, folder, lengths=_lengths(options), weights=options.scheme or WEIGHTS[0])
-    return Written([], "litert")
+    return WrittenExport([], "litert")
 
 
-def litert_bytes(model: Any, options: Options) -> int:
+def litert_bytes(model: Any, options: ExportOptions) -> int:
     """Returns about what converting takes."""
     check_litert(model, _lengths(options), options.scheme or WEIGHTS[0])
     return estimate_litert(model)
 
 
-def _lengths(options: Options) -> Lengths:
-    return DEFAULTS._replace(cache=options.cache_length) if options.cache_length else DEFAULTS
+def _lengths(options: ExportOptions) -> Lengths:
+    return DEFAULT_LENGTHS._replace(cache=options.cache_length) if options.cache_length else DEFAULT_LENGTHS

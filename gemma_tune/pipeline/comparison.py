@@ -25,7 +25,7 @@ from gemma_tune.evaluation.comparison import (
 )
 from gemma_tune.evaluation.comparison_report import write_comparison
 from gemma_tune.evaluation.fidelity import (
-    Head,
+    SoftCappedLMHead,
     candidate_quality,
     compare_positions,
     divergence,
@@ -37,7 +37,7 @@ from gemma_tune.evaluation.measure import (
     ScoredStates,
     scored_positions,
     scored_states,
-    written_answers,
+    timed_answers,
 )
 from gemma_tune.models.functional import final_soft_cap, lm_head_weights, parameters
 from gemma_tune.models.load import load_model, load_tokenizer
@@ -124,7 +124,7 @@ class _Measured(NamedTuple):
     disk_bytes: int | None
     states: ScoredStates
     answers: Answers
-    head: Head
+    head: SoftCappedLMHead
 
     def figures(self, quality: Quality, apart: Divergence | None) -> ModelFigures:
         """Returns what is shown of it."""
@@ -238,10 +238,10 @@ def _measure(name: SchemedSource, scored: _Scored, config: Config) -> _Measured:
         states = scored_states(model, scored.batches, advance)
     prompts = [example.turns[:-1] for example in scored.questions]
     with progress.track_progress(f"{name}: answered questions", len(prompts)) as advance:
-        answers = written_answers(model, prompts, config.generation.max_new_tokens, advance)
+        answers = timed_answers(model, prompts, config.generation.max_new_tokens, advance)
     groups = parameters(model)
     memory_bytes = sum(array.nbytes for group in groups for array in group.values())
-    head = Head(lm_head_weights(model.backbone), final_soft_cap(model.backbone))
+    head = SoftCappedLMHead(lm_head_weights(model.backbone), final_soft_cap(model.backbone))
     del model, groups
     gc.collect()
     release_freed_memory()

@@ -9,13 +9,13 @@ from scipy.special import log_softmax
 from gemma_tune.config import Config
 from gemma_tune.data import load_examples
 from gemma_tune.evaluation.fidelity import (
-    Head,
+    SoftCappedLMHead,
     candidate_quality,
     compare_positions,
     divergence,
     reference_quality,
 )
-from gemma_tune.evaluation.measure import scored_positions, scored_states, written_answers
+from gemma_tune.evaluation.measure import scored_positions, scored_states, timed_answers
 from gemma_tune.models.functional import final_soft_cap, lm_head_weights, parameters
 from gemma_tune.pipeline import compare, evaluate
 from gemma_tune.quantization.codes import dequantize, quantize
@@ -37,7 +37,7 @@ def random_model(rng, width, soft_cap=None, quant_spec=None):
     logits = hidden.astype(np.float64) @ weights.T.astype(np.float64)
     if soft_cap:
         logits = soft_cap * np.tanh(logits / soft_cap)
-    return Head(held, soft_cap), hidden, logits
+    return SoftCappedLMHead(held, soft_cap), hidden, logits
 
 
 def by_definition(a, b, targets):
@@ -118,7 +118,7 @@ def test_far_apart_models_have_a_finite_divergence(rng):
 def test_only_rows_that_both_vocabularies_have_count(rng):
     """Some checkpoints fill their vocabulary up."""
     head, hidden, logits = random_model(rng, 32)
-    longer = Head(jnp.concatenate([head.weights, jnp.ones((24, 32))]), None)
+    longer = SoftCappedLMHead(jnp.concatenate([head.weights, jnp.ones((24, 32))]), None)
     targets = targets_of(rng, logits)
     for one, other in ((head, longer), (longer, head)):
         figures = compare_positions(one, hidden, other, hidden, targets)
@@ -165,7 +165,7 @@ def test_all_families_against_their_own_logits(some_family, tiny):
     for model in models:
         states = scored_states(model, batches, lambda count: None)
         assert states.tokens_per_second > 0
-        sides += [Head(lm_head_weights(model.backbone), final_soft_cap(model.backbone)), states.hidden]
+        sides += [SoftCappedLMHead(lm_head_weights(model.backbone), final_soft_cap(model.backbone)), states.hidden]
     figures = compare_positions(*sides, positions.target_ids)
     found = [divergence(figures, positions.example_ids), reference_quality(figures), candidate_quality(figures)]
 
@@ -206,10 +206,10 @@ def test_counted_as_eval_counts(tiny):
 def test_answers_are_those_of_generate(tiny):
     model = tiny()
     prompts = ["How do I reset my phone?", "Hi"]
-    answers = written_answers(model, prompts, 6)
+    answers = timed_answers(model, prompts, 6)
     assert answers.texts == generate(model, prompts, max_new_tokens=6)
     assert answers.tokens_per_second > 0
-    assert written_answers(model, prompts, 1).tokens_per_second is None
+    assert timed_answers(model, prompts, 1).tokens_per_second is None
 
 
 def test_bfloat16(tiny):

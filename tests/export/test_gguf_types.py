@@ -6,12 +6,12 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from gemma_tune.errors import ModelError
-from gemma_tune.export.gguf.tensor_types import SCHEMES, fitting, num_bytes, to_type, type_of
+from gemma_tune.export.gguf.tensor_types import GGUF_SCHEMES, fitting, tensor_num_bytes, to_type, type_of
 
 
 def again(values, kind):
     coded = to_type(values, kind, "w")
-    assert coded.nbytes == num_bytes(values.shape, kind)
+    assert coded.nbytes == tensor_num_bytes(values.shape, kind)
     return dequantize(coded, GGMLQuantizationType[kind]).reshape(values.shape)
 
 
@@ -71,4 +71,4 @@ def test_what_a_format_cannot_hold_is_refused():
 
 
 def test_every_scheme_says_what_it_is():
-    assert all(scheme.says for scheme in SCHEMES.values())
+    assert all(scheme.says for scheme in GGUF_SCHEMES.values())

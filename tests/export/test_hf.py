@@ -12,7 +12,7 @@ from gemma_tune.export import export_model
 from gemma_tune.export.hf.config import hf_config
 from gemma_tune.export.hf.tensors import tensors_of
 from gemma_tune.export.jinja_template import jinja_template
-from gemma_tune.export.options import Options
+from gemma_tune.export.options import ExportOptions
 from gemma_tune.models.functional import variables_by_path
 from gemma_tune.models.layers import quantized_layers
 from gemma_tune.models.load import load_model
@@ -41,7 +41,7 @@ def test_it_is_read_back_bit_for_bit(tiny, family, rng, tmp_path):
     model = tiny(family)
     shake(model, rng)
     before = values_of(model)
-    export_model(model, "hf", tmp_path / "hf", options=Options(max_shard_size="200KB"))
+    export_model(model, "hf", tmp_path / "hf", options=ExportOptions(max_shard_size="200KB"))
     again = load_model(str(tmp_path / "hf"))
     assert set(before) == set(values_of(again))
     for path, value in values_of(again).items():
@@ -59,7 +59,7 @@ def test_it_is_read_back_bit_for_bit(tiny, family, rng, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_dtypes_are_rounded_once(tiny, tmp_path, dtype):
     model = tiny()
-    export_model(model, "hf", tmp_path / "hf", options=Options(dtype=dtype))
+    export_model(model, "hf", tmp_path / "hf", options=ExportOptions(dtype=dtype))
     for path, value in values_of(load_model(str(tmp_path / "hf"), precision=dtype)).items():
         np.testing.assert_array_equal(value, values_of(model)[path].astype(dtype), err_msg=path)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -71,7 +71,7 @@ def test_what_float16_cannot_hold_is_an_error(tiny, tmp_path):
     scale = model.backbone.layer_norm.scale
     scale.assign(np.full(scale.shape, 1e5, np.float32))
     with pytest.raises(ModelError, match=r"model\.norm\.weight has a value beyond 65504"):
-        export_model(model, "hf", tmp_path / "hf", options=Options(dtype="float16"))
+        export_model(model, "hf", tmp_path / "hf", options=ExportOptions(dtype="float16"))
     assert not list(tmp_path.iterdir())
 
 

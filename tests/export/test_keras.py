@@ -139,5 +139,5 @@ def test_lora_that_a_format_cannot_hold(tmp_path):
 def test_an_export_says_where_it_comes_from(tmp_path):
     export_model("tiny", "keras", tmp_path / "one")
     export_model(str(tmp_path / "one"), "hf", tmp_path / "two")
-    marks = json.loads((tmp_path / "two" / "export.json").read_text())
-    assert marks["format"] == "hf" and marks["origin"]["base"] == "tiny"
+    mark = json.loads((tmp_path / "two" / "export.json").read_text())
+    assert mark["format"] == "hf" and mark["provenance"]["base"] == "tiny"

@@ -8,7 +8,7 @@ import pytest
 
 from gemma_tune.data import Turn, template_for
 from gemma_tune.export import export_model
-from gemma_tune.export.options import Options
+from gemma_tune.export.options import ExportOptions
 from gemma_tune.models.functional import hidden_states
 from gemma_tune.models.load import load_model
 from gemma_tune.models.sources.tokenizer import tokenizer_of
@@ -134,7 +134,7 @@ def test_the_real_model_is_the_same(tmp_path):
     import transformers
 
     model = load_model("demo")
-    export_model(model, "hf", tmp_path / "hf", options=Options(max_shard_size="300MB"))
+    export_model(model, "hf", tmp_path / "hf", options=ExportOptions(max_shard_size="300MB"))
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     tokenizer = tokenizer_of(model)
     text = "The capital of France is Paris, and water boils at 100 degrees Celsius. <end_of_turn>\n日本語 🙂"

@@ -32,6 +32,7 @@ _ON_HUGGING_FACE = (
     (r"gemma4_31b", r"google/gemma-4-31B"),
     (r"gemma4_instruct_31b", r"google/gemma-4-31B-it"),
 )
+_OLD_KEY = "origin"  # The key in exports of earlier versions.
 
 
 @dataclasses.dataclass
@@ -101,8 +102,8 @@ def read_provenance(source: str, adapter: str = "") -> Provenance:
     folder = Path(parsed.value) if parsed and parsed.kind in ("run", "hf", "keras") else None
     if folder and parsed and parsed.kind == "run":
         provenance = _of_run(folder)
-    elif folder and (before := _json(folder / MARK).get("origin")):
-        provenance = Provenance(**{**dataclasses.asdict(Provenance()), **before})
+    elif folder and (before := _of_export(folder)):
+        provenance = before
     if adapter:
         provenance = _with_adapter(provenance, Path(adapter).expanduser())
     return provenance
@@ -127,6 +128,15 @@ def _of_run(workdir: Path) -> Provenance:
             files = source_fingerprint(provenance.data_source, "")
             provenance.data_files = {Path(path).name: digest for path, digest in files}
     return provenance
+
+
+def _of_export(folder: Path) -> Provenance | None:
+    mark = _json(folder / MARK)
+    saved = mark.get("provenance", mark.get(_OLD_KEY))
+    if not isinstance(saved, dict):
+        return None
+    known = {field.name for field in dataclasses.fields(Provenance)}
+    return Provenance(**{name: value for name, value in saved.items() if name in known})
 
 
 def _with_adapter(provenance: Provenance, adapter: Path) -> Provenance:

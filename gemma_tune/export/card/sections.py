@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from gemma_tune.config import Config
 from gemma_tune.data.chat_template import template_for
 from gemma_tune.export.card.provenance import Provenance
-from gemma_tune.export.card.usage import usage_of
+from gemma_tune.export.card.usage import usage_examples
 
 TERMS = "https://ai.google.dev/gemma/terms"
 NOTICE_TEXT = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
@@ -31,7 +31,7 @@ class About(NamedTuple):
 
     Attributes:
         name: Of its folder.
-        kind, words: How it is used, as `usage_of` takes them.
+        kind, words: How it is used, as `usage_examples` takes them.
         library: The card's `library_name`.
         notes: Sentences.
         family, num_params: Of the model.
@@ -66,7 +66,7 @@ def use(about: About, provenance: Provenance) -> str:
     """Returns how to load it, program by program."""
     samples = provenance.result.get("samples") or []
     question = samples[0]["question"] if samples else _QUESTION
-    usages = usage_of(about.kind, about.name, question, template_for(about.family), about.words)
+    usages = usage_examples(about.kind, about.name, question, template_for(about.family), about.words)
     return "\n\n".join(f"With {one.program}:\n\n```{one.language}\n{one.code}\n```" for one in usages)
 
 

@@ -8,8 +8,8 @@ from gemma_tune.data.chat_template import ChatTemplate
 _HARMLESS = str.maketrans({"\\": "", "`": "", '"': "”", "'": "’"})  # What ends a text in Python, a shell or Markdown.
 
 
-class Usage(NamedTuple):
-    """One way to use a folder. language: Of the code, in which some words in capitals are replaced (`usage_of`)."""
+class UsageExample(NamedTuple):
+    """One way to use a folder. language: Of the code, in which some words in capitals are replaced (`usage_examples`)."""
 
     program: str
     language: str
@@ -85,25 +85,25 @@ for position in range(settings["cache_length"]):
         answer.append(following)
 print(tokenizer.decode(answer))"""
 _USAGES = {
-    "keras": (Usage("KerasHub", "python", _KERAS), Usage("gemma_tune", "python", _GEMMA_TUNE)),
-    "keras, quantized": (Usage("gemma_tune", "python", _GEMMA_TUNE),),
-    "keras, with an adapter": (Usage("gemma_tune", "python", _WITH_ADAPTER),),
+    "keras": (UsageExample("KerasHub", "python", _KERAS), UsageExample("gemma_tune", "python", _GEMMA_TUNE)),
+    "keras, quantized": (UsageExample("gemma_tune", "python", _GEMMA_TUNE),),
+    "keras, with an adapter": (UsageExample("gemma_tune", "python", _WITH_ADAPTER),),
     "hf": (
-        Usage("transformers", "python", _TRANSFORMERS),
-        Usage("vLLM", "sh", _VLLM),
-        Usage("gemma_tune", "python", _GEMMA_TUNE),
+        UsageExample("transformers", "python", _TRANSFORMERS),
+        UsageExample("vLLM", "sh", _VLLM),
+        UsageExample("gemma_tune", "python", _GEMMA_TUNE),
     ),
     "peft": (
-        Usage("peft", "python", _PEFT),
-        Usage("vLLM", "sh", _VLLM_LORA),
-        Usage("gemma_tune", "python", _ON_BASE),
+        UsageExample("peft", "python", _PEFT),
+        UsageExample("vLLM", "sh", _VLLM_LORA),
+        UsageExample("gemma_tune", "python", _ON_BASE),
     ),
     "gguf": (
-        Usage("llama.cpp", "sh", _LLAMA_CPP),
-        Usage("Ollama", "sh", _OLLAMA),
-        Usage("gemma_tune", "python", _GEMMA_TUNE.replace("FOLDER", "FOLDER/FILE")),
+        UsageExample("llama.cpp", "sh", _LLAMA_CPP),
+        UsageExample("Ollama", "sh", _OLLAMA),
+        UsageExample("gemma_tune", "python", _GEMMA_TUNE.replace("FOLDER", "FOLDER/FILE")),
     ),
-    "litert": (Usage("LiteRT", "python", _LITERT),),
+    "litert": (UsageExample("LiteRT", "python", _LITERT),),
 }
 
 _NEXT = {
@@ -118,11 +118,13 @@ _NEXT = {
 
 
 def next_command(kind: str, folder: str, words: Mapping[str, str]) -> str:
-    """Returns the command that one would try an export with; arguments as of `usage_of`."""
+    """Returns the command that one would try an export with; arguments as of `usage_examples`."""
     return _filled(_NEXT[kind], {**words, "FOLDER": folder})
 
 
-def usage_of(kind: str, folder: str, question: str, template: ChatTemplate, words: Mapping[str, str]) -> list[Usage]:
+def usage_examples(
+    kind: str, folder: str, question: str, template: ChatTemplate, words: Mapping[str, str]
+) -> list[UsageExample]:
     """Returns the ways to use an export.
 
     Args:

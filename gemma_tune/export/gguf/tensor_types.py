@@ -17,7 +17,7 @@ _LARGER = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 _LARGEST_FLOAT16 = 65504.0
 
 
-class Scheme(NamedTuple):
+class GgufScheme(NamedTuple):
     """How a file is written. file_type: llama.cpp's number for it. weights: of most; embedding: of the tied one."""
 
     file_type: int
@@ -26,13 +26,13 @@ class Scheme(NamedTuple):
     says: str
 
 
-SCHEMES = {
-    "f32": Scheme(0, "F32", "F32", "32 bits a weight: exactly the model"),
-    "f16": Scheme(1, "F16", "F16", "16 bits, 3 digits more precise than bf16, up to 65504"),
-    "bf16": Scheme(32, "BF16", "BF16", "16 bits, exactly a model that is in bfloat16"),
-    "q8_0": Scheme(7, "Q8_0", "Q8_0", "8.5 bits: nearly nothing is lost"),
-    "q4_k_m": Scheme(15, "Q4_K", "Q6_K", "about 5 bits, mixed: the usual choice for small devices"),
-    "q4_0": Scheme(2, "Q4_0", "Q6_K", "about 4.5 bits: the smallest, and fast on phones"),
+GGUF_SCHEMES = {
+    "f32": GgufScheme(0, "F32", "F32", "32 bits a weight: exactly the model"),
+    "f16": GgufScheme(1, "F16", "F16", "16 bits, 3 digits more precise than bf16, up to 65504"),
+    "bf16": GgufScheme(32, "BF16", "BF16", "16 bits, exactly a model that is in bfloat16"),
+    "q8_0": GgufScheme(7, "Q8_0", "Q8_0", "8.5 bits: nearly nothing is lost"),
+    "q4_k_m": GgufScheme(15, "Q4_K", "Q6_K", "about 5 bits, mixed: the usual choice for small devices"),
+    "q4_0": GgufScheme(2, "Q4_0", "Q6_K", "about 4.5 bits: the smallest, and fast on phones"),
 }
 
 
@@ -47,7 +47,7 @@ def type_of(name: str, shape: tuple[int, ...], scheme: str, num_layers: int) -> 
     """
     if len(shape) == 1:
         return "F32"
-    chosen = SCHEMES[scheme]
+    chosen = GGUF_SCHEMES[scheme]
     is_embedding = name == "token_embd.weight"
     kind = chosen.embedding if is_embedding else chosen.weights
     match = re.fullmatch(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight", name)
@@ -65,7 +65,7 @@ def fitting(kind: str, row_length: int) -> str:
     return kind
 
 
-def num_bytes(shape: tuple[int, ...], kind: str) -> int:
+def tensor_num_bytes(shape: tuple[int, ...], kind: str) -> int:
     """Returns what a tensor takes in a file."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 

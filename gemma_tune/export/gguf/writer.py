@@ -16,7 +16,7 @@ from gemma_tune.data.chat_template import template_for
 from gemma_tune.errors import ModelError, did_you_mean
 from gemma_tune.export.gguf.metadata import add_origin, add_sizes, add_tokenizer, family_for_gguf
 from gemma_tune.export.gguf.modelfile import modelfile
-from gemma_tune.export.gguf.tensor_types import SCHEMES, num_bytes, to_type, type_of
+from gemma_tune.export.gguf.tensor_types import GGUF_SCHEMES, tensor_num_bytes, to_type, type_of
 from gemma_tune.export.hf.config import hf_config
 from gemma_tune.export.hf.tensors import Tensor, tensors_of
 from gemma_tune.models.layers import lora_layers
@@ -47,7 +47,7 @@ def write_gguf(model: Any, file: str | os.PathLike, scheme: str = "f16", *, name
         model: A CausalLM of Gemma 1, 2 or 3 with its tokenizer. LoRA counts as merged, and codes as the floats that
             they stand for; the model stays as it is.
         file: Where to. What is there is overwritten.
-        scheme: A key of `gguf_types.SCHEMES`: `f32`, `f16`, `bf16`, `q8_0`, `q4_k_m`, `q4_0`.
+        scheme: A key of `gguf_types.GGUF_SCHEMES`: `f32`, `f16`, `bf16`, `q8_0`, `q4_k_m`, `q4_0`.
         name: What programs show of it; '' for the file's name.
         base: The model that it was made of, such as `gemma3_270m` or `hf://google/gemma-3-270m-it`.
 
@@ -68,9 +68,9 @@ def write_gguf(model: Any, file: str | os.PathLike, scheme: str = "f16", *, name
     entries = _entries(model, config, scheme)
     writer = gguf.GGUFWriter(path, family)
     try:
-        add_origin(writer, family, sum(num_bytes(e.shape, "F32") // 4 for e in entries), name or path.stem, base)
+        add_origin(writer, family, sum(tensor_num_bytes(e.shape, "F32") // 4 for e in entries), name or path.stem, base)
         add_sizes(writer, config, family)
-        writer.add_file_type(SCHEMES[scheme].file_type)
+        writer.add_file_type(GGUF_SCHEMES[scheme].file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_tokenizer(writer, tokenizer, template_for(family))
         _write_tensors(writer, entries)
@@ -86,13 +86,13 @@ def estimate_gguf(model: Any, scheme: str = "f16") -> int:
     family_for_gguf(model.backbone)
     tokenizer = tokenizer_of(model)
     entries = _entries(model, hf_config(model, tokenizer, "float32"), scheme)
-    return sum(num_bytes(e.shape, e.kind) for e in entries) + tokenizer.vocabulary_size * _BYTES_PER_TOKEN
+    return sum(tensor_num_bytes(e.shape, e.kind) for e in entries) + tokenizer.vocabulary_size * _BYTES_PER_TOKEN
 
 
 def _entries(model: Any, config: dict[str, Any], scheme: str) -> list[_Entry]:
-    if scheme not in SCHEMES:
+    if scheme not in GGUF_SCHEMES:
         raise ModelError(
-            f"There is no GGUF scheme {scheme!r}.{did_you_mean(scheme, SCHEMES)} Known: {', '.join(SCHEMES)}."
+            f"There is no GGUF scheme {scheme!r}.{did_you_mean(scheme, GGUF_SCHEMES)} Known: {', '.join(GGUF_SCHEMES)}."
         )
     num_tokens = tokenizer_of(model).vocabulary_size
     entries = []
@@ -112,7 +112,7 @@ def _write_tensors(writer: Any, entries: list[_Entry]) -> None:
 
     for name, shape, kind, _ in entries:
         quantization = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes(shape, kind), raw_dtype=quantization)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), tensor_num_bytes(shape, kind), raw_dtype=quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

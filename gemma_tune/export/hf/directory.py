@@ -9,7 +9,7 @@ from gemma_tune.export.hf.config import hf_config
 from gemma_tune.export.hf.safetensors_writer import write_sharded
 from gemma_tune.export.hf.tensors import tensors_of
 from gemma_tune.export.hf.tokenizer_files import write_tokenizer
-from gemma_tune.export.options import Options, Written
+from gemma_tune.export.options import ExportOptions, WrittenExport
 from gemma_tune.models.family import family_of
 from gemma_tune.models.layers import quantized_layers
 from gemma_tune.models.quantized.convert import num_weights
@@ -17,7 +17,7 @@ from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.runtime import progress
 
 
-def write_hf(model: Any, folder: Path, options: Options) -> Written:
+def write_hf(model: Any, folder: Path, options: ExportOptions) -> WrittenExport:
     """Writes config.json, generation_config.json, safetensors, and the tokenizer with its chat template.
 
     Args:
@@ -42,10 +42,10 @@ def write_hf(model: Any, folder: Path, options: Options) -> Written:
     with progress.track_progress("tensors written", len(tensors)) as advance:
         write_sharded(folder, tensors, options.dtype, options.max_shard_bytes, advance)
     notes = [f"Quantized weights were written as the {options.dtype} numbers that they stand for."]
-    return Written(notes if quantized_layers(model.backbone) else [], "hf")
+    return WrittenExport(notes if quantized_layers(model.backbone) else [], "hf")
 
 
-def float_bytes(model: Any, options: Options) -> int:
+def float_bytes(model: Any, options: ExportOptions) -> int:
     """Returns what all weights take as floats of `dtype`."""
     return (4 if options.dtype == "float32" else 2) * num_weights(model)
 

@@ -91,7 +91,9 @@ def peft_modules(model: keras.Model) -> dict[str, Module]:
     return found
 
 
-def peft_settings(lora_specs: dict[str, LoraSpec], of_base: Iterable[str], prefix: str, base_name: str) -> dict[str, Any]:
+def peft_settings(
+    lora_specs: dict[str, LoraSpec], of_base: Iterable[str], prefix: str, base_name: str
+) -> dict[str, Any]:
     """Returns what adapter_config.json says.
 
     Args:
