@@ -129,7 +129,7 @@ def time_rows(console: Console) -> list[dict[str, Any]]:
                 "predicted": predicted,
                 "measured": seconds,
                 "error": predicted / seconds - 1,
-                "share_of_products": hardware.share,
+                "mfu": hardware.mfu,
             }
         )
     return found

@@ -26,10 +26,10 @@ EXAMPLES = (
 _TARGET_SHARE = 0.6
 _ROWS = {
     "weights": "weights and a batch",
-    "optimizer": "optimizer state",
-    "kept": "activations kept for the backward pass",
+    "optimizer_state": "optimizer state",
+    "activations": "activations kept for the backward pass",
     "gradients": "gradients",
-    "working": "one block at work",
+    "workspace": "one block at work",
 }
 
 
@@ -66,7 +66,7 @@ def run(
     """Prints the plan."""
     del positional
     from gemma_tune.planning.hardware import find_hardware
-    from gemma_tune.planning.plan import first_that_fits, make_plans, mesh_shape
+    from gemma_tune.planning.plan import first_fitting_change, make_plans, mesh_shape
 
     config = flags.to_config(values, [*overrides, "--config.training.program=whole"])
     training = config.training
@@ -86,7 +86,7 @@ def run(
         if plan.hardware.name == "t4" and "bfloat16" in config.model.precision:
             console.print("t4 has no bfloat16: take --precision=float16.", style="yellow", markup=False)
         if not plan.fits:
-            flags_that_fit = first_that_fits(config, shape, values.target_share, plan.hardware)
+            flags_that_fit = first_fitting_change(config, shape, values.target_share, plan.hardware)
             advice = f"It fits with {flags_that_fit}." if flags_that_fit else "Take larger chips, or a smaller model."
             console.print(f"{plan.hardware.name}: too small. {advice}", style="yellow", markup=False)
     command = f"gemma-tune train --model={config.model.source} --method={training.method} --mesh={shape} --dry_run"
@@ -115,7 +115,7 @@ def _memory_table(plan: Any) -> Table:
 
 
 def _chip_table(plans: Sequence[Any], num_tokens: float) -> Table:
-    shares = ", ".join(f"{plan.hardware.name} {plan.hardware.share:.0%}" for plan in plans)
+    shares = ", ".join(f"{plan.hardware.name} {plan.hardware.mfu:.0%}" for plan in plans)
     table = Table(
         box=box.SIMPLE_HEAD,
         caption=f"Cost of {num_tokens / 1e6:g}M tokens. Share of the published arithmetic that is assumed: {shares}; "
@@ -131,7 +131,7 @@ def _chip_table(plans: Sequence[Any], num_tokens: float) -> Table:
         table.add_row(
             f"{plan.shape.num_devices} × {plan.hardware.name}",
             f"[{style}]{plan.memory.total / room:.0%}[/{style}] of {room / 1e9:.0f}",
-            f"{plan.biggest_batch:,}" if plan.biggest_batch else "none",
+            f"{plan.max_batch_size:,}" if plan.max_batch_size else "none",
             f"{plan.step.seconds:.3g} s",
             f"{plan.tokens_per_second:,.0f}",
             plan.step.bound_by,
@@ -147,11 +147,11 @@ def _row(plan: Any, num_tokens: float) -> dict[str, Any]:
         "num_devices": plan.shape.num_devices,
         "memory": {**plan.memory._asdict(), "total": plan.memory.total},
         "fits": plan.fits,
-        "biggest_batch": plan.biggest_batch,
+        "max_batch_size": plan.max_batch_size,
         "step": {**plan.step._asdict(), "seconds": plan.step.seconds, "bound_by": plan.step.bound_by},
         "tokens_per_second": plan.tokens_per_second,
-        "biggest_batch_tokens_per_second": plan.biggest_step.num_tokens / plan.biggest_step.seconds
-        if plan.biggest_step
+        "max_batch_tokens_per_second": plan.max_batch_step.num_tokens / plan.max_batch_step.seconds
+        if plan.max_batch_step
         else None,
         "dollars_per_hour": plan.dollars_per_hour,
         "dollars": plan.dollars(num_tokens),

@@ -1,1 +1,1 @@
-"""What a run would take on devices that aren't there: memory, time and cost, from shapes and published rates."""
+"""Predicts a run's memory, speed and cost on any devices, from the model's shapes and published hardware rates."""

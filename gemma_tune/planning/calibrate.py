@@ -1,4 +1,4 @@
-"""What hardware reaches in fact, from a run that was on it."""
+"""Calibrates the assumed utilization of hardware with a measured run."""
 
 import statistics
 from pathlib import Path
@@ -11,47 +11,49 @@ from gemma_tune.planning.duration import planned_step
 from gemma_tune.planning.hardware import Hardware
 from gemma_tune.training.run.metrics import read_metrics
 
-_WARM_UP_STEPS = 1  # The first compiles.
+_WARM_UP_STEPS = 1  # The first step also compiles.
 
 
 def calibrated(hardware: Hardware, config: Config, shape: MeshShape, target_share: float, seconds: float) -> Hardware:
-    """Returns the hardware with the share of its arithmetic that a measured step reached.
+    """Returns the hardware with the utilization (`mfu`) that a measured step reached.
 
     Args:
-        hardware: That the step ran on.
-        config: What ran.
-        shape: Its mesh.
-        target_share: Of all positions, those with a loss.
-        seconds: Of one step.
+        hardware: Chip that the step ran on.
+        config: Settings of the run.
+        shape: Mesh of the run.
+        target_share: Share of all positions that have a loss.
+        seconds: Duration of one step.
 
     Raises:
-        ConfigError: The hardware can't have done it in that time.
+        ConfigError: The step was faster than the hardware can be.
     """
-    step = planned_step(abstract_train_state(config, shape, target_share), hardware._replace(share=1.0))
-    share = step.computing / max(seconds - step.waiting, 1e-9)
-    if not 0 < share <= 1:
+    step = planned_step(abstract_train_state(config, shape, target_share), hardware._replace(mfu=1.0))
+    mfu = step.compute_seconds / max(seconds - step.exposed_seconds, 1e-9)
+    if not 0 < mfu <= 1:
         raise ConfigError(
-            f"A step of {seconds:.3g} s can't have run on {hardware.name}: its arithmetic alone takes "
-            f"{step.computing:.3g} s at full speed. Name the hardware that it ran on with --hardware."
+            f"A step of {seconds:.3g} s can't have run on {hardware.name}, where its arithmetic alone takes at least "
+            f"{step.compute_seconds:.3g} s. Set --hardware to the hardware of that run."
         )
-    return hardware._replace(share=share)
+    return hardware._replace(mfu=mfu)
 
 
 def calibrated_by_run(hardware: Hardware, workdir: Path, config: Config, shape: MeshShape) -> Hardware:
-    """Returns the hardware as a run that was on it found it.
+    """Returns the hardware with the utilization (`mfu`) that a run on it reached, by the run's metrics.
 
     Args:
-        hardware: That the run was on.
-        workdir: Of the run.
-        config: Its settings.
-        shape: Its mesh.
+        hardware: Chip that the run was on.
+        workdir: Workdir of the run.
+        config: Settings of the run.
+        shape: Mesh of the run.
 
     Raises:
-        ConfigError: It has no two steps yet.
+        ConfigError: The run has fewer than two steps.
     """
     rows = [row for row in read_metrics(workdir) if "step_seconds" in row][_WARM_UP_STEPS:]
     if not rows:
-        raise ConfigError(f"{workdir} has no metrics of at least two steps to calibrate with. Train there first.")
+        raise ConfigError(
+            f"{workdir} has metrics of fewer than two steps, too few to calibrate with. Train there first."
+        )
     seconds = statistics.median(row["step_seconds"] for row in rows)
     num_positions = config.training.batch_size * config.row_length
     target_share = statistics.median(row["num_target_tokens"] for row in rows) / num_positions

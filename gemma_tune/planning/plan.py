@@ -1,4 +1,4 @@
-"""What a run would take on devices that aren't there, put together: memory, time, cost, and the biggest batch."""
+"""Predicts memory, speed, cost and the largest batch of a run on devices that need not be present."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,10 +15,15 @@ _LARGEST_BATCH = 1 << 16
 
 
 class Plan(NamedTuple):
-    """A run on a mesh of one kind of chips.
+    """The predictions for a run on a mesh of one kind of chip.
 
-    memory: On each. step: One of the run. biggest_batch: The most rows of a step that fit; 0: not even the fewest that
-        the mesh can cut. biggest_step: A step of so many.
+    Attributes:
+        hardware: Kind of chip.
+        shape: Shape of the mesh.
+        memory: Memory of a training step on each chip.
+        step: Duration of a training step.
+        max_batch_size: Largest batch size that fits; 0 where not even the smallest one that the mesh allows does.
+        max_batch_step: Duration of a training step of that batch size; None where none fits.
     """
 
     hardware: Hardware
@@ -30,21 +35,21 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Returns whether each device has room."""
+        """Returns whether a step fits into the memory of each chip."""
         return self.memory.total <= usable_bytes(self.hardware)
 
     @property
     def tokens_per_second(self) -> float:
-        """Returns the positions that all devices get through."""
+        """Returns the positions per second of all chips together."""
         return self.step.num_tokens / self.step.seconds
 
     @property
     def dollars_per_hour(self) -> float:
-        """Returns what all devices are rented for."""
+        """Returns the rental price of all chips together."""
         return self.hardware.dollars_per_hour * self.shape.num_devices
 
     def dollars(self, num_tokens: float) -> float:
-        """Returns what so many positions cost."""
+        """Returns the cost of training on so many positions."""
         return num_tokens / self.tokens_per_second / 3600 * self.dollars_per_hour
 
 
@@ -53,18 +58,19 @@ def mesh_shape(text: str, num_devices: int, num_rows: int) -> MeshShape:
 
     Args:
         text: `data:2,fsdp:2,model:2`, `auto`, or empty for one device, or for `auto` with several.
-        num_devices: 0: as many as `text` takes.
-        num_rows: That go through the model at a time.
+        num_devices: Number of devices; 0 for as many as `text` needs.
+        num_rows: Number of rows in a micro-batch.
 
     Raises:
-        ConfigError: The mesh takes another number of devices.
+        ConfigError: The mesh needs another number of devices.
     """
     if text in ("", AUTO_MESH):
         return fitting_mesh(num_devices, num_rows) if num_devices > 1 else MeshShape()
     shape = parse_mesh(text)
     if num_devices not in (0, shape.num_devices):
         raise ConfigError(
-            f"--mesh={text} takes {shape.num_devices} devices; --num_devices={num_devices} says otherwise."
+            f"--mesh={text} needs {shape.num_devices} devices, but --num_devices={num_devices}. Change one of them, or "
+            "leave --num_devices out."
         )
     return shape
 
@@ -73,31 +79,31 @@ def make_plans(config: Config, shape: MeshShape, target_share: float, chips: lis
     """Returns a plan for each kind of chip.
 
     Args:
-        config: The run.
-        shape: The mesh.
-        target_share: Of all positions, those with a loss.
-        chips: To compare.
+        config: Settings of the run.
+        shape: Shape of the mesh.
+        target_share: Share of all positions that have a loss.
+        chips: Kinds of chip to compare.
 
     Raises:
-        ModelError: The model's sizes aren't known.
-        ConfigError: The rows of a batch can't be cut as the mesh asks.
+        ModelError: The model's sizes are unknown.
+        ConfigError: The mesh doesn't divide the rows of a batch evenly.
     """
     run = abstract_train_state(config.replace({"training.mesh": str(shape)}), shape, target_share)
-    memory, least = planned_memory(run), config.training.grad_accum_steps * shape.num_row_shards
+    memory, smallest = planned_memory(run), config.training.grad_accum_steps * shape.num_row_shards
     plans = []
     for chip in chips:
         room = usable_bytes(chip)
-        biggest = _biggest(least, lambda rows, room=room: _bytes_of(run, rows) <= room)  # type: ignore[misc]
-        max_batch_step = planned_step(with_batch_size(run, biggest), chip) if biggest else None
-        plans.append(Plan(chip, shape, memory, planned_step(run, chip), biggest, max_batch_step))
+        largest = _largest_multiple(smallest, lambda rows, room=room: _total_bytes(run, rows) <= room)  # type: ignore[misc]
+        largest_step = planned_step(with_batch_size(run, largest), chip) if largest else None
+        plans.append(Plan(chip, shape, memory, planned_step(run, chip), largest, largest_step))
     return plans
 
 
-def _bytes_of(run: AbstractTrainState, batch_size: int) -> float:
+def _total_bytes(run: AbstractTrainState, batch_size: int) -> float:
     return planned_memory(with_batch_size(run, batch_size)).total
 
 
-def _biggest(unit: int, fits: Callable[[int], bool]) -> int:
+def _largest_multiple(unit: int, fits: Callable[[int], bool]) -> int:
     """Returns the largest multiple of `unit` that fits, or 0."""
     if not fits(unit):
         return 0
@@ -113,13 +119,13 @@ def _biggest(unit: int, fits: Callable[[int], bool]) -> int:
 
 
 def memory_saving_changes(config: Config, shape: MeshShape) -> list[tuple[str, Config, MeshShape]]:
-    """Returns what to change when a run doesn't fit, with the flags that say so; what costs least first."""
+    """Returns changes that make a run need less memory, each as (flags, config, mesh shape), the cheapest first."""
     training = config.training
     found = []
-    least = shape.num_row_shards
-    if training.batch_size > least * training.grad_accum_steps:
-        accumulated = config.replace({"training.grad_accum_steps": training.batch_size // least})
-        found.append((f"--config.training.grad_accum_steps={training.batch_size // least}", accumulated, shape))
+    most_steps = training.batch_size // shape.num_row_shards
+    if training.batch_size > shape.num_row_shards * training.grad_accum_steps:
+        accumulated = config.replace({"training.grad_accum_steps": most_steps})
+        found.append((f"--config.training.grad_accum_steps={most_steps}", accumulated, shape))
     if training.remat != "full":
         found.append(("--config.training.remat=full", config.replace({"training.remat": "full"}), shape))
     if training.method == "lora":
@@ -136,7 +142,7 @@ def memory_saving_changes(config: Config, shape: MeshShape) -> list[tuple[str, C
 
 
 def first_fitting_change(config: Config, shape: MeshShape, target_share: float, chip: Hardware) -> str:
-    """Returns the flags of the first of `memory_saving_changes` with which a run fits, or ""."""
+    """Returns the flags of the first of `memory_saving_changes` with which a run fits on a chip, or ""."""
     for flags, changed, wider in memory_saving_changes(config, shape):
         if planned_memory(abstract_train_state(changed, wider, target_share)).total <= usable_bytes(chip):
             return flags

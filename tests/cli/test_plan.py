@@ -18,9 +18,9 @@ def test_json_has_what_the_table_has(call):
     code, out, _ = call("plan", "--model=gemma3_12b", "--precision=bfloat16", "--price=2", "--num_tokens=2e6", "--json")
     assert code == 0
     (plan,) = json.loads(out)["plans"]
-    assert plan["hardware"]["dollars_per_hour"] == 2 and not plan["fits"] and plan["biggest_batch"] == 0
+    assert plan["hardware"]["dollars_per_hour"] == 2 and not plan["fits"] and plan["max_batch_size"] == 0
     assert plan["dollars"] == 2e6 / plan["tokens_per_second"] / 3600 * 2
-    parts = ("weights", "optimizer", "kept", "gradients", "working")
+    parts = ("weights", "optimizer_state", "activations", "gradients", "workspace")
     assert plan["memory"]["total"] == sum(plan["memory"][part] for part in parts)
 
 
@@ -38,7 +38,7 @@ def test_mistakes_say_what_to_do(call, tmp_path):
     for arguments, text in (
         (["--hardware=v5q"], "Did you mean v5"),
         (["--model=gemma3_4b", "--mesh=fsdp:3"], "must be a multiple of that"),
-        (["--model=tiny", "--mesh=fsdp:2", "--num_devices=4"], "takes 2 devices"),
+        (["--model=tiny", "--mesh=fsdp:2", "--num_devices=4"], "needs 2 devices"),
         (["--model=tiny", "--hardware=v5e,t4", f"--calibrate={tmp_path}"], "needs one --hardware"),
     ):
         code, _, err = call("plan", *arguments)

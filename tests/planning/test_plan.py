@@ -1,4 +1,4 @@
-"""What is predicted of a run on devices that aren't there."""
+"""Tests of the predictions for devices that need not be present."""
 
 import math
 
@@ -12,10 +12,10 @@ from gemma_tune.models.sources import published_sizes as architectures
 from gemma_tune.pipeline import read_splits, set_up
 from gemma_tune.planning.abstract_train_state import abstract_train_state, with_batch_size
 from gemma_tune.planning.calibrate import calibrated
-from gemma_tune.planning.duration import planned_step, step_operations
+from gemma_tune.planning.device_sizes import device_sizes
+from gemma_tune.planning.duration import planned_step, step_flops
 from gemma_tune.planning.hardware import HARDWARE, find_hardware, usable_bytes
-from gemma_tune.planning.plan import first_that_fits, make_plans, mesh_shape
-from gemma_tune.planning.sizes import sizes_of
+from gemma_tune.planning.plan import first_fitting_change, make_plans, mesh_shape
 from gemma_tune.planning.step_memory import planned_memory
 
 ONE = MeshShape()
@@ -31,7 +31,7 @@ def config(**settings):
 def test_the_arguments_of_a_step_are_those_of_a_real_run(family, method):
     """Shape by shape: weights, LoRA factors or all weights, optimizer state and batch."""
     if family == "gemma4" and method == "qlora":
-        pytest.skip("tiny Gemma 4's inputs can't be cut into groups of 64")
+        pytest.skip("block_size=64 does not divide the inputs of tiny Gemma 4's layers")
     small = config(model__source=f"tiny:{family}", data__max_length=32, training__method=method)
     setup = set_up(small, read_splits(small))
     run = abstract_train_state(small, ONE, 0.5)
@@ -54,7 +54,7 @@ def test_the_arguments_of_a_step_are_those_of_a_real_run(family, method):
     ],
 )
 def test_memory_is_what_a_compiled_step_takes(settings, monkeypatch):
-    """Within 10 %, the issue's bound; on meshes: `python -m benchmarks.plan`."""
+    """Within 10 %, the bound of `python -m benchmarks.plan`, which also has meshes."""
     sizes = architectures.preset_sizes
     monkeypatch.setattr(
         architectures, "preset_sizes", lambda name: (sizes(name)[0], {**sizes(name)[1], "num_layers": 3})
@@ -63,25 +63,25 @@ def test_memory_is_what_a_compiled_step_takes(settings, monkeypatch):
     assert planned_memory(run).total == pytest.approx(run.compiled_memory().total_bytes, rel=0.1)
 
 
-def test_a_mesh_takes_its_share_of_what_can_be_cut():
+def test_a_mesh_divides_the_memory_of_what_it_shards():
     full = config(training__method="full", training__batch_size=8)
     whole, parts, copies = (
         planned_memory(abstract_train_state(full, shape, 0.6)) for shape in (ONE, MeshShape(fsdp=8), MeshShape(data=8))
     )
-    assert parts.optimizer == pytest.approx(whole.optimizer / 8, rel=2e-3)  # Norms are on every device.
-    assert copies.optimizer == whole.optimizer
+    assert parts.optimizer_state == pytest.approx(whole.optimizer_state / 8, rel=2e-3)  # Norms are on every device.
+    assert copies.optimizer_state == whole.optimizer_state
     assert parts.total < whole.total / 4 < copies.total
 
 
-def test_operations_are_those_of_the_definition():
-    """Frozen products: 2 a weight and token forward, 2 backward; the head the same where there is a loss. What is left
-    is attention, counted here by hand: scores and sums over half a row, forward, anew and twice backward.
+def test_flops_are_those_of_the_definition():
+    """Frozen products: 2 per weight and token forward, 2 backward; the LM head the same where there is a loss. The rest
+    is attention, counted here by hand: scores and values over half a row, forward, recomputed and twice backward.
     """
     run = abstract_train_state(config(training__batch_size=1, data__max_length=512, training__remat="none"), ONE, 0.5)
     layer = 640 * 256 * (4 + 1 + 1 + 4) + 3 * 640 * 2048
     weights = 4 * 18 * layer * 512 + 4 * 262_144 * 640 * 256
     attention = 4 * 18 * (2 * 2 * 4 * 256 * 512 * 512 / 2)
-    assert step_operations(sizes_of(run), run.config, ONE) == pytest.approx(weights + attention)
+    assert step_flops(device_sizes(run), run.config, ONE) == pytest.approx(weights + attention)
 
 
 def test_time_follows_what_bounds_it():
@@ -91,7 +91,7 @@ def test_time_follows_what_bounds_it():
         )
         for rows in (32, 1)
     )
-    assert many.bound_by == "arithmetic" and many.seconds == many.computing
+    assert many.bound_by == "arithmetic" and many.seconds == many.compute_seconds
     slow = V5E._replace(memory_bandwidth=V5E.memory_bandwidth / 1000)
     run = abstract_train_state(config(training__batch_size=1), ONE, 0.6)
     assert planned_step(run, slow).bound_by == "memory"
@@ -100,24 +100,24 @@ def test_time_follows_what_bounds_it():
     assert few.seconds < many.seconds < 32.01 * few.seconds
 
 
-def test_the_biggest_batch_is_the_biggest():
+def test_the_largest_batch_is_the_largest():
     (plan,) = make_plans(config(training__batch_size=4), MeshShape(fsdp=4), 0.6, [V5E])
     run = abstract_train_state(config(training__batch_size=4), MeshShape(fsdp=4), 0.6)
-    room, biggest = usable_bytes(V5E), plan.biggest_batch
-    assert biggest % 4 == 0 and biggest > 4
-    assert planned_memory(with_batch_size(run, biggest)).total <= room
-    assert planned_memory(with_batch_size(run, biggest + 4)).total > room
+    usable, largest = usable_bytes(V5E), plan.max_batch_size
+    assert largest % 4 == 0 and largest > 4
+    assert planned_memory(with_batch_size(run, largest)).total <= usable
+    assert planned_memory(with_batch_size(run, largest + 4)).total > usable
 
 
 @pytest.mark.slow
-def test_a_model_that_is_too_large_gets_a_proposal_that_fits():
+def test_a_run_that_does_not_fit_gets_a_change_with_which_it_fits():
     large = config(model__source="gemma3_12b", model__precision="bfloat16")
     (plan,) = make_plans(large, ONE, 0.6, [V5E])
-    assert not plan.fits and plan.biggest_batch == 0
-    assert first_that_fits(large, ONE, 0.6, V5E) == "--method=qlora"
+    assert not plan.fits and plan.max_batch_size == 0
+    assert first_fitting_change(large, ONE, 0.6, V5E) == "--method=qlora"
     quantized = large.replace({"training.method": "qlora"})
     assert make_plans(quantized, ONE, 0.6, [V5E])[0].fits
-    assert first_that_fits(large.replace({"training.method": "full"}), ONE, 0.6, HARDWARE["t4"]).startswith(
+    assert first_fitting_change(large.replace({"training.method": "full"}), ONE, 0.6, HARDWARE["t4"]).startswith(
         "--mesh=fsdp:"
     )
 
@@ -127,15 +127,15 @@ def test_calibrating_gives_back_what_was_measured():
     slow_chip = V5E._replace(flops_32=200e9)
     chip = calibrated(slow_chip, some, ONE, 0.6, seconds)
     assert planned_step(abstract_train_state(some, ONE, 0.6), chip).seconds == pytest.approx(seconds)
-    assert 0 < chip.share < 1
+    assert 0 < chip.mfu < 1
     with pytest.raises(ConfigError, match="can't have run on v5e"):
         calibrated(slow_chip, some, ONE, 0.6, 0.01)
 
 
-def test_meshes_and_names_that_are_wrong():
+def test_wrong_meshes_and_names_are_refused():
     assert mesh_shape("auto", 8, 4) == MeshShape(fsdp=4, model=2)
     assert mesh_shape("", 0, 4) == ONE
-    with pytest.raises(ConfigError, match="takes 4 devices; --num_devices=8"):
+    with pytest.raises(ConfigError, match="needs 4 devices, but --num_devices=8"):
         mesh_shape("fsdp:4", 8, 4)
     with pytest.raises(ConfigError, match="Did you mean v5"):
         find_hardware("v5f")
