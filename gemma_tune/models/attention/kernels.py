@@ -10,6 +10,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from gemma_tune.models.lm_head import apply_soft_cap
+
 _QUERY_TILE = 128  # Positions, at least. Smaller blocks skip more, and make products too small to be fast.
 _NUM_BLOCKS = 4  # At most: beyond that, programs get long for little.
 FUSED_TILE = 128  # The fused kernels take rows that are a multiple of this.
@@ -71,8 +73,7 @@ def masked_attention(
         [B, T, K, G, H] in v's dtype.
     """
     scores = jnp.einsum("btkgh,bskh->bktgs", q, k, preferred_element_type=jnp.float32)
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = apply_soft_cap(scores, soft_cap)
     probabilities = jax.nn.softmax(jnp.where(mask[:, None, :, None], scores, -1e30), axis=-1)
     return jnp.einsum("bktgs,bskh->btkgh", probabilities.astype(v.dtype), v)
 

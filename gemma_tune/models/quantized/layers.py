@@ -20,6 +20,7 @@ import numpy as np
 from gemma_tune.errors import ModelError
 from gemma_tune.models.einsum import parse_einsum
 from gemma_tune.models.linear import einsum_product
+from gemma_tune.models.lm_head import apply_soft_cap
 from gemma_tune.models.lora.layers import merged_kernel, with_factors
 from gemma_tune.models.sharding.placement import put_sharded
 from gemma_tune.quantization.codes import Quantized, Scales, dequantize, quantize, rows_of, shapes_of, take_rows
@@ -213,9 +214,7 @@ class QuantizedEmbedding(_QuantizedLayer, keras.layers.ReversibleEmbedding):
             return rows.reshape(*inputs.shape, -1).astype(self.compute_dtype)
         dtype = self.reverse_dtype or self.compute_dtype
         logits = _logits(jnp.asarray(inputs, dtype), quantized)
-        if self.logit_soft_cap is not None:
-            logits = self.logit_soft_cap * jnp.tanh(logits / self.logit_soft_cap)
-        return logits
+        return apply_soft_cap(logits, self.logit_soft_cap)
 
 
 # Keras finds the saved weights of a layer in a list by the name of its class.

@@ -20,6 +20,7 @@ from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import Params
 from gemma_tune.models.layers import iter_layers, quantizable_layers
 from gemma_tune.models.linear import einsum_product, fitting_spec
+from gemma_tune.models.lm_head import apply_soft_cap
 from gemma_tune.models.lora.factors import kernel_update, low_rank_product
 from gemma_tune.models.lora.layers import equation_of, lora_spec_of
 from gemma_tune.models.quantized.convert import matrix_shape
@@ -164,9 +165,7 @@ class FakeQuantEmbedding(_FakeQuantLayer, keras.layers.ReversibleEmbedding):
             return self._look_up(jnp.asarray(inputs, jnp.int32))
         dtype = self.reverse_dtype or self.compute_dtype
         logits = jnp.asarray(inputs, dtype) @ self.rounded().astype(dtype).T
-        if self.logit_soft_cap is not None:
-            logits = self.logit_soft_cap * jnp.tanh(logits / self.logit_soft_cap)
-        return logits
+        return apply_soft_cap(logits, self.logit_soft_cap)
 
     def _look_up(self, token_ids: jax.Array) -> jax.Array:
         """Rounds the rows of these tokens alone."""

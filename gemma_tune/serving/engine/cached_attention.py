@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gemma_tune.models.attention.swap import AttentionShape, attention_shape_of
+from gemma_tune.models.lm_head import apply_soft_cap
 from gemma_tune.runtime.backend import is_single_cpu, keras_hub
 
 
@@ -138,9 +139,7 @@ def _attend_within(length: int, shape: AttentionShape, cache: LayerCache) -> Any
         offset = jnp.maximum(first + num_new - length, 0)  # Not 0 with a window only.
         k, v = (lax.dynamic_slice_in_dim(each, start + offset, length) for each in cache)
         grouped = q.reshape(num_new, shape.num_kv_heads, groups, shape.head_width)
-        scores = _scores(grouped, k)
-        if shape.soft_cap is not None:
-            scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
+        scores = apply_soft_cap(_scores(grouped, k), shape.soft_cap)
         of_query, of_key = (first + jnp.arange(num_new))[:, None], (offset + jnp.arange(length))[None]
         visible = of_key <= of_query
         if shape.window is not None:

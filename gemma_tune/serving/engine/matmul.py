@@ -28,6 +28,7 @@ from jax import lax
 
 from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16
 from gemma_tune.models.einsum import parse_einsum
+from gemma_tune.models.lm_head import apply_soft_cap
 from gemma_tune.models.quantized.layers import QuantizedEinsumDense, QuantizedEmbedding
 from gemma_tune.models.quantized.qat import FakeQuantEinsumDense
 from gemma_tune.runtime.backend import is_single_cpu, keras
@@ -80,9 +81,7 @@ def lm_head_logits(embedding: Any, head: MatmulWeights | None, hidden: jax.Array
     if head is None:
         return embedding(hidden[:, None], reverse=True)[:, 0].astype(jnp.float32)
     logits = matmul(hidden.astype(embedding.reverse_dtype or embedding.compute_dtype), head, one)
-    if embedding.logit_soft_cap:
-        logits = embedding.logit_soft_cap * jnp.tanh(logits / embedding.logit_soft_cap)
-    return logits.astype(jnp.float32)
+    return apply_soft_cap(logits, embedding.logit_soft_cap).astype(jnp.float32)
 
 
 def opaque_one(integers: jax.Array) -> jax.Array:
