@@ -1,4 +1,4 @@
-"""A short name for a model's weights, by which an adapter knows its base."""
+"""Computes a fingerprint of a model's weights, by which an adapter recognizes its base."""
 
 import hashlib
 import math
@@ -7,19 +7,20 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.models.functional import variables_by_path
-from gemma_tune.models.quantized.convert import first_floats
-from gemma_tune.models.quantized.layers import NUM_FIRST
+from gemma_tune.models.layers import quantized_layers
 from gemma_tune.runtime.backend import keras
 from gemma_tune.runtime.processes import fetch_to_host
 
-_FEW = 4
+# First values of a weight that count. A quantized layer keeps those of its float kernel.
+NUM_FINGERPRINT_VALUES = 256
+_NUM_COMPARED_VALUES = 4
 
 
 def fingerprint(model: keras.Model) -> str:
-    """Returns 16 hexadecimal digits that depend on every base variable's path and shape, and on a sample of its values.
+    """Returns 16 hexadecimal digits that depend on the path, the shape and the first values of every base weight.
 
-    The values are compared in bfloat16, so that a base loaded in float32 and in bfloat16 has the same fingerprint; of a
-    quantized layer they are those before. LoRA factors don't count.
+    Values count in bfloat16, so that a base has the same fingerprint in float32 and in bfloat16. A quantized layer
+    counts with the float values that it was quantized from. LoRA factors don't count.
     """
     digest = hashlib.sha256()
     bfloat16 = np.dtype("bfloat16")
@@ -29,14 +30,14 @@ def fingerprint(model: keras.Model) -> str:
     return digest.hexdigest()[:16]
 
 
-def some_values(model: keras.Model) -> dict[str, Any]:
-    """Returns the first few values of every base variable, and the dtype of the weights, as JSON takes them.
+def sample_values(model: keras.Model) -> dict[str, Any]:
+    """Returns the first few values of every base weight and the dtype of the weights, as a JSON-compatible dict.
 
-    For comparing bases whose rounding differs, as float16's does.
+    They compare bases of different rounding, such as float16 and bfloat16.
     """
     samples = _samples(model)
     paths = hashlib.sha256("".join(f"{path}{shape}" for path, shape, _ in samples).encode())
-    firsts = [sample[:_FEW].astype(np.float32) for _, _, sample in samples]
+    firsts = [sample[:_NUM_COMPARED_VALUES].astype(np.float32) for _, _, sample in samples]
     return {
         "dtype": str(model.backbone.token_embedding.variable_dtype),
         "paths": paths.hexdigest()[:16],
@@ -45,13 +46,14 @@ def some_values(model: keras.Model) -> dict[str, Any]:
 
 
 def _samples(model: keras.Model) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
-    """Path, shape and first values of every float variable of the base; of quantized kernels as they were."""
-    quantized, codes = first_floats(model.backbone)
-    samples = [(path, *sample) for path, sample in quantized.items()]
+    """Returns (path, shape, first values) of every base weight, sorted by path; of a quantized kernel, its floats."""
+    quantized = quantized_layers(model.backbone)
+    codes = {variable.path for layer in quantized for variable in layer._code_variables}
+    samples = [(layer._float_kernel.path, layer._float_kernel.shape, layer._first_floats) for layer in quantized]
     for path, variable in variables_by_path(model).items():
         if "lora_" not in path.rsplit("/", 1)[-1] and path not in codes:
             shape = tuple(variable.shape)
-            num_rows = -(-NUM_FIRST // max(1, math.prod(shape[1:])))
-            first_rows = variable.value[:num_rows] if shape else variable.value  # Of a mesh, only these are gathered.
-            samples.append((path, shape, fetch_to_host(first_rows).reshape(-1)[:NUM_FIRST]))
+            num_rows = -(-NUM_FINGERPRINT_VALUES // max(1, math.prod(shape[1:])))
+            first_rows = variable.value[:num_rows] if shape else variable.value  # On a mesh, only these are gathered.
+            samples.append((path, shape, fetch_to_host(first_rows).reshape(-1)[:NUM_FINGERPRINT_VALUES]))
     return sorted(samples, key=lambda sample: sample[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.base_fingerprint import fingerprint, some_values
+from gemma_tune.models.base_fingerprint import fingerprint, sample_values
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import variables_by_path
 from gemma_tune.models.layers import lora_layers
@@ -52,7 +52,7 @@ def save_adapter(model: keras.Model, path: str | os.PathLike, base_model: str = 
         "family": family_of(model),
         "base_model": base_model,
         "base_fingerprint": fingerprint(model),
-        "base_values": json.dumps(some_values(model)),
+        "base_values": json.dumps(sample_values(model)),
         **describe(lora_specs(model.backbone), targets),
     }
     write_adapter(file, metadata, {name: fetch_to_host(variable.value) for name, variable in _factors(model).items()})
@@ -126,7 +126,7 @@ def _is_rounded_otherwise(model: keras.Model, metadata: Mapping[str, str]) -> bo
     float16 rounds at other places than bfloat16, in which fingerprints compare. Where one of the two bases is float16,
     some values are compared instead, with the tolerance of bfloat16, and of float16 near zero.
     """
-    values, others = some_values(model), json.loads(metadata.get("base_values", "{}"))
+    values, others = sample_values(model), json.loads(metadata.get("base_values", "{}"))
     if "float16" not in (values["dtype"], others.get("dtype")) or values["paths"] != others.get("paths"):
         return False
     return np.allclose(values["values"], others["values"], rtol=2**-7, atol=2**-24)

@@ -16,6 +16,7 @@ from gemma_tune.config_checks import LORA_LAYOUTS
 from gemma_tune.errors import ModelError
 from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.runtime.atomic_files import write_atomically
+from gemma_tune.runtime.safetensors_file import write_safetensors
 
 ADAPTER_FORMAT = "gemma_tune.adapter"
 _NEEDED = ("family", "base_model", "base_fingerprint", "base_values", "rank", "alpha", "target_layers")
@@ -24,12 +25,10 @@ Factors = dict[str, np.ndarray]
 
 
 def write_adapter(file: Path, metadata: Metadata, factors: Factors) -> None:
-    """Writes an adapter, whole or not at all."""
-    from safetensors.numpy import save
-
+    """Writes an adapter atomically. Equal adapters are equal byte for byte."""
     file.parent.mkdir(parents=True, exist_ok=True)
     sealed = sealed_metadata({"format": ADAPTER_FORMAT, **metadata}, factors)
-    write_atomically(file, lambda partial: partial.write_bytes(save(factors, sealed)))
+    write_atomically(file, lambda partial: write_safetensors(partial, factors, sealed))
 
 
 def sealed_metadata(metadata: Metadata, factors: Factors) -> Metadata:

@@ -40,7 +40,7 @@ class LoraSpec(NamedTuple):
         """s: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    def with_rank(self, layout: str, rank: int) -> "LowRank":
+    def with_rank(self, layout: str, rank: int) -> "LoraSpec":
         """Returns factors of another layout and rank with the same scale."""
         growth = rank / self.rank
         alpha = self.alpha * (math.sqrt(growth) if self.use_rslora else growth)

@@ -117,10 +117,3 @@ def matrix_shape(layer: Any) -> tuple[int, int, int]:
     sizes = tuple(layer._float_kernel.shape if is_quantized(layer) else layer._kernel.shape)
     first, last = summed[0], summed[-1] + 1
     return math.prod(sizes[:first]), math.prod(sizes[first:last]), math.prod(sizes[last:])
-
-
-def first_floats(backbone: Any) -> tuple[dict[str, tuple[tuple[int, ...], np.ndarray]], set[str]]:
-    """Returns (path -> shape and first values of each quantized kernel as it was, paths of all codes and scales)."""
-    layers = quantized_layers(backbone)
-    kernels = {layer._float_kernel.path: (layer._float_kernel.shape, layer._first_floats) for layer in layers}
-    return kernels, {variable.path for layer in layers for variable in layer._code_variables}
