@@ -32,9 +32,9 @@ from gemma_tune.evaluation.fidelity import (
     reference_quality,
 )
 from gemma_tune.evaluation.measure import (
-    Answers,
     ScoredPositions,
     ScoredStates,
+    TimedAnswers,
     scored_positions,
     scored_states,
     timed_answers,
@@ -123,7 +123,7 @@ class _Measured(NamedTuple):
     memory_bytes: int
     disk_bytes: int | None
     states: ScoredStates
-    answers: Answers
+    answers: TimedAnswers
     head: SoftCappedLMHead
 
     def figures(self, quality: Quality, apart: Divergence | None) -> ModelFigures:
@@ -234,7 +234,10 @@ def _measure(name: SchemedSource, scored: _Scored, config: Config) -> _Measured:
     quant_spec = QuantSpec(name.scheme, config.model.block_size) if name.scheme else None
     with _naming(str(name)), progress.console.status(f"Loading {name}…"):
         model = load_model(name.source, precision=config.model.precision, quant_spec=quant_spec, seed=config.seed)
-    with _naming(str(name)), progress.track_progress(f"{name}: read tokens", len(scored.positions.target_ids)) as advance:
+    with (
+        _naming(str(name)),
+        progress.track_progress(f"{name}: read tokens", len(scored.positions.target_ids)) as advance,
+    ):
         states = scored_states(model, scored.batches, advance)
     prompts = [example.turns[:-1] for example in scored.questions]
     with progress.track_progress(f"{name}: answered questions", len(prompts)) as advance:
