@@ -1,100 +1,53 @@
-"""`gemma-tune compare`."""
+"""`gemma-tune compare`: several models on the same data."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from absl import flags as absl_flags
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from gemma_tune.cli import flags
+from gemma_tune.cli.flags import setting_flags
 from gemma_tune.cli.output import Output, shorten
-
-if TYPE_CHECKING:
-    from gemma_tune.evaluation.comparison import FidelityReport
-
-USAGE = "--reference=MODEL [--candidates=MODEL,…] --data=FILE"
-DESCRIPTION = """Puts models side by side on your own held-out data: memory, how far each one's predictions are from the
-reference's, loss, speed, and answers. A model is anything that --model takes elsewhere, with @int8, @int4 or @nf4
-behind it to hold it in few bits. Writes a table, a picture and a report. Without --data, what the first run among the
-models held out."""
-EXAMPLES = (
-    "gemma-tune compare --reference=demo --data=questions.jsonl",
-    "gemma-tune compare --reference=runs/mine --candidates=runs/mine@nf4,runs/mine@int8",
-    "gemma-tune compare --reference=gemma3_1b --candidates=gemma3_1b@int4,gemma3_270m --data=questions.jsonl",
+from gemma_tune.cli.verb import Flag, Invocation, Verb
+from gemma_tune.evaluation.comparison_figures import (
+    MAX_TOKENS,
+    NUM_ANSWERS,
+    FidelityReport,
+    figure_rows,
+    notes,
+    short_name,
 )
+from gemma_tune.evaluation.comparison_report import where_they_part
+from gemma_tune.models.sources.source import parse_schemed
+from gemma_tune.runtime.shell import gemma_tune_command
 
 
-def define_flags(values: absl_flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    from gemma_tune.evaluation.comparison import MAX_TOKENS, NUM_ANSWERS
-
-    absl_flags.DEFINE_string(
-        "reference", "demo", "What the others are compared with. (default: demo)", flag_values=values
-    )
-    absl_flags.DEFINE_string(
-        "candidates",
-        "",
-        "Models with commas between, each with @int8, @int4 or @nf4 behind it or not. If not given, the reference in "
-        "each of the three.",
-        flag_values=values,
-    )
-    flags.define(
-        values, "data", "max_length", "batch_size", "precision", "block_size", "max_new_tokens", "on_error", "seed"
-    )
-    absl_flags.DEFINE_integer(
-        "max_tokens",
-        MAX_TOKENS,
-        f"Most tokens of answers to score; of more data, examples are drawn. (default: {MAX_TOKENS})",
-        flag_values=values,
-    )
-    absl_flags.DEFINE_integer(
-        "num_answers",
-        NUM_ANSWERS,
-        f"Questions that all models answer, each with its likeliest tokens. (default: {NUM_ANSWERS})",
-        flag_values=values,
-    )
-    absl_flags.DEFINE_string(
-        "output", "runs/comparison", "Folder for the files. (default: runs/comparison)", flag_values=values
-    )
-
-
-def run(
-    values: absl_flags.FlagValues, overrides: Sequence[str], positional: Sequence[str], output: Output
-) -> dict[str, Any]:
+def _run(invocation: Invocation) -> dict[str, Any]:
     """Compares, and prints the table and the answers."""
-    del positional
-    config = flags.to_config(values, overrides)
+    flags, output, config = invocation.flags, invocation.output, invocation.config()
     from gemma_tune import pipeline
-    from gemma_tune.evaluation.comparison import notes
-    from gemma_tune.models.sources.source import parse_schemed
 
     report = pipeline.compare(
-        values.reference,
-        values.candidates,
-        config.data.source if values["data"].present or values.config else "",
+        flags.reference,
+        flags.candidates,
+        config.data.source if invocation.is_given("data") else "",
         config=config,
-        max_tokens=values.max_tokens,
-        num_answers=values.num_answers,
-        output=values.output,
+        max_tokens=flags.max_tokens,
+        num_answers=flags.num_answers,
+        output=flags.output,
     )
-    console = output.console
-    console.print(_figures(report))
+    output.console.print(_table(report))
     for note in notes(report):
-        console.print(note, style="dim", markup=False)
+        output.console.print(note, style="dim", markup=False)
     _print_answers(report, output)
-    if values.output:
-        console.print(f"\nSaved in {values.output}: comparison.html, .png, .md and .json.", markup=False)
+    if flags.output:
+        output.console.print(f"\nSaved in {flags.output}: comparison.html, .png, .md and .json.", markup=False)
     first = parse_schemed(report.candidates[0].name)
-    command = f"gemma-tune chat --model={first.source}" + (f" --quantize={first.scheme}" if first.scheme else "")
-    output.next(command)
-    return {**report.to_dict(), "output": values.output, "next": [command]}
+    command = gemma_tune_command("chat", model=first.source, quantize=first.scheme)
+    return {**report.to_dict(), "output": flags.output, "next": [command]}
 
 
-def _figures(report: "FidelityReport") -> Table:
-    from gemma_tune.evaluation.comparison import figure_rows, short_name
-
+def _table(report: FidelityReport) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=Text(report.scope), title_justify="left", collapse_padding=True)
     table.add_column("", no_wrap=True)
     for model in report.models:
@@ -107,12 +60,8 @@ def _figures(report: "FidelityReport") -> Table:
     return table
 
 
-def _print_answers(report: "FidelityReport", output: Output) -> None:
-    """Prints the answers below one another; bold from where one parts from the reference's."""
-    from gemma_tune.evaluation.comparison import short_name
-    from gemma_tune.evaluation.comparison_report import where_they_part
-
-    console = output.console
+def _print_answers(report: FidelityReport, output: Output) -> None:
+    """Prints all answers to a question below one another; bold from where one differs from the reference's."""
     for index, question in enumerate(report.questions):
         table = Table(box=None, show_header=False, title=Text(question), title_style="bold", title_justify="left")
         table.add_column(style="dim", no_wrap=True)
@@ -123,5 +72,39 @@ def _print_answers(report: "FidelityReport", output: Output) -> None:
             text = Text(shorten(model.answers[index]))
             text.stylize("bold", where_they_part(text.plain, reference))
             table.add_row(Text(short_name(model.name)), text)
-        console.print()
-        console.print(table)
+        output.console.print()
+        output.console.print(table)
+
+
+VERB = Verb(
+    name="compare",
+    usage="--reference=MODEL [--candidates=MODEL,…] [--data=FILE]",
+    description="""Compares models on your own held-out data: memory, distance of each one's predictions from the
+    reference's, loss, speed, and answers. A model is anything that --model takes elsewhere; @int8, @int4 or @nf4 behind
+    it quantizes it. Writes a table, a chart and a report. Without --data, the models are compared on what the first run
+    among them held out.""",
+    examples=(
+        "gemma-tune compare --reference=demo --data=questions.jsonl",
+        "gemma-tune compare --reference=runs/mine --candidates=runs/mine@nf4,runs/mine@int8",
+        "gemma-tune compare --reference=gemma3_1b --candidates=gemma3_1b@int4,gemma3_270m --data=questions.jsonl",
+    ),
+    flags=(
+        Flag("reference", "Model that the others are compared with.", "demo", "Model"),
+        Flag(
+            "candidates",
+            "Models with commas between. Without it, the reference in int8, int4 and nf4.",
+            group="Model",
+        ),
+        *setting_flags("precision", "block_size", "data", "max_length", "batch_size", "on_error", "max_new_tokens"),
+        Flag(
+            "max_tokens",
+            "Maximum number of answer tokens to score. From more data, examples are drawn at random.",
+            MAX_TOKENS,
+            "Data",
+        ),
+        Flag("num_answers", "Number of questions that all models answer, without sampling.", NUM_ANSWERS, "Generation"),
+        Flag("output", "Folder for the files.", "runs/comparison"),
+        *setting_flags("seed"),
+    ),
+    run=_run,
+)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gemma_tune.evaluation.comparison import FidelityReport, ModelFigures, kl_text, share_text, short_name, size_text
+from gemma_tune.evaluation.comparison_figures import FidelityReport, ModelFigures, kl_text, share_text, short_name, size_text
 
 _COLORS = {"int8": "#2a78b8", "nf4": "#2b9461", "int4": "#d2762a"}
 _OTHER, _REFERENCE = "#7a5aa6", "#333333"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from gemma_tune.evaluation.comparison import FidelityReport, figure_rows, notes, summaries
+from gemma_tune.evaluation.comparison_figures import FidelityReport, figure_rows, notes, summaries
 from gemma_tune.evaluation.comparison_chart import draw_comparison
 from gemma_tune.evaluation.run_report import as_svg, html_document
 

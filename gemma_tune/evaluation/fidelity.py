@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_tune.evaluation.comparison import Divergence, Quality
+from gemma_tune.evaluation.comparison_figures import Divergence, Quality
 from gemma_tune.evaluation.heldout import perplexity_of
 from gemma_tune.models.lm_head import num_rows, over_vocabulary_tiles, slice_lm_head_rows
 from gemma_tune.quantization.codes import Quantized

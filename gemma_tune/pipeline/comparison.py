@@ -15,7 +15,7 @@ from gemma_tune.data.sources.readers import heldout_of
 from gemma_tune.data.tokenize import tokenize_examples
 from gemma_tune.errors import ConfigError, DataError, ModelError
 from gemma_tune.evaluation import choose_questions
-from gemma_tune.evaluation.comparison import (
+from gemma_tune.evaluation.comparison_figures import (
     MAX_TOKENS,
     NUM_ANSWERS,
     Divergence,
