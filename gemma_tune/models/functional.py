@@ -98,7 +98,7 @@ def lm_head_weights(backbone: keras_hub.models.Backbone) -> jax.Array | Quantize
     quantized one is returned as it is, [V, D, 1], and one that is trained quantization-aware as its floats and grid.
     """
     embedding = backbone.token_embedding
-    return embedding.head() if hasattr(embedding, "head") else keras.ops.convert_to_tensor(embedding.embeddings)
+    return embedding.lm_head() if hasattr(embedding, "lm_head") else keras.ops.convert_to_tensor(embedding.embeddings)
 
 
 def final_soft_cap(backbone: keras_hub.models.Backbone) -> float | None:

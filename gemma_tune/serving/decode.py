@@ -16,7 +16,8 @@ import numpy as np
 
 from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16
 from gemma_tune.models.functional import Params, parameters, params_scope, value_in_scope
-from gemma_tune.models.quantized.qat import rounded_params, weights_are_rounded
+from gemma_tune.models.quantized.fake_quant_layers import weights_are_rounded
+from gemma_tune.models.quantized.qat import rounded_params
 from gemma_tune.runtime.backend import is_single_cpu, keras
 from gemma_tune.runtime.processes import fetch_to_host
 from gemma_tune.serving.engine.matmul import lm_head_logits, lm_head_matmul_weights, opaque_one

@@ -14,19 +14,14 @@ from gemma_tune.models.lora.adapter import save_adapter
 from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.lora.factors import kernel_update
 from gemma_tune.models.quantized.convert import matrix_shape, quantize_layers
-from gemma_tune.models.quantized.qat import (
-    FakeQuantEinsumDense,
-    enable_qat,
-    rounded_kernel,
-    rounded_params,
-    weights_are_rounded,
-)
+from gemma_tune.models.quantized.fake_quant_layers import FakeQuantEinsumDense, rounded_kernel, weights_are_rounded
+from gemma_tune.models.quantized.qat import enable_qat, rounded_params
 from gemma_tune.models.transforms import LoraSettings, transform_for_training
 from gemma_tune.quantization.codes import dequantize, quantize
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.serving.generation import generate
+from gemma_tune.training.step.loss import make_loss_fn
 from gemma_tune.training.step.per_block import PerBlockProgram
-from gemma_tune.training.step.train_step import make_loss_fn
 
 INT4 = QuantSpec("int4", 32)
 GRIDS = [QuantSpec("int8"), INT4, pytest.param(QuantSpec("nf4", 32), marks=pytest.mark.slow)]
@@ -179,14 +174,14 @@ def test_merging_and_converting_gives_the_weights_that_were_trained_with(quant_s
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SPLIT_FAMILIES)
-def test_blockwise_is_the_whole_program(family, lora, rng):
+def test_per_block_is_the_whole_program(family, lora, rng):
     assert_same(*both_steps(qat_model(family, INT4, lora, rng), random_batch(rng), "dots"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("quant_spec", [QuantSpec("int8"), QuantSpec("nf4", 32)], ids=str)
-def test_blockwise_with_other_grids_and_a_frozen_head(quant_spec, remat, rng):
+def test_per_block_with_other_quant_specs_and_a_frozen_head(quant_spec, remat, rng):
     model = qat_model("gemma3", quant_spec, LORA._replace(target_layers=("query", "value")), rng)
     assert_same(*both_steps(model, random_batch(rng), remat))
 
@@ -197,8 +192,8 @@ def test_no_rounded_kernel_is_kept_for_the_backward_pass(lora, rng):
     model = qat_model("gemma3", INT4, lora, rng)
     groups, batch = parameters(model), jax.tree.map(jnp.asarray, random_batch(rng, (40,), 1, 64))
     kernels = {layer._kernel.shape for layer in fake_layers(model) if isinstance(layer, FakeQuantEinsumDense)}
-    forward = PerBlockProgram(model, "none")._compile_forward(*groups, batch)
-    kept = {leaf.shape for arrays in forward.kept.values() for leaf in arrays}
+    forward = PerBlockProgram(model, "none").forward(*groups, batch)
+    kept = {leaf.shape for leaf in jax.tree.leaves(forward.residuals)}
     assert len(kernels) > 3 and kept and not kept & kernels
 
 
@@ -270,5 +265,5 @@ def test_preparing_anew_takes_it_off(rng):
 def test_what_cannot_be_rounded():
     with pytest.raises(ModelError, match=r"int4: block_size=256 does not divide its 64 inputs.*--or_int8"):
         qat_model("gemma3", QuantSpec("int4", 256))
-    with pytest.raises(ModelError, match="is held in int8: its floats are gone"):
+    with pytest.raises(ModelError, match="is held in int8, so that its floats can.t be trained"):
         enable_qat(load_model("tiny:gemma3", quant_spec=QuantSpec("int8")).backbone, INT4)

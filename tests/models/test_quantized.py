@@ -14,13 +14,15 @@ from gemma_tune.models.lora.adapter import save_adapter
 from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.preset import save_preset
 from gemma_tune.models.quantized.convert import quantize_layers
-from gemma_tune.models.quantized.layers import QuantizedEinsumDense, quantized_product
+from gemma_tune.models.quantized.layers import QuantizedEinsumDense
+from gemma_tune.models.quantized.product import quantized_product
 from gemma_tune.models.transforms import LoraSettings, transform_for_training
 from gemma_tune.quantization.codes import dequantize, quantize
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.runtime.atomic_files import CHECKSUMS
+from gemma_tune.training.step.loss import make_loss_fn, make_loss_of_hidden
 from gemma_tune.training.step.per_block import PerBlockProgram
-from gemma_tune.training.step.train_step import make_loss_fn, make_loss_of_hidden
+from gemma_tune.training.step.per_block_gradients import PerBlockGradients
 
 GRIDS = [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("nf4", 32), QuantSpec("nf4", 32, double=True)]
 
@@ -95,14 +97,14 @@ def test_loss_and_gradients_are_those_of_the_dequantized_model(some_family, quan
 
 
 @pytest.mark.parametrize("quant_spec", [GRIDS[1], GRIDS[3]], ids=str)
-def test_blockwise_is_the_whole_program(quant_spec, rng):
+def test_per_block_is_the_whole_program(quant_spec, rng):
     model = load_model("tiny:gemma3", quant_spec=quant_spec)
     factors, frozen = with_factors(model, 0), parameters(model).frozen
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (40, 20, 30), 3, 64))
     loss_fn = make_loss_fn(model, num_targets(batch))
     wanted = jax.jit(jax.grad(lambda t: loss_fn(t, frozen, batch).loss_sum))(factors)
     count = num_targets(batch)
-    gradients = PerBlockProgram(model, "none").make_gradients({count: make_loss_of_hidden(model, count)})
+    gradients = PerBlockGradients(PerBlockProgram(model, "none"), {count: make_loss_of_hidden(model, count)})
     for path, gradient in gradients(factors, frozen, None, batch)[0].items():
         np.testing.assert_allclose(gradient, wanted[path], atol=1e-4 * np.abs(wanted[path]).max(), err_msg=path)
 
@@ -114,9 +116,8 @@ def test_no_floats_are_kept_for_the_backward_pass(rng):
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (40,), 1, 64))
     kernels = {layer.kernel.shape for layer in model.backbone._flatten_layers() if hasattr(layer, "quantized_scheme")
                and isinstance(layer, QuantizedEinsumDense)}  # fmt: skip
-    per_block = PerBlockProgram(model, "none")
-    forward = per_block._compile_forward(factors, frozen, batch)
-    kept = {leaf.shape for arrays in forward.kept.values() for leaf in arrays}
+    forward = PerBlockProgram(model, "none").forward(factors, frozen, batch)
+    kept = {leaf.shape for leaf in jax.tree.leaves(forward.residuals)}
     assert kept and not kept & kernels
     twin = load_model("tiny:gemma3")
     factors, frozen = with_factors(twin, 0), parameters(twin).frozen

@@ -1,4 +1,4 @@
-"""Gives a backbone's layers quantized kernels: before a checkpoint is read into them, or from the floats they hold."""
+"""Quantizes a backbone's layers, before a checkpoint is read into them or from the floats that they hold."""
 
 import math
 from collections.abc import Mapping
@@ -18,21 +18,21 @@ from gemma_tune.runtime.backend import keras, keras_hub
 def quantize_layers(
     backbone: keras_hub.models.Backbone, quant_spec: QuantSpec, rounds_inputs: bool = False
 ) -> dict[str, LayerScheme]:
-    """Gives all linear layers of the decoder blocks, and the tied embedding, kernels in few bits.
+    """Quantizes the linear layers of a backbone and its tied embedding.
 
-    In a skeleton their values come later, from the checkpoint, and are quantized as they are read. Otherwise those that
-    are there are quantized, layer by layer.
+    In lazy initialization the layers have no values yet: these are quantized as they are read from the checkpoint.
+    Otherwise the present values are quantized, layer by layer.
 
     Args:
-        backbone: Before LoRA is enabled.
-        quant_spec: How.
-        rounds_inputs: Linear layers round their inputs too, to int8, token by token.
+        backbone: Backbone without LoRA.
+        quant_spec: Quantization spec.
+        rounds_inputs: Whether linear layers round their inputs too, to int8 with a scale for each token.
 
     Returns:
-        How each layer is held, by its path.
+        Path -> scheme of each quantized layer.
 
     Raises:
-        ModelError: As `schemes_for`.
+        ModelError: A layer can't be quantized; see `schemes_for`.
     """
     schemes = schemes_for(backbone, quant_spec)
     if rounds_inputs:
@@ -43,11 +43,11 @@ def quantize_layers(
 
 
 def schemes_for(backbone: keras_hub.models.Backbone, quant_spec: QuantSpec) -> dict[str, LayerScheme]:
-    """Returns how each linear layer and the tied embedding would be held, by path.
+    """Returns the scheme that each linear layer and the tied embedding would get, by path.
 
     Raises:
-        ModelError: A layer is quantized or has LoRA factors already, or its inputs can't be cut into groups of
-            `block_size` and the grid doesn't allow int8 there.
+        ModelError: A layer is quantized or has LoRA factors already, or `block_size` doesn't divide its inputs and the
+            spec doesn't allow int8 there.
     """
     schemes = {}
     for layer in _checked_layers(backbone):
@@ -63,10 +63,14 @@ def schemes_for(backbone: keras_hub.models.Backbone, quant_spec: QuantSpec) -> d
 
 
 def apply_schemes(backbone: keras_hub.models.Backbone, schemes: Mapping[str, LayerScheme]) -> None:
-    """Quantizes the layers of these paths.
+    """Quantizes layers, each to its own scheme.
+
+    Args:
+        backbone: Backbone without LoRA.
+        schemes: Path -> scheme.
 
     Raises:
-        ModelError: A path is of no layer that can be quantized.
+        ModelError: A path names no layer that can be quantized.
     """
     layers = {layer.path: layer for layer in _checked_layers(backbone)}
     if unknown := sorted(set(schemes) - set(layers)):
@@ -76,7 +80,7 @@ def apply_schemes(backbone: keras_hub.models.Backbone, schemes: Mapping[str, Lay
 
 
 def quantize_layer(layer: keras.layers.Layer, scheme: LayerScheme) -> None:
-    """Quantizes an EinsumDense or a tied ReversibleEmbedding in its place, rounding to the nearest code."""
+    """Quantizes an EinsumDense or a tied ReversibleEmbedding in place, rounding to the nearest code."""
     is_embedding = isinstance(layer, keras.layers.ReversibleEmbedding)
     name = "embeddings" if is_embedding else "kernel"
     variable, shape = getattr(layer, f"_{name}"), matrix_shape(layer)
@@ -89,10 +93,10 @@ def quantize_layer(layer: keras.layers.Layer, scheme: LayerScheme) -> None:
 
 
 def _checked_layers(backbone: keras_hub.models.Backbone) -> list[Any]:
-    """Returns the layers that can be quantized.
+    """Returns the linear layers and the tied embedding.
 
     Raises:
-        ModelError: One of them is of a kind that can't be quantized.
+        ModelError: Keras's own quantization holds one of them.
     """
     layers = quantizable_layers(backbone)
     for layer in layers:
@@ -102,7 +106,7 @@ def _checked_layers(backbone: keras_hub.models.Backbone) -> list[Any]:
 
 
 def num_weights(model: Any) -> int:
-    """Returns how many numbers a CausalLM's weights stand for, quantized or not."""
+    """Returns the number of weights of a CausalLM, each counted once whether it is quantized or not."""
     layers = quantized_layers(model.backbone)
     codes = {id(variable) for layer in layers for variable in layer._code_variables}
     others = sum(math.prod(variable.shape) for variable in model.backbone.weights if id(variable) not in codes)
@@ -110,7 +114,7 @@ def num_weights(model: Any) -> int:
 
 
 def matrix_shape(layer: Any) -> tuple[int, int, int]:
-    """Returns a kernel's shape as [P, C, Q], where products sum over C."""
+    """Returns the shape of a layer's kernel as the [P, C, Q] of `quantization/codes.py`; products sum over C."""
     if isinstance(layer, keras.layers.ReversibleEmbedding):
         return (layer.input_dim, layer.output_dim, 1)
     summed = parse_einsum(layer.equation).summed_indices

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_tune.errors import ModelError
+from gemma_tune.models.base_fingerprint import NUM_FINGERPRINT_VALUES
 from gemma_tune.models.lm_head import apply_soft_cap
 from gemma_tune.models.lora.layers import merged_kernel, with_factors
 from gemma_tune.models.quantized.product import VOCABULARY_TILE, quantized_logits, quantized_product
@@ -24,7 +25,6 @@ from gemma_tune.quantization.codes import Quantized, Scales, dequantize, quantiz
 from gemma_tune.quantization.spec import LayerScheme
 from gemma_tune.runtime.backend import keras
 
-NUM_FIRST_FLOATS = 256  # Values of a float kernel that are remembered, so that an adapter recognizes its base.
 _FIRST_KEY = "first_floats"
 _quantize = jax.jit(quantize, static_argnames="quant_spec")  # NumPy takes forty times as long for NF4.
 
@@ -75,7 +75,7 @@ class QuantizedKernel:
                     f"{self.path} has shape {self.shape}, but the checkpoint's rows have {rows.shape[1:]}."
                 )
             if not start:
-                object.__setattr__(self.layer, "_first_floats", rows.ravel()[:NUM_FIRST_FLOATS].copy())
+                object.__setattr__(self.layer, "_first_floats", rows.ravel()[:NUM_FINGERPRINT_VALUES].copy())
             matrix = rows.reshape(-1, *matrix_shape[1:])
             if self.sharding is not None and tile == num_rows:
                 parts.append(_quantize(put_sharded(matrix, self.sharding), quant_spec))  # Each device quantizes a part.

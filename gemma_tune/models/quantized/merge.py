@@ -1,4 +1,4 @@
-"""LoRA merged into quantized weights, where it must be rounded, and what that costs."""
+"""Merges LoRA factors into quantized weights, and measures what the rounding loses."""
 
 from typing import NamedTuple
 
@@ -15,10 +15,12 @@ from gemma_tune.runtime.backend import jax, keras_hub
 
 
 class MergeError(NamedTuple):
-    """What rounding did to a layer's kernel with its LoRA update.
+    """The rounding error of one layer's merged kernel.
 
-    of_weights: norm of the error / norm of the merged weights. of_update: norm of the error / norm of the update; at 1
-    and above, the rounding is as large as what was learnt.
+    Attributes:
+        path: Path of the layer.
+        of_weights: Norm of the error / norm of the merged weights.
+        of_update: Norm of the error / norm of the LoRA update. From 1 on, the error is as large as what was learnt.
     """
 
     path: str
@@ -27,27 +29,26 @@ class MergeError(NamedTuple):
 
 
 def merge_into_codes(backbone: keras_hub.models.Backbone) -> list[MergeError]:
-    """Adds each quantized layer's LoRA update to its dequantized kernel, rounds that to the layer's own grid again, and
-    takes the factors away. Float layers are merged exactly.
+    """Merges LoRA factors into quantized layers: dequantizes each kernel, adds the update, rounds the sum to the
+    layer's own scheme, and removes the factors. Float layers are merged exactly.
 
     Args:
-        backbone: With LoRA on quantized layers.
+        backbone: Backbone with LoRA on quantized layers.
 
     Returns:
-        The errors, layer by layer.
+        Rounding error of each quantized layer.
 
     Raises:
-        ModelError: There are no factors on quantized layers, or a layer has a scale for its inputs, which came from
-            calibration.
+        ModelError: No quantized layer has factors, or a layer has an input scale, which came from calibration.
     """
     layers = [layer for layer in lora_layers(backbone) if is_quantized(layer)]
     if not layers:
-        raise ModelError("There are no LoRA factors on quantized layers to be merged.")
+        raise ModelError("No quantized layer has LoRA factors that could be merged.")
     for layer in layers:
         if layer.scheme.has_input_scale:
             raise ModelError(
-                f"{layer.path} was calibrated: its codes can't be made anew without the data. Merge into floats, and "
-                "quantize these."
+                f"{layer.path} was quantized with calibration data, without which its codes can't be made again. Merge "
+                "into the float model, and quantize that."
             )
     errors = []
     for layer in layers:

@@ -96,7 +96,7 @@ def _fetching_call(layer: Any, call: Callable, sharding: MeshSharding) -> Callab
     def fetching_call(inputs: Any, *args: Any, **named: Any) -> Any:
         if args or named or not _rows_are_cut.get():  # `reverse`, or decoding.
             return call(inputs, *args, **named)
-        table = layer.head() if hasattr(layer, "head") else keras.ops.convert_to_tensor(layer.embeddings)
+        table = layer.lm_head() if hasattr(layer, "lm_head") else keras.ops.convert_to_tensor(layer.embeddings)
         return sharded_lookup(sharding, table, jnp.asarray(inputs, jnp.int32)).astype(layer.compute_dtype)
 
     return fetching_call

@@ -29,8 +29,8 @@ from jax import lax
 from gemma_tune.models.cpu.bfloat16 import multiplies_bfloat16
 from gemma_tune.models.einsum import parse_einsum
 from gemma_tune.models.lm_head import apply_soft_cap
+from gemma_tune.models.quantized.fake_quant_layers import FakeQuantEinsumDense
 from gemma_tune.models.quantized.layers import QuantizedEinsumDense, QuantizedEmbedding
-from gemma_tune.models.quantized.qat import FakeQuantEinsumDense
 from gemma_tune.runtime.backend import is_single_cpu, keras
 
 _MOST_ROWS = 1024

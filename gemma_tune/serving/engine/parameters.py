@@ -10,7 +10,8 @@ from gemma_tune.errors import ModelError
 from gemma_tune.models.blocks import replaced_calls
 from gemma_tune.models.functional import hidden_states, parameters
 from gemma_tune.models.layers import linear_layers
-from gemma_tune.models.quantized.layers import QuantizedEinsumDense, quantized_product
+from gemma_tune.models.quantized.layers import QuantizedEinsumDense
+from gemma_tune.models.quantized.product import quantized_product
 from gemma_tune.models.quantized.qat import rounded_params
 from gemma_tune.runtime.backend import keras
 from gemma_tune.serving.engine.adapters import StackedFactors, apply_row_factors

@@ -17,7 +17,7 @@ from jax import lax
 
 from gemma_tune.models.blocks import replaced_calls
 from gemma_tune.models.functional import hidden_states, params_scope
-from gemma_tune.models.quantized.qat import weights_are_rounded
+from gemma_tune.models.quantized.fake_quant_layers import weights_are_rounded
 from gemma_tune.runtime.backend import keras
 from gemma_tune.serving.engine.adapters import StackedFactors
 from gemma_tune.serving.engine.cached_attention import CacheIndex, LayerCache, attention_over_cache, empty_cache
