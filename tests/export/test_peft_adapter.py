@@ -13,7 +13,7 @@ from gemma_tune.export.peft.adapter import can_be_peft, write_peft_adapter
 from gemma_tune.models.lora.adapter import load_adapter
 from gemma_tune.models.lora.enable import enable_on_layers, lora_specs
 from gemma_tune.models.lora.factors import LoraSpec
-from gemma_tune.models.lora.peft_names import family_in_name, prefix_of
+from gemma_tune.models.lora.peft_names import family_in_name, module_prefix
 from gemma_tune.models.sources.source import parse_source
 
 ALL = ("all-linear", "token_embedding")
@@ -82,10 +82,10 @@ def test_single_layers_have_full_names(tiny, tmp_path):
 
 
 def test_names_of_bases(tmp_path):
-    assert prefix_of("google/gemma-3-27b-it") == prefix_of("google/gemma-4-E2B") == "model.language_model."
-    assert prefix_of("google/gemma-3-270m") == prefix_of("google/gemma-2-9b-it") == "model."
+    assert module_prefix("google/gemma-3-27b-it") == module_prefix("google/gemma-4-E2B") == "model.language_model."
+    assert module_prefix("google/gemma-3-270m") == module_prefix("google/gemma-2-9b-it") == "model."
     (tmp_path / "config.json").write_text('{"model_type": "gemma3", "text_config": {}}')
-    assert prefix_of(str(tmp_path)) == "model.language_model."
+    assert module_prefix(str(tmp_path)) == "model.language_model."
     names = {
         "google/gemma-2b-it": "gemma",
         "google/gemma-2-2b": "gemma2",
@@ -104,22 +104,22 @@ def test_without_lora_there_is_nothing_to_write(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING'. Of PEFT's adapters, those of type LORA"),
+        ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING'. gemma_tune reads only PEFT adapters of type LORA"),
         ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'"),
-        ({"bias": "all"}, "bias is 'all', which gemma_tune doesn't have"),
+        ({"bias": "all"}, "bias is 'all', which gemma_tune doesn't support"),
         ({"modules_to_save": ["lm_head"]}, r"it sets modules_to_save=\['lm_head'\]"),
         ({"use_qalora": True}, "it sets use_qalora=True"),
         ({"kasa_config": {"beta": 1}}, "it sets kasa_config"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
-        ({"r": 5}, "should have rank 5, and its lora_A has 3"),
-        ({"r": "x"}, r"is damaged: it says r=\['x'\]"),
-        ({"lora_alpha": 0}, "is damaged: it says"),
+        ({"r": 5}, "should have rank 5, but its lora_A has rank 3"),
+        ({"r": "x"}, r"is damaged: it has r=\['x'\]"),
+        ({"lora_alpha": 0}, "is damaged: it has r=3 and lora_alpha=0"),
         ({"rank_pattern": ["q"]}, "is damaged"),
         ({"rank_pattern": {"(": 3}}, "is damaged"),
-        ({"use_dora": True}, "has no magnitudes that fit use_dora=True"),
-        ({"base_model_name_or_path": "google/gemma-2-2b"}, "trained on another base: google/gemma-2-2b, a gemma2"),
-        ({"target_modules": ["q_proj", "up_proj"]}, "ask for factors of layers.0.mlp.up_proj and 5 other modules"),
+        ({"use_dora": True}, "the magnitudes of .* don't match use_dora=True"),
+        ({"base_model_name_or_path": "google/gemma-2-2b"}, "another base model, google/gemma-2-2b, which is gemma2"),
+        ({"target_modules": ["q_proj", "up_proj"]}, "lacks the factors of layers.0.mlp.up_proj and 5 other modules"),
     ],
     ids=str,
 )
@@ -151,13 +151,13 @@ def test_factors_in_bfloat16_are_read(tiny, adapter):
 def test_another_base_is_refused(tiny, rng, adapter, tmp_path):
     with pytest.raises(
         ModelError,
-        match="for another base: it has factors for model.layers.3.self_attn.._proj, and the model, a gemma of 3 blocks",
+        match="it has factors for model.layers.3.self_attn.._proj, but this gemma with 3 decoder blocks",
     ):
         load_adapter(tiny("gemma"), adapter)
     of_gemma2 = written(with_lora(tiny("gemma2"), rng, {"layout": "peft"}, ("key",)), tmp_path / "two", "")
     with pytest.raises(
         ModelError,
-        match=r"for another base: the factors of model.layers.0.self_attn.k_proj are .* and the model's .*key is",
+        match=r"another base model: the factors of model.layers.0.self_attn.k_proj have .* but the kernel of .*key has",
     ):
         load_adapter(tiny("gemma3"), of_gemma2)
 
@@ -166,9 +166,9 @@ def test_damaged_files_are_refused(tiny, adapter, write):
     file = adapter / "adapter_model.safetensors"
     tensors, first = load_file(file), "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     cases = {
-        "is damaged: lora_A of .* holds values that are no numbers": {**tensors, first: tensors[first] * np.nan},
-        "is damaged: .*q_proj has lora_B": {k: v for k, v in tensors.items() if k != first},
-        "has a tensor 'x', which is no LoRA factor": {**tensors, "x": tensors[first]},
+        "is damaged: lora_A of .* has values that are not finite": {**tensors, first: tensors[first] * np.nan},
+        "is damaged: .*q_proj has the tensors lora_B": {k: v for k, v in tensors.items() if k != first},
+        "has a tensor 'x', which is not a LoRA factor": {**tensors, "x": tensors[first]},
         "factors for embed_tokens": {**tensors, "base_model.model.model.embed_tokens.lora_embedding_A": tensors[first]},
     }
     for message, changed in cases.items():
@@ -187,7 +187,7 @@ def test_a_source_that_is_an_adapter(adapter):
     from gemma_tune.models.load import load_model
 
     assert parse_source(str(adapter)).kind == "peft"
-    with pytest.raises(ModelError, match="doesn't say its base model. Name that as the model"):
+    with pytest.raises(ModelError, match="names no base model. Pass the base model as the model"):
         load_model(str(change(adapter, base_model_name_or_path=None)))
-    with pytest.raises(ModelError, match="names /gone as its base model, which isn't there"):
+    with pytest.raises(ModelError, match="names /gone as its base model, which doesn't exist"):
         load_model(str(change(adapter, base_model_name_or_path="/gone")))

@@ -1,4 +1,4 @@
-"""Adapters come back as they were, and refuse another base."""
+"""Tests of saving and loading adapters: they come back as they were, and refuse another base model."""
 
 import numpy as np
 import pytest
@@ -78,7 +78,7 @@ def test_the_fingerprint_is_the_bases_not_the_precisions(tiny, rng):
 def test_another_base_is_refused(tiny, rng, tmp_path):
     save_adapter(tuned(tiny("gemma3"), rng), tmp_path, "tiny:gemma3")
     with pytest.raises(
-        ModelError, match=r"was trained on another base: tiny:gemma3 \(gemma3, weights .*this model is gemma with"
+        ModelError, match=r"was trained on another base model: tiny:gemma3 \(gemma3, weights .*This model is gemma with"
     ):
         load_adapter(tiny("gemma"), tmp_path)
 
@@ -93,7 +93,7 @@ def test_what_is_no_adapter_is_refused(tiny, write, tmp_path):
     with pytest.raises(ModelError, match="can't be read as KerasHub LoRA weights"):
         load_adapter(tiny(), write("x.lora.h5", "no"))
     save_file({"a": np.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match="is no adapter of gemma_tune"):
+    with pytest.raises(ModelError, match="is not an adapter of gemma_tune"):
         load_adapter(tiny(), tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match="no LoRA factors to save"):
         save_adapter(tiny(), tmp_path)

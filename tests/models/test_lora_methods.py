@@ -159,7 +159,7 @@ def test_beside_codes(tiny, rng, method):
         for one, other in zip(factors_of(ours), factors_of(theirs), strict=True):
             other.assign(one.value)
     np.testing.assert_allclose(logits(model), logits(floats), atol=5e-4)
-    with pytest.raises(ModelError, match="which is held in int8"):
+    with pytest.raises(ModelError, match="which is quantized to int8"):
         merge_lora(model.backbone)
     before, errors = logits(model), merge_into_codes(model.backbone)
     assert len(errors) == 42 and max(error.of_weights for error in errors) < 0.01
@@ -239,7 +239,7 @@ def test_what_h5_has_no_place_for(tiny, rng, tmp_path):
 
 
 def test_dora_on_the_embedding_is_refused(tiny):
-    with pytest.raises(ModelError, match="can't have DoRA factors: it looks up rows"):
+    with pytest.raises(ModelError, match="can't have DoRA factors: a tied embedding"):
         enable_lora(tiny().backbone, 2, 2.0, ("token_embedding",), 0, "peft", use_dora=True)
 
 

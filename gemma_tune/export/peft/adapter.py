@@ -18,14 +18,14 @@ from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.models.lora.layers import equation_of, factors_of, lora_spec_of
 from gemma_tune.models.lora.layouts import as_matrices, to_peft
 from gemma_tune.models.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE
-from gemma_tune.models.lora.peft_names import EMBEDDING, HEAD, TEXT, modules, prefix_of
+from gemma_tune.models.lora.peft_names import EMBEDDING, LM_HEAD, TEXT_PREFIX, layers_by_module, module_prefix
 from gemma_tune.runtime.atomic_files import write_json
 from gemma_tune.runtime.backend import keras
 from gemma_tune.runtime.processes import fetch_to_host
 
 
 class Module(NamedTuple):
-    """One module's factors. low_rank: What they are. tensors: By the end of their names in PEFT's file."""
+    """One module's factors. lora_spec: Their spec. tensors: By the end of their names in PEFT's file."""
 
     lora_spec: LoraSpec
     tensors: dict[str, np.ndarray]
@@ -36,7 +36,7 @@ def can_be_peft(model: keras.Model) -> str:
     layers = lora_layers(model.backbone)
     if not layers:
         return "The model has no LoRA factors. Train it with training.method=lora, or name its --adapter."
-    known = {id(layer) for layer in modules(model.backbone).values()}
+    known = {id(layer) for layer in layers_by_module(model.backbone).values()}
     unknown = [layer.path for layer in layers if id(layer) not in known]
     if unknown:
         return f"{unknown[0]} has LoRA factors, and no module of Hugging Face's models is known for it."
@@ -59,14 +59,14 @@ def write_peft_adapter(model: keras.Model, directory: Path, base_name: str) -> N
         raise ModelError(problem)
     from safetensors.numpy import save_file
 
-    prefix, found = prefix_of(base_name), peft_modules(model)
+    prefix, found = module_prefix(base_name), peft_modules(model)
     tensors = {
         f"base_model.model.{_full_name(prefix, module)}.{name}": np.ascontiguousarray(value)
         for module, (_, values) in found.items()
         for name, value in values.items()
     }
     save_file(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
-    of_base = [*modules(model.backbone), HEAD]
+    of_base = [*layers_by_module(model.backbone), LM_HEAD]
     settings = peft_settings({module: one.lora_spec for module, one in found.items()}, of_base, prefix, base_name)
     write_json(directory / CONFIG_FILE, settings)
 
@@ -75,7 +75,7 @@ def peft_modules(model: keras.Model) -> dict[str, Module]:
     """Returns the factors by their module, such as `layers.0.self_attn.q_proj`, as PEFT has them."""
     layers = {id(layer) for layer in lora_layers(model.backbone)}
     found = {}
-    for module, layer in modules(model.backbone).items():
+    for module, layer in layers_by_module(model.backbone).items():
         if id(layer) not in layers:
             continue
         a, b, *magnitude = (fetch_to_host(factor.value).astype(np.float32) for factor in factors_of(layer))
@@ -85,7 +85,7 @@ def peft_modules(model: keras.Model) -> dict[str, Module]:
         if magnitude:
             tensors["lora_magnitude_vector"] = magnitude[0].reshape(-1)
         if module == EMBEDDING:  # Looking a row up is E·x with x at its place; the head multiplies with Eᵀ.
-            found[HEAD] = Module(lora_spec, {"lora_A.weight": high.T, "lora_B.weight": low.T})
+            found[LM_HEAD] = Module(lora_spec, {"lora_A.weight": high.T, "lora_B.weight": low.T})
             tensors = {"lora_embedding_A": low, "lora_embedding_B": high}
         found[module] = Module(lora_spec, tensors)
     return found
@@ -97,7 +97,7 @@ def peft_settings(
     """Returns what adapter_config.json says.
 
     Args:
-        low_ranks: What the factors of each module are.
+        lora_specs: Spec of each module's factors.
         of_base: All modules that there are.
         prefix: Of full names.
         base_name: Of the base.
@@ -131,7 +131,7 @@ def _targets(chosen: Iterable[str], of_base: Iterable[str], prefix: str) -> list
     """
     chosen, short = set(chosen), set()
     for name in {_short(module) for module in chosen}:
-        if prefix == TEXT and all(module in chosen for module in of_base if _short(module) == name):
+        if prefix == TEXT_PREFIX and all(module in chosen for module in of_base if _short(module) == name):
             short.add(name)
     full = {_full_name(prefix, module) for module in chosen if _short(module) not in short}
     return sorted(short | full)
@@ -153,7 +153,7 @@ def _short(module: str) -> str:
 
 
 def _full_name(prefix: str, module: str) -> str:
-    return module if module == HEAD else prefix + module
+    return module if module == LM_HEAD else prefix + module
 
 
 def _whole(alpha: float) -> float | int:

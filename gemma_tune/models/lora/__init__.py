@@ -1,1 +1,1 @@
-"""LoRA: the factors' arithmetic, factors on layers, and adapter files."""
+"""LoRA: arithmetic with low-rank factors, factors on a model's layers, and adapter files."""

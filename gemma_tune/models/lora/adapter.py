@@ -1,4 +1,4 @@
-"""Saves and loads LoRA adapters: as safetensors with what they belong to, as KerasHub's `.lora.h5`, and from PEFT."""
+"""Saves and loads LoRA adapters: as gemma_tune's safetensors files, as KerasHub's `.lora.h5`, and from PEFT."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from gemma_tune.models.base_fingerprint import fingerprint, sample_values
 from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import variables_by_path
 from gemma_tune.models.layers import lora_layers
-from gemma_tune.models.lora.adapter_file import describe, described_factors, read_adapter, write_adapter
+from gemma_tune.models.lora.adapter_file import lora_metadata, read_adapter, specs_in_metadata, write_adapter
 from gemma_tune.models.lora.enable import enable_lora, enable_on_layers, layers_with_weights, lora_specs
 from gemma_tune.models.lora.keras_file import load_keras_adapter, save_keras_adapter
 from gemma_tune.models.lora.peft_import import is_peft, load_peft_adapter
@@ -23,18 +23,18 @@ ADAPTER_FILE = "adapter.safetensors"
 
 
 def save_adapter(model: keras.Model, path: str | os.PathLike, base_model: str = "") -> Path:
-    """Writes the LoRA factors alone.
+    """Writes a model's LoRA factors, without its base weights.
 
     Args:
-        model: A CausalLM with LoRA on.
-        path: A directory, in which `adapter.safetensors` is written, or a file ending in `.safetensors` or `.lora.h5`.
-        base_model: How the base is named, so that the adapter can say so.
+        model: CausalLM with LoRA.
+        path: Directory for `adapter.safetensors`, or file name that ends in `.safetensors` or `.lora.h5`.
+        base_model: Name of the base model, for the adapter's metadata.
 
     Returns:
         The file written.
 
     Raises:
-        ModelError: The model has no LoRA factors, or the format no place for them.
+        ModelError: The model has no LoRA factors, or the format can't represent them.
     """
     layers = lora_layers(model.backbone)
     if not layers:
@@ -53,21 +53,21 @@ def save_adapter(model: keras.Model, path: str | os.PathLike, base_model: str = 
         "base_model": base_model,
         "base_fingerprint": fingerprint(model),
         "base_values": json.dumps(sample_values(model)),
-        **describe(lora_specs(model.backbone), targets),
+        **lora_metadata(lora_specs(model.backbone), targets),
     }
     write_adapter(file, metadata, {name: fetch_to_host(variable.value) for name, variable in _factors(model).items()})
     return file
 
 
 def load_adapter(model: keras.Model, path: str | os.PathLike) -> None:
-    """Enables LoRA on a freshly loaded base model and fills in an adapter's factors.
+    """Enables LoRA on a freshly loaded base model and loads an adapter's factors.
 
     Args:
-        model: The CausalLM that the adapter was trained on.
-        path: What `save_adapter` wrote or was given, KerasHub's `.lora.h5`, or a directory that PEFT wrote.
+        model: CausalLM that the adapter was trained on.
+        path: File or directory of `save_adapter`, KerasHub's `.lora.h5`, or directory of a PEFT adapter.
 
     Raises:
-        ModelError: No adapter there, damaged, or for another base; says which.
+        ModelError: The adapter doesn't exist, is damaged, or is for another base model.
     """
     path = Path(path)
     if is_peft(path):
@@ -81,7 +81,7 @@ def load_adapter(model: keras.Model, path: str | os.PathLike) -> None:
         return
     metadata, factors = read_adapter(file)
     _check_base(model, metadata, file)
-    common, by_layer = described_factors(metadata)
+    common, by_layer = specs_in_metadata(metadata)
     if by_layer:
         enable_on_layers(model.backbone, by_layer, seed=0)
     else:
@@ -91,17 +91,20 @@ def load_adapter(model: keras.Model, path: str | os.PathLike) -> None:
     variables = _factors(model)
     if set(variables) != set(factors):
         raise ModelError(
-            f"{file} and the model don't have the same factors: {sorted(set(variables) ^ set(factors))[:4]}."
+            f"{file} and the model don't have the same LoRA factors. They differ in "
+            f"{', '.join(sorted(set(variables) ^ set(factors))[:4])}."
         )
     for name, variable in variables.items():
         if tuple(variable.shape) != factors[name].shape:
-            raise ModelError(f"{file}: {name} is {factors[name].shape}, and the model's is {tuple(variable.shape)}.")
+            raise ModelError(
+                f"{file}: {name} has the shape {factors[name].shape}, but the model's has {tuple(variable.shape)}."
+            )
     for name, variable in variables.items():
         variable.assign(factors[name])
 
 
 def read_adapter_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """Returns what an adapter says of itself: family, base_model, base_fingerprint, rank, alpha, target_layers."""
+    """Returns the metadata of an adapter, such as family, base_model, base_fingerprint, rank, alpha, target_layers."""
     path = Path(path)
     return read_adapter(path / ADAPTER_FILE if path.is_dir() else path)[0]
 
@@ -112,19 +115,19 @@ def _factors(model: keras.Model) -> dict[str, keras.Variable]:
 
 def _check_base(model: keras.Model, metadata: Mapping[str, str], file: Path) -> None:
     found, expected = fingerprint(model), metadata["base_fingerprint"]
-    if found != expected and not _is_rounded_otherwise(model, metadata):
+    if found != expected and not _differs_in_rounding(model, metadata):
         base = metadata["base_model"] or "an unnamed model"
         raise ModelError(
-            f"{file} was trained on another base: {base} ({metadata['family']}, weights {expected}); this model is "
-            f"{family_of(model)} with weights {found}. Load {base} instead."
+            f"{file} was trained on another base model: {base} ({metadata['family']}, weights {expected}). "
+            f"This model is {family_of(model)} with weights {found}. Load {base} instead."
         )
 
 
-def _is_rounded_otherwise(model: keras.Model, metadata: Mapping[str, str]) -> bool:
-    """Whether the base is the same but for the rounding of its weights.
+def _differs_in_rounding(model: keras.Model, metadata: Mapping[str, str]) -> bool:
+    """Returns whether a model and an adapter's base differ only in the rounding of their weights.
 
-    float16 rounds at other places than bfloat16, in which fingerprints compare. Where one of the two bases is float16,
-    some values are compared instead, with the tolerance of bfloat16, and of float16 near zero.
+    float16 rounds differently from bfloat16, in which fingerprints compare. Where one of the two is float16, sampled
+    values are compared instead, with the tolerance of bfloat16, and near zero that of float16.
     """
     values, others = sample_values(model), json.loads(metadata.get("base_values", "{}"))
     if "float16" not in (values["dtype"], others.get("dtype")) or values["paths"] != others.get("paths"):

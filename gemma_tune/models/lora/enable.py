@@ -1,6 +1,6 @@
-"""LoRA on a KerasHub backbone: which layers have factors, enabling it, and merging it.
+"""Enables LoRA on a KerasHub backbone, and merges it.
 
-What the factors of a layer are, and how it computes with them, is in low_rank.py and lora_layers.py.
+The kinds of factors and the arithmetic with them are in factors.py, the factors of one layer in layers.py.
 """
 
 import zlib
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from gemma_tune.config import LoraConfig
 from gemma_tune.errors import ModelError, did_you_mean
 from gemma_tune.models.functional import value_in_scope
-from gemma_tune.models.layers import iter_layers, lora_layers
+from gemma_tune.models.layers import is_quantized, iter_layers, lora_layers
 from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.models.lora.layers import (
     add_factors,
@@ -18,9 +18,9 @@ from gemma_tune.models.lora.layers import (
     neutral_factors,
     remove_factors,
 )
-from gemma_tune.runtime.backend import keras, keras_hub
+from gemma_tune.runtime.backend import jax, keras, keras_hub
 
-GROUPS = {
+TARGET_GROUPS = {
     "attention": ("query", "key", "value", "attention_output"),
     "all-linear": ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear"),
 }
@@ -37,104 +37,110 @@ def enable_lora(
     use_rslora: bool = _DEFAULTS.use_rslora,
     use_dora: bool = _DEFAULTS.use_dora,
 ) -> int:
-    """Freezes the backbone and gives the named layers trainable factors; A random, B zero, so that nothing changes at
-    first.
+    """Freezes a backbone and adds trainable factors to some layers, A random and B zero, so that it computes as before.
 
     Args:
-        backbone: With its weights loaded, since loading afterwards would overwrite A and B with zeros.
-        rank: Width of the factors.
-        alpha: The update is scaled by alpha / rank, or alpha / sqrt(rank).
-        target_layers: Layer names, or a key of GROUPS.
-        seed: Of A.
-        layout: `keras` or `peft`.
-        use_rslora: Scales by alpha / sqrt(rank) (arXiv:2312.03732).
-        use_dora: Also trains the length of each output's weights (arXiv:2402.09353).
+        backbone: Backbone with its weights loaded, since loading them afterwards would overwrite A and B with zeros.
+        rank: Rank of the factors.
+        alpha: Numerator of the scale, which is alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+        target_layers: Layer names, or keys of `TARGET_GROUPS`.
+        seed: Random seed of A.
+        layout: Layout of the factors, `keras` or `peft`.
+        use_rslora: Whether to scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732).
+        use_dora: Whether to train a magnitude for each output too (DoRA, arXiv:2402.09353).
 
     Returns:
         Number of layers that got factors.
 
     Raises:
-        ModelError: LoRA is on already, or no layer has one of the names; lists those there are. Or DoRA is asked for on
-            the embedding.
+        ModelError: LoRA is enabled already, a target is not a layer (the message lists the layers), or it is the
+            embedding and `use_dora` is set.
     """
-    names = {name for target in target_layers for name in GROUPS.get(target, (target,))}
+    names = {name for target in target_layers for name in TARGET_GROUPS.get(target, (target,))}
     layers = layers_with_weights(backbone)
     available = sorted({layer.name for layer in layers if hasattr(layer, "enable_lora")})
-    unknown = sorted(names - set(available)) if not set(target_layers) & set(GROUPS) else []
+    unknown = sorted(names - set(available)) if not set(target_layers) & set(TARGET_GROUPS) else []
     chosen = [layer.path for layer in layers if layer.name in names and hasattr(layer, "enable_lora")]
     if unknown or not chosen:
         wrong = unknown or sorted(names)
+        suggestion = did_you_mean(wrong[0], [*available, *TARGET_GROUPS])
         raise ModelError(
-            f"No layer matches lora.target_layers={','.join(wrong)}.{did_you_mean(wrong[0], [*available, *GROUPS])} "
-            f"Layers: {', '.join(available)}. Groups: {', '.join(GROUPS)}."
+            f"No layer matches lora.target_layers={','.join(wrong)}.{suggestion} "
+            f"Layers: {', '.join(available)}. Groups: {', '.join(TARGET_GROUPS)}."
         )
     lora_spec = LoraSpec(layout, rank, float(alpha), use_rslora, use_dora)
     enable_on_layers(backbone, dict.fromkeys(chosen, lora_spec), seed)
     return len(chosen)
 
 
-def enable_on_layers(backbone: keras_hub.models.Backbone, factors: Mapping[str, LoraSpec], seed: int) -> None:
-    """Like `enable_lora`, for layers by their paths, each with factors of its own kind.
+def enable_on_layers(backbone: keras_hub.models.Backbone, specs: Mapping[str, LoraSpec], seed: int) -> None:
+    """Freezes a backbone and adds trainable factors to the layers of some paths, each with a spec of its own.
+
+    Args:
+        backbone: Backbone with its weights loaded.
+        specs: Spec of each layer's factors, by path.
+        seed: Random seed of A.
 
     Raises:
-        ModelError: LoRA is on already, there is no such layer, or it can't have such factors.
+        ModelError: LoRA is enabled already, a path is not of a layer, or the layer can't have such factors.
     """
     layers = {layer.path: layer for layer in layers_with_weights(backbone)}
     if lora_layers(backbone):
-        raise ModelError("LoRA is already enabled on this model. Load the model anew for other factors.")
-    for path, lora_spec in factors.items():
-        _check(layers.get(path), path, lora_spec)
+        raise ModelError("LoRA is already enabled on this model. Load the base model again for other factors.")
+    for path, lora_spec in specs.items():
+        _check_layer(layers.get(path), path, lora_spec)
     backbone.trainable = True
     for layer in iter_layers(backbone):
         layer.trainable = False
-    for path, lora_spec in factors.items():
+    for path, lora_spec in specs.items():
         add_factors(layers[path], lora_spec, [seed, zlib.crc32(path.encode())])
     # KerasHub's save_lora_weights reads these two.
-    backbone._lora_enabled_layers = [index for index, path in enumerate(layers) if path in factors]
-    backbone._lora_rank = next(iter(factors.values())).rank
+    backbone._lora_enabled_layers = [index for index, path in enumerate(layers) if path in specs]
+    backbone._lora_rank = next(iter(specs.values())).rank
 
 
-def _check(layer: keras.layers.Layer | None, path: str, lora_spec: LoraSpec) -> None:
+def _check_layer(layer: keras.layers.Layer | None, path: str, lora_spec: LoraSpec) -> None:
     if layer is None:
-        raise ModelError(f"The model has no layer {path} that LoRA factors could be for.")
+        raise ModelError(f"The model has no layer {path}, for which there are LoRA factors.")
     is_embedding = isinstance(layer, keras.layers.Embedding)
-    if is_embedding and hasattr(layer, "quantized_scheme"):
+    if is_embedding and is_quantized(layer):
         raise ModelError(f"{path} is quantized, and can't have LoRA factors. Leave it out of lora.target_layers.")
     if is_embedding and lora_spec.use_dora:
         raise ModelError(
-            f"{path} can't have DoRA factors: it looks up rows, and as the head multiplies with them. Leave it out of "
+            f"{path} can't have DoRA factors: a tied embedding is both a lookup and the LM head. Leave it out of "
             "lora.target_layers, or set lora.use_dora=false."
         )
 
 
 def layers_with_weights(backbone: keras_hub.models.Backbone) -> list[keras.layers.Layer]:
-    """Returns the layers that KerasHub's `.lora.h5` files count, in their order."""
+    """Returns the layers with weights, in the order in which KerasHub's `.lora.h5` files number them."""
     return [layer for layer in iter_layers(backbone) if layer.weights]
 
 
 def lora_specs(backbone: keras_hub.models.Backbone) -> dict[str, LoraSpec]:
-    """Returns what the factors of each layer are, by its path."""
+    """Returns the spec of each layer's factors, by path."""
     return {layer.path: lora_spec_of(layer) for layer in lora_layers(backbone)}
 
 
-def neutral_lora_values(backbone: keras_hub.models.Backbone) -> dict:
-    """Returns path -> array of those factors that, so changed, make the backbone compute as its base does."""
-    values = {}
+def neutral_lora_values(backbone: keras_hub.models.Backbone) -> dict[str, jax.Array]:
+    """Returns values of some of the factors, by path, with which the backbone computes as without LoRA."""
+    values: dict[str, jax.Array] = {}
     for layer in lora_layers(backbone):
         values.update(neutral_factors(layer))
     return values
 
 
 def merge_lora(backbone: keras_hub.models.Backbone) -> None:
-    """Puts each layer's factors into its kernel, in float32, and takes them away.
+    """Merges each layer's factors into its kernel, in float32, and removes them. The model computes the same as before.
 
-    The model computes the same as before.
+    Raises:
+        ModelError: A layer is quantized.
     """
     for layer in lora_layers(backbone):
-        if hasattr(layer, "quantized_scheme"):
+        if is_quantized(layer):
             raise ModelError(
-                f"LoRA can't be merged into {layer.path}, which is held in {layer.quantized_scheme}: rounding would "
-                "lose it. Load the model without quantization, and merge there."
+                f"LoRA can't be merged into {layer.path}, which is quantized to {layer.quantized_scheme}: rounding "
+                "would lose the update. Load the model without quantization, and merge there."
             )
         weights = layer._embeddings if isinstance(layer, keras.layers.Embedding) else layer._kernel
         weights.assign(merged_kernel(layer, value_in_scope(weights)).astype(weights.dtype))

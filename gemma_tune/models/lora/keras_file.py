@@ -1,4 +1,7 @@
-"""KerasHub's `.lora.h5`: one rank, A and B in Keras's layout, layers by their place, and no alpha."""
+"""Reads and writes KerasHub's `.lora.h5` files.
+
+They hold A and B of one rank in Keras's layout, by the number of the layer, and no alpha.
+"""
 
 from pathlib import Path
 
@@ -11,14 +14,14 @@ from gemma_tune.runtime.backend import keras
 
 
 def save_keras_adapter(model: keras.Model, file: Path) -> None:
-    """Writes KerasHub's format. The scale goes into B, so that it reads right with scale 1.
+    """Writes a model's factors as a `.lora.h5` file. The scale is multiplied into B, since KerasHub reads with scale 1.
 
     Raises:
-        ModelError: The format has no place for what the factors are; says for what.
+        ModelError: The format can't represent the factors.
     """
     layers = lora_layers(model.backbone)
-    if problem := _no_place_for(model):
-        raise ModelError(f"{file}: KerasHub's .lora.h5 holds {problem}. Save as .safetensors.")
+    if problem := _unsupported_by_h5(model):
+        raise ModelError(f"{file}: KerasHub's .lora.h5 format holds {problem}. Save as .safetensors instead.")
     file.parent.mkdir(parents=True, exist_ok=True)
     originals = [layer.lora_kernel_b.value for layer in layers]
     try:
@@ -30,22 +33,22 @@ def save_keras_adapter(model: keras.Model, file: Path) -> None:
             layer.lora_kernel_b.assign(original)
 
 
-def _no_place_for(model: keras.Model) -> str:
-    layers, kinds = lora_layers(model.backbone), lora_specs(model.backbone).values()
+def _unsupported_by_h5(model: keras.Model) -> str:
+    layers, specs = lora_layers(model.backbone), lora_specs(model.backbone).values()
     if any(isinstance(layer, keras.layers.Embedding) for layer in layers):
         return "LoRA on kernels only, not on the embedding"
-    if any(kind.layout != "keras" for kind in kinds):
+    if any(spec.layout != "keras" for spec in specs):
         return "factors of lora.layout=keras only"
-    if any(kind.use_dora for kind in kinds):
-        return "no magnitudes, which lora.use_dora has"
-    return "factors of one rank only" if len({kind.rank for kind in kinds}) > 1 else ""
+    if any(spec.use_dora for spec in specs):
+        return "no magnitudes, as lora.use_dora needs"
+    return "factors of one rank only" if len({spec.rank for spec in specs}) > 1 else ""
 
 
 def load_keras_adapter(model: keras.Model, file: Path) -> None:
-    """Enables LoRA where a `.lora.h5` has it, and fills in its factors.
+    """Enables LoRA on the layers of a `.lora.h5` file, and loads its factors.
 
     Raises:
-        ModelError: It can't be read, or doesn't fit the model.
+        ModelError: The file can't be read, or doesn't fit the model.
     """
     import h5py
 

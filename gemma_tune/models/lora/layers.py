@@ -1,8 +1,8 @@
-"""Factors on a layer: giving them to it, computing with them beside its frozen kernel, and putting them into it.
+"""Adds LoRA factors to a layer, computes with them beside its frozen kernel, and merges them into the kernel.
 
-They are Keras's own variables where Keras has them, `lora_kernel_a` and `lora_kernel_b`, and DoRA's
-`lora_kernel_magnitude` beside them. Keras multiplies A·B with `lora_alpha / lora_rank`; `lora_alpha` is set so that
-this is the scale, of rsLoRA too, and `lora_spec_of` says what was asked for.
+The factors are Keras's own variables, `lora_kernel_a` and `lora_kernel_b`, and, for DoRA, `lora_kernel_magnitude`
+beside them. Keras multiplies A·B by `lora_alpha / lora_rank`. `lora_alpha` is set so that this is the scale, also for
+rsLoRA; the alpha that the user set is in `lora_spec_of`.
 """
 
 from typing import Any
@@ -17,28 +17,28 @@ from gemma_tune.models.functional import value_in_scope
 from gemma_tune.models.linear import PlainEinsumDense, einsum_product
 from gemma_tune.models.lora.factors import (
     LoraSpec,
+    expand_over_inputs,
     factor_shapes,
     kernel_norms,
     kernel_update,
     low_rank_product,
     merged_norms,
-    over_outputs,
 )
 from gemma_tune.runtime.backend import keras
 
-Seeds = list[int]
+_Seeds = list[int]
 
 
 class LoraEinsumDense(keras.layers.EinsumDense):
-    """An EinsumDense that sends its input through A and B instead of adding A·B to its kernel.
+    """An EinsumDense that multiplies its input by A and B instead of adding A·B to its kernel.
 
-    Keras computes x·(W + s·A·B), so that the backward pass makes the gradient of a whole kernel first. Here no array of
-    the kernel's size is made. It is given to layers that already exist by `layer.__class__ = LowRankEinsumDense`.
+    Keras computes x·(W + s·A·B), whose backward pass makes the gradient of a whole kernel first. Here, no array of the
+    kernel's size is made. Existing layers become such ones by `layer.__class__ = LoraEinsumDense`.
     """
 
     @property
     def kernel(self) -> jax.Array:
-        """The merged kernel, as Gemma 4's blocks multiply with it. `_kernel` has the frozen one."""
+        """Returns the merged kernel, which Gemma 4's blocks multiply by themselves. `_kernel` is the frozen one."""
         return merged_kernel(self, value_in_scope(self._kernel)).astype(self.compute_dtype)
 
     def call(self, inputs: Any, training: Any = None) -> Any:
@@ -50,16 +50,15 @@ class LoraEinsumDense(keras.layers.EinsumDense):
 
 
 def with_factors(layer: Any, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
-    """Returns a layer's outputs with its factors, given those of its frozen kernel alone.
+    """Returns a layer's outputs with its LoRA factors.
 
     Args:
-        layer: With factors.
+        layer: Layer with factors.
         inputs: x, [B, L, …].
-        outputs: x·W, [B, L, outputs…].
+        outputs: Outputs of the frozen kernel alone, x·W, [B, L, outputs…].
     """
     scale, (a, b) = scale_of(layer), (value_in_scope(factor) for factor in factors_of(layer)[:2])
-    low = low_rank_product(layer.equation, scale, inputs, a.astype(inputs.dtype), b.astype(inputs.dtype))
-    outputs = outputs + low
+    outputs = outputs + low_rank_product(layer.equation, scale, inputs, a.astype(inputs.dtype), b.astype(inputs.dtype))
     if not lora_spec_of(layer).use_dora:
         return outputs
     frozen = jax.lax.stop_gradient((float_kernel(layer), a, b))
@@ -68,35 +67,35 @@ def with_factors(layer: Any, inputs: jax.Array, outputs: jax.Array) -> jax.Array
 
 
 def merged_kernel(layer: Any, kernel: jax.Array) -> jax.Array:
-    """Returns W + s·A·B, with DoRA of the layer's magnitudes, in float32.
+    """Returns W + s·A·B in float32, with DoRA scaled to the layer's magnitudes.
 
     Args:
-        layer: With factors.
+        layer: Layer with factors.
         kernel: W, in its own shape.
     """
     lora_spec, (a, b, *magnitude) = lora_spec_of(layer), (value_in_scope(factor) for factor in factors_of(layer))
     equation = equation_of(layer)
     merged = kernel.astype(jnp.float32) + kernel_update(equation, lora_spec.scale, a, b)
     for length in magnitude:
-        norms = jax.lax.stop_gradient(kernel_norms(equation, merged))  # Constants for the gradient (low_rank.py).
-        merged = merged * over_outputs(equation, length / norms)
+        norms = jax.lax.stop_gradient(kernel_norms(equation, merged))  # Constants for the gradient (factors.py).
+        merged = merged * expand_over_inputs(equation, length / norms)
     return merged
 
 
 def neutral_factors(layer: Any) -> dict[str, jax.Array]:
-    """Returns path -> values of those of a layer's factors that, so changed, make it compute as without them."""
+    """Returns values of some of a layer's factors, by path, with which it computes as without factors."""
     _, b, *magnitude = factors_of(layer)
     changed = {b.path: jnp.zeros(b.shape, b.dtype)}
     return changed | {one.path: kernel_norms(layer.equation, float_kernel(layer)) for one in magnitude}
 
 
-def add_factors(layer: Any, lora_spec: LoraSpec, seeds: Seeds) -> None:
-    """Freezes a layer and gives it trainable factors with which it computes as before: A random, B zero.
+def add_factors(layer: Any, lora_spec: LoraSpec, seeds: _Seeds) -> None:
+    """Freezes a layer and adds trainable factors, A random and B zero, so that it computes as before.
 
     Args:
-        layer: An EinsumDense, quantized or not, or an Embedding, of which Keras alone has a layout.
-        low_rank: What they are to be.
-        seeds: Of A.
+        layer: EinsumDense, quantized or not, or Embedding. An Embedding's factors have Keras's layout.
+        lora_spec: Kind of factors.
+        seeds: Random seeds of A.
     """
     layer.trainable = True
     alpha = lora_spec.scale * lora_spec.rank
@@ -109,19 +108,19 @@ def add_factors(layer: Any, lora_spec: LoraSpec, seeds: Seeds) -> None:
         layer.lora_kernel_b = _add(layer, "lora_kernel_b", shapes.b, "zeros")
         if lora_spec.use_dora:
             layer.lora_kernel_magnitude = _add(
-                layer, "lora_kernel_magnitude", shapes.magnitude, lambda *_, **__: _norms(layer)
+                layer, "lora_kernel_magnitude", shapes.magnitude, lambda *_, **__: _initial_magnitude(layer)
             )
         layer._kernel.trainable = False
         layer._tracker.lock()
         layer.lora_enabled, layer.lora_rank, layer.lora_alpha = True, lora_spec.rank, alpha
     if type(layer) in (keras.layers.EinsumDense, PlainEinsumDense):
         layer.__class__ = LoraEinsumDense
-    # Keras would look for layers and variables in it.
+    # Past Keras's `__setattr__`, which would look for layers and variables in it.
     object.__setattr__(layer, "_lora_spec", lora_spec)
 
 
 def remove_factors(layer: Any) -> None:
-    """Takes a layer's factors away."""
+    """Removes a layer's factors."""
     layer._tracker.unlock()
     for factor in factors_of(layer):
         layer._untrack_variable(factor)
@@ -133,7 +132,7 @@ def remove_factors(layer: Any) -> None:
 
 
 def factors_of(layer: Any) -> list[keras.Variable]:
-    """Returns A, B and, with DoRA, the magnitude."""
+    """Returns a layer's factors: A, B and, with DoRA, the magnitude."""
     if isinstance(layer, keras.layers.Embedding):
         return [layer.lora_embeddings_a, layer.lora_embeddings_b]
     factors = [layer.lora_kernel_a, layer.lora_kernel_b]
@@ -141,42 +140,43 @@ def factors_of(layer: Any) -> list[keras.Variable]:
 
 
 def lora_spec_of(layer: Any) -> LoraSpec:
-    """Returns what a layer's factors are; those that Keras itself enabled are of its own layout."""
+    """Returns the kind of a layer's factors. Those that Keras's own `enable_lora` added have Keras's layout."""
     found = layer.__dict__.get("_lora_spec")
     return found or LoraSpec("keras", layer.lora_rank, float(layer.lora_alpha))
 
 
 def scale_of(layer: Any) -> float:
-    """Returns s."""
+    """Returns the scale of a layer's factors, s."""
     return lora_spec_of(layer).scale
 
 
 def equation_of(layer: Any) -> str:
-    """Returns a layer's einsum, or "" for an embedding."""
+    """Returns the einsum equation of a layer, or "" for an embedding."""
     return "" if isinstance(layer, keras.layers.Embedding) else layer.equation
 
 
 def _add(layer: Any, name: str, shape: tuple[int, ...], initializer: Any) -> keras.Variable:
-    """Float32 whatever the precision, and cast where it is used: DoRA's norms need it as it is."""
+    """Adds a factor in float32, whatever the precision. It is cast where it is used, except for DoRA's norms."""
     return layer.add_weight(name=name, shape=shape, initializer=initializer, dtype="float32", autocast=False)
 
 
-def _norms(layer: Any) -> jax.Array:
+def _initial_magnitude(layer: Any) -> jax.Array:
     return kernel_norms(layer.equation, float_kernel(layer))
 
 
 def float_kernel(layer: Any) -> jax.Array:
-    """The frozen kernel in float32, whatever holds it."""
+    """Returns a layer's frozen kernel in float32, dequantized if necessary."""
     kernel = layer.dequantized() if hasattr(layer, "dequantized") else value_in_scope(layer._kernel)
     return kernel.astype(jnp.float32)
 
 
 class _Random:
-    """Fills A by NumPy, since JAX would compile a program for each shape: in Keras's layout as Keras's HeUniform
-    (arXiv:1502.01852), in PEFT's as PEFT, which keeps within ±1/sqrt(inputs).
+    """An initializer of A that uses NumPy, since JAX would compile a program for each shape.
+
+    Keras's layout gets Keras's HeUniform (arXiv:1502.01852), PEFT's layout PEFT's, uniform within ±1/sqrt(inputs).
     """
 
-    def __init__(self, seeds: Seeds, layout: str):
+    def __init__(self, seeds: _Seeds, layout: str):
         self._seeds, self._gain = seeds, 6.0 if layout == "keras" else 1.0
 
     def __call__(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""Factors of one layout as those of the other, so that the layer computes the same.
+"""Converts LoRA factors from one layout to the other, so that the layer computes the same.
 
-The layouts differ where a kernel is of N heads, [N, D, H] (low_rank.py). There the update of Keras's factors, A [N, D,
-R] and B [R, H], has up to N·R dimensions: as PEFT's they are of rank N·R, with the heads' A side by side and a B that
-is block-diagonal, a copy of Keras's for each head. PEFT's, A [D, R] and B [R, N, H], become Keras's of rank N·R with
-their B for each head below one another, and an A for each head that is zero but for its own part; or of rank R/N where
-B is such a diagonal. The scale stays what it was, so alpha grows with the rank.
+The layouts differ where a kernel has N heads, [N, D, H] (factors.py). There, the update of Keras's factors, A [N, D, R]
+and B [R, H], has a rank of up to N·R. In PEFT's layout they get rank N·R: the heads' A stand side by side, and B is
+block-diagonal with a copy of Keras's B for each head. PEFT's factors, A [D, R] and B [R, N, H], become Keras's of rank
+N·R: the heads' B stand below one another, and each head's A is zero except for its own part. Where B is such a block
+diagonal, they become Keras's of rank R/N instead. The scale stays the same, so that alpha grows with the rank.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_tune.models.einsum import parse_einsum
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.lora.enable import enable_on_layers
 from gemma_tune.models.lora.factors import LoraSpec
@@ -23,12 +24,13 @@ Converted = tuple[LoraSpec, np.ndarray, np.ndarray]
 
 
 def to_peft(equation: str, lora_spec: LoraSpec, a: np.ndarray, b: np.ndarray) -> Converted:
-    """Returns factors of PEFT's layout, and what they are.
+    """Returns the spec, A and B of the same factors in PEFT's layout.
 
     Args:
-        equation: Of the layer; "" for an embedding.
-        low_rank: What the factors are.
-        a, b: Of either layout.
+        equation: Equation of the layer; "" for an embedding.
+        lora_spec: Spec of the factors.
+        a: A, in the spec's layout.
+        b: B, in the spec's layout.
     """
     if lora_spec.layout == "peft" or not _has_heads(equation):
         return lora_spec._replace(layout="peft"), a, b
@@ -41,11 +43,11 @@ def to_peft(equation: str, lora_spec: LoraSpec, a: np.ndarray, b: np.ndarray) ->
 
 
 def to_keras(equation: str, lora_spec: LoraSpec, a: np.ndarray, b: np.ndarray) -> Converted:
-    """Returns factors of Keras's layout, and what they are. Arguments as of `to_peft`."""
+    """Returns the spec, A and B of the same factors in Keras's layout. The arguments are those of `to_peft`."""
     if lora_spec.layout == "keras" or not _has_heads(equation):
         return lora_spec._replace(layout="keras"), a, b
     rank, heads, _ = b.shape
-    if (shared := _shared_block(b)) is not None:
+    if (shared := _repeated_part(b)) is not None:
         of_heads = np.moveaxis(a.reshape(len(a), heads, -1), 1, 0)
         return lora_spec.with_rank("keras", rank // heads), of_heads, shared
     of_heads = np.zeros((heads, len(a), heads, rank), a.dtype)
@@ -55,31 +57,28 @@ def to_keras(equation: str, lora_spec: LoraSpec, a: np.ndarray, b: np.ndarray) -
     return lora_spec.with_rank("keras", heads * rank), of_heads.reshape(heads, len(a), -1), below
 
 
-def _shared_block(b: np.ndarray) -> np.ndarray | None:
-    """Returns the block that B, [R, N, H], repeats along a diagonal of N blocks and is zero beside, or None."""
+def _repeated_part(b: np.ndarray) -> np.ndarray | None:
+    """Returns the part [R/N, H] that a block-diagonal B, [R, N, H], repeats for each head; None for another B."""
     rank, heads, width = b.shape
     if rank % heads:
         return None
-    blocks = b.reshape(heads, rank // heads, heads, width)
-    rebuilt = np.zeros_like(blocks)
+    parts = b.reshape(heads, rank // heads, heads, width)
+    rebuilt = np.zeros_like(parts)
     for head in range(heads):
-        rebuilt[head, :, head] = blocks[0, :, 0]
-    return blocks[0, :, 0] if np.array_equal(rebuilt, blocks) else None
+        rebuilt[head, :, head] = parts[0, :, 0]
+    return parts[0, :, 0] if np.array_equal(rebuilt, parts) else None
 
 
 def _has_heads(equation: str) -> bool:
-    """Whether a layer's kernel is [N, D, H], with the outputs on both sides of the inputs."""
-    if not equation:
-        return False
-    inputs, axes, _ = equation.replace("->", ",").split(",")
-    return axes[0] not in inputs
+    """Returns whether a layer's kernel is [N, D, H], with outputs on both sides of the inputs."""
+    return bool(equation) and 0 in parse_einsum(equation).kept_indices
 
 
 def convert_layout(backbone: keras_hub.models.Backbone, layout: str) -> None:
-    """Gives a backbone's layers factors of another layout, with which it computes the same.
+    """Converts the factors of a backbone to another layout. It computes the same afterwards.
 
     Args:
-        backbone: With LoRA.
+        backbone: Backbone with LoRA.
         layout: `keras` or `peft`.
     """
     convert, layers = {"keras": to_keras, "peft": to_peft}[layout], lora_layers(backbone)
@@ -96,7 +95,7 @@ def convert_layout(backbone: keras_hub.models.Backbone, layout: str) -> None:
 
 
 def as_matrices(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns factors of PEFT's layout as its files have them, [R, in] and [out, R]."""
+    """Returns factors in PEFT's layout as the matrices of its files, [R, in] and [out, R]."""
     rank = a.shape[-1]
     return np.ascontiguousarray(a.reshape(-1, rank).T), np.ascontiguousarray(b.reshape(rank, -1).T)
 
@@ -104,7 +103,7 @@ def as_matrices(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def from_matrices(
     a: np.ndarray, b: np.ndarray, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns PEFT's matrices, [R, in] and [out, R], in the shapes of a layer's factors; None where they don't fit."""
+    """Returns PEFT's matrices, [R, in] and [out, R], in the shapes of a layer's factors, or None if they don't fit."""
     sizes = (a_shape[-1], math.prod(a_shape[:-1])), (math.prod(b_shape[1:]), b_shape[0])
     if (a.shape, b.shape) != sizes:
         return None

@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: what it says of an adapter's factors, and what of it can't be had here."""
+"""Reads PEFT's adapter_config.json, and refuses settings that gemma_tune doesn't support."""
 
 import math
 import re
@@ -11,61 +11,61 @@ from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.runtime.json_files import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# What says nothing of what a trained adapter computes.
+# Settings that don't change what a trained adapter computes.
 _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
 }  # fmt: skip
 _READ = {"alpha_pattern", "lora_alpha", "peft_type", "r", "rank_pattern", "use_dora", "use_rslora"}
-# Others, such as pissa, also change the base that the factors are added to.
+# Others, such as pissa, also change the base to which the factors are added.
 _INITS_OF_FACTORS_ALONE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class PeftConfig:
-    """An adapter_config.json.
+    """The settings of an adapter_config.json.
 
     Raises:
-        ModelError: It can't be read, or is of a type or has a setting that is not known here; says which.
+        ModelError: The file can't be read, or has a type or setting that gemma_tune doesn't support.
     """
 
     def __init__(self, directory: Path):
         self.file = directory / CONFIG_FILE
         self._values = read_json(self.file)
         if not isinstance(self._values, dict):
-            raise ModelError(f"{self.file} holds no settings.")
+            raise ModelError(f"{self.file} is not a JSON object of settings.")
         if self._values.get("peft_type") != "LORA":
             raise ModelError(
-                f"{self.file}: peft_type is {self._values.get('peft_type')!r}. Of PEFT's adapters, those of type LORA "
-                "can be read."
+                f"{self.file}: peft_type is {self._values.get('peft_type')!r}. gemma_tune reads only PEFT adapters of "
+                "type LORA."
             )
-        if problem := self._unknown():
-            raise ModelError(f"{self.file}: {problem}, which gemma_tune doesn't have.")
+        if problem := self._unsupported():
+            raise ModelError(f"{self.file}: {problem}, which gemma_tune doesn't support.")
         self._check_values()
 
     @property
     def base_model(self) -> str:
-        """What it was trained on, as PEFT was given it; "" where it doesn't say."""
+        """Returns the name or directory of the base model; "" where the file doesn't name it."""
         return str(self._values.get("base_model_name_or_path") or "")
 
     def lora_spec(self, module: str, rank: int) -> LoraSpec:
-        """Returns what the factors of a module are.
+        """Returns the spec of a module's factors.
 
         Args:
-            module: Its full name, such as `model.layers.0.self_attn.q_proj`.
-            rank: Of its A.
+            module: Full name of the module, such as `model.layers.0.self_attn.q_proj`.
+            rank: Rank of the module's A.
 
         Raises:
-            ModelError: The rank is another than the settings say.
+            ModelError: The settings name another rank.
         """
         said = self._of_module("rank_pattern", module, self._values["r"])
         if said != rank:
-            raise ModelError(f"{self.file}: {module} should have rank {said}, and its lora_A has {rank}.")
+            raise ModelError(f"{self.file}: {module} should have rank {said}, but its lora_A has rank {rank}.")
         alpha = float(self._of_module("alpha_pattern", module, self._values.get("lora_alpha", 8)))
         return LoraSpec("peft", rank, alpha, bool(self._values.get("use_rslora")), bool(self._values.get("use_dora")))
 
     def targets(self, module: str) -> bool:
-        """Whether the settings ask for factors of a module; False where they don't say."""
+        """Returns whether the settings ask for factors of a module; False where they don't say."""
         wanted, only = self._values.get("target_modules"), self._values.get("layers_to_transform")
         if self._values.get("exclude_modules") or not wanted:
             return False
@@ -82,7 +82,7 @@ class PeftConfig:
                 return value
         return default
 
-    def _unknown(self) -> str:
+    def _unsupported(self) -> str:
         values = self._values
         task, bias, init = values.get("task_type"), values.get("bias"), values.get("init_lora_weights")
         if task not in (None, "CAUSAL_LM"):
@@ -110,7 +110,7 @@ class PeftConfig:
         except (AttributeError, TypeError, re.error) as error:
             raise ModelError(f"{self.file} is damaged: {error}.") from error
         if not right:
-            raise ModelError(f"{self.file} is damaged: it says r={ranks!r:.60}, lora_alpha={alphas!r:.60}.")
+            raise ModelError(f"{self.file} is damaged: it has r={ranks!r:.60} and lora_alpha={alphas!r:.60}.")
 
 
 def _values_of(pattern: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What the layers of a KerasHub Gemma are called in Hugging Face's models, and so in PEFT's adapters."""
+"""Names of a KerasHub Gemma's layers in Hugging Face's models, and so in PEFT's adapters."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from gemma_tune.models.layers import linear_layers
 from gemma_tune.runtime.backend import keras, keras_hub
 from gemma_tune.runtime.json_files import read_json
 
-MODULES = {
+HF_MODULES = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
     "value": "self_attn.v_proj",
@@ -16,34 +16,34 @@ MODULES = {
     "ffw_gating_2": "mlp.up_proj",
     "ffw_linear": "mlp.down_proj",
 }
-EMBEDDING, HEAD = "embed_tokens", "lm_head"
-# What stands before `layers`: in a model of text alone, in one that also sees, and there as transformers 4 called it.
-TEXT, TEXT_OF_MANY = "model.", "model.language_model."
-PREFIXES = (TEXT_OF_MANY, "language_model.model.", TEXT)
-_MANY = re.compile(r"gemma-?3-(4|12|27)b|gemma-?3n|gemma-?4", re.IGNORECASE)
+EMBEDDING, LM_HEAD = "embed_tokens", "lm_head"
+# Name in front of `layers`: in text-only models, in multimodal ones, and in multimodal ones of transformers 4.
+TEXT_PREFIX, MULTIMODAL_PREFIX = "model.", "model.language_model."
+MODULE_PREFIXES = (MULTIMODAL_PREFIX, "language_model.model.", TEXT_PREFIX)
+_MULTIMODAL = re.compile(r"gemma-?3-(4|12|27)b|gemma-?3n|gemma-?4", re.IGNORECASE)
 _GENERATION = re.compile(r"(?:^|[/_-])gemma[-_]?(?:(\d)(?=[-_n]|$)|(\d)b)", re.IGNORECASE)
 
 
-def modules(backbone: keras_hub.models.Backbone) -> dict[str, keras.layers.Layer]:
-    """Returns module -> layer of all linear layers and the embedding, as `layers.0.self_attn.q_proj`."""
+def layers_by_module(backbone: keras_hub.models.Backbone) -> dict[str, keras.layers.Layer]:
+    """Returns the linear layers and the embedding by their module name, such as `layers.0.self_attn.q_proj`."""
     found = {EMBEDDING: backbone.token_embedding}
     for index, block in enumerate(backbone.transformer_layers):
         for layer in linear_layers(block):
-            if layer.name in MODULES:
-                found[f"layers.{index}.{MODULES[layer.name]}"] = layer
+            if layer.name in HF_MODULES:
+                found[f"layers.{index}.{HF_MODULES[layer.name]}"] = layer
     return found
 
 
-def prefix_of(base_name: str) -> str:
-    """Returns what stands before `layers` in the model that a base's name or directory loads."""
+def module_prefix(base_name: str) -> str:
+    """Returns the name in front of `layers` in the model of a Hugging Face name or directory."""
     config = Path(base_name).expanduser() / "config.json"
     if config.is_file():
-        return TEXT_OF_MANY if "text_config" in read_json(config) else TEXT
-    return TEXT_OF_MANY if _MANY.search(base_name) else TEXT
+        return MULTIMODAL_PREFIX if "text_config" in read_json(config) else TEXT_PREFIX
+    return MULTIMODAL_PREFIX if _MULTIMODAL.search(base_name) else TEXT_PREFIX
 
 
 def family_in_name(base_name: str) -> str:
-    """Returns the family that a base's name says, such as `gemma2` for `google/gemma-2-2b`; "" where it says none."""
+    """Returns the family in a base model's name, such as `gemma2` of `google/gemma-2-2b`, or ""."""
     match = _GENERATION.search(base_name)
     if not match:
         return ""
