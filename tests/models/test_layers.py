@@ -16,7 +16,7 @@ def test_each_selection_finds_its_layers():
     blocks = backbone.transformer_layers
     linear = linear_layers(backbone)
     assert len(linear) == 7 * len(blocks) and all(isinstance(layer, keras.layers.EinsumDense) for layer in linear)
-    assert linear == [layer for block in blocks for layer in linear_layers(block)]
+    assert {id(layer) for layer in linear} == {id(layer) for block in blocks for layer in linear_layers(block)}
     assert {id(layer) for layer in quantizable_layers(backbone)} == {id(x) for x in (*linear, backbone.token_embedding)}
     assert not quantized_layers(backbone) and not lora_layers(backbone)
     assert backbone not in iter_layers(backbone) and blocks[0] in iter_layers(backbone)
@@ -24,7 +24,7 @@ def test_each_selection_finds_its_layers():
     quantize_layers(backbone, QuantSpec("int8"))
     assert quantized_layers(backbone) == quantizable_layers(backbone)
     enable_lora(backbone, ("query", "value"), rank=2, alpha=2.0, seed=0)
-    assert [layer.name for layer in lora_layers(backbone)] == ["query", "value"] * len(blocks)
+    assert sorted(layer.name for layer in lora_layers(backbone)) == ["query"] * len(blocks) + ["value"] * len(blocks)
 
 
 def test_keras_private_walk_is_called_in_one_place():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_blockwise import SPLIT_FAMILIES, assert_same, both_steps
+from test_per_block import SPLIT_FAMILIES, assert_same, both_steps
 from test_step import num_targets, random_batch
 
 from gemma_tune.errors import ModelError
