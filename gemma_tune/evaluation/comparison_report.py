@@ -9,6 +9,7 @@ from pathlib import Path
 from gemma_tune.evaluation.comparison_figures import FidelityReport, figure_rows, notes, summaries
 from gemma_tune.evaluation.comparison_chart import draw_comparison
 from gemma_tune.evaluation.run_report import as_svg, html_document
+from gemma_tune.runtime.atomic_files import write_text
 
 JSON_FILE, CHART_FILE, MARKDOWN_FILE = "comparison.json", "comparison.png", "comparison.md"
 HTML_FILE = "comparison.html"
@@ -29,7 +30,7 @@ def write_comparison(folder: Path, report: FidelityReport) -> None:
     }
     figure.savefig(folder / CHART_FILE)
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def as_markdown(report: FidelityReport) -> str:

@@ -6,21 +6,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.errors import ConfigError
+from gemma_tune.errors import ConfigError, ModelError
 from gemma_tune.export.card.model_card import check_words, write_card
 from gemma_tune.export.card.provenance import Provenance, read_provenance
 from gemma_tune.export.card.sections import About
 from gemma_tune.export.card.usage import next_command
 from gemma_tune.export.export_formats import ExportFormat, find_format
-from gemma_tune.export.options import DEFAULT_OPTIONS, ExportOptions, WrittenExport
+from gemma_tune.export.options import DEFAULT_OPTIONS, EXPORT_MARKER, ExportOptions, WrittenExport
 from gemma_tune.models.family import family_of
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.quantized.convert import num_weights
 from gemma_tune.models.shared_copy import shared_copy
-from gemma_tune.runtime.atomic_files import write_json
-from gemma_tune.runtime.atomic_folder import MARK, atomic_folder, check_output, check_room
+from gemma_tune.runtime.atomic_files import disk_errors_as, write_json
+from gemma_tune.runtime.atomic_folder import atomic_folder, check_disk_space, check_output
 from gemma_tune.runtime.backend import keras
 from gemma_tune.version import __version__
 
@@ -93,7 +93,7 @@ def export_model(
     chosen = find_format(format)
     merges = _merges(format, chosen, merge)
     check_words(options.languages, options.dataset_names)
-    path = check_output(output, overwrite)
+    path = check_output(output, overwrite, EXPORT_MARKER)
     known = read_provenance(model if isinstance(model, str) else provenance, adapter)
     options = dataclasses.replace(options, base_name=options.base_name or known.base)
     if isinstance(model, str):
@@ -101,13 +101,13 @@ def export_model(
     else:
         loaded = shared_copy(model)
     notes = _put_lora(loaded, format, chosen, merges, known)
-    check_room(path, chosen.num_bytes(loaded, options) + _SPARE_BYTES)
-    with atomic_folder(path) as folder:
+    check_disk_space(path, chosen.num_bytes(loaded, options) + _SPARE_BYTES)
+    with disk_errors_as(ModelError, path), atomic_folder(path, replace=True) as folder:
         written = chosen.write(loaded, folder, options)
         notes += written.notes
         write_card(folder, _about(loaded, path.name, chosen, written._replace(notes=notes), options), known)
         mark = {"format": format, "gemma_tune": __version__, "notes": notes, "provenance": known.to_dict()}
-        write_json(folder / MARK, mark)
+        write_json(folder / EXPORT_MARKER, mark)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     names = [file.relative_to(path).as_posix() for file in files]
     num_bytes = sum(file.stat().st_size for file in files)

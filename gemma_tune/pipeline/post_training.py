@@ -8,11 +8,11 @@ from typing import Any
 
 from gemma_tune.config import Config
 from gemma_tune.data import Batch, TokenizedExample
-from gemma_tune.errors import ConfigError, DataError
+from gemma_tune.errors import ConfigError, DataError, ModelError
 from gemma_tune.models.layers import lora_layers, quantized_layers
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora.enable import merge_lora
-from gemma_tune.models.preset import check_output, save_preset
+from gemma_tune.models.preset import save_preset
 from gemma_tune.models.quantized.convert import quantize_layers
 from gemma_tune.models.quantized.merge import MergeError, merge_into_codes
 from gemma_tune.models.sources.source import parse_source
@@ -21,6 +21,8 @@ from gemma_tune.pipeline.setup import prepare_data, read_splits
 from gemma_tune.quantization.codes import quantized_num_bytes
 from gemma_tune.quantization.spec import PTQ_SCHEMES, QuantSpec
 from gemma_tune.runtime import progress
+from gemma_tune.runtime.atomic_files import disk_errors_as
+from gemma_tune.runtime.atomic_folder import check_output
 from gemma_tune.runtime.backend import keras
 from gemma_tune.training.calibration import LayerError, calibration_batches, quantize_calibrated
 
@@ -102,7 +104,8 @@ def quantize_model(
             errors = quantize_calibrated(model, batches, way.method, quant_spec, advance)
     elif not as_read:
         quantize_layers(model.backbone, quant_spec, way.rounds_inputs)
-    save_preset(model, path)
+    with disk_errors_as(ModelError, path):
+        save_preset(model, path)
     num_int8 = sum(layer.scheme.quant_spec.scheme != way.scheme for layer in quantized_layers(model.backbone))
     return Quantization(
         path, scheme, num_tokens, *_bytes(model), num_int8=num_int8, errors=errors, seconds=time.perf_counter() - start
@@ -143,7 +146,9 @@ def merge(config: Config, output: str, *, adapter: str = "", into: str = "floats
         errors = merge_into_codes(model.backbone)
     else:
         merge_lora(model.backbone)
-    return save_preset(model, path), errors
+    with disk_errors_as(ModelError, path):
+        save_preset(model, path)
+    return path, errors
 
 
 def _calibration_batches(

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -174,11 +173,10 @@ def _finish(setup: Setup, workdir: Path, state: TrainState, best: Progress, samp
     if config.training.method != "full":
         saved_to = save_adapter(model, workdir / ADAPTER, base_model=config.model.source)
     else:
-        shutil.rmtree(workdir / MODEL, ignore_errors=True)  # Of the same run, killed while it finished.
         saved_to = workdir / MODEL
         gather_to_host(model)
         if is_primary():
-            save_preset(model, saved_to)
+            save_preset(model, saved_to, overwrite=True)  # One of the same run, killed while it finished.
     scored = _scored_examples(setup)
     with progress.console.status(f"Answering {max(len(scored), len(samples))} held-out questions…"):
         answers = _answer(setup, scored)

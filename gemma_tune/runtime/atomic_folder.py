@@ -1,41 +1,47 @@
-"""A folder that a reader sees whole or not at all: written under another name, waited for, and renamed."""
+"""Folders that appear whole or not at all: written under another name, flushed to the disk, and renamed."""
 
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
-
 from gemma_tune.errors import ModelError
-from gemma_tune.runtime.atomic_files import fsync_file
+from gemma_tune.runtime.atomic_files import fsync_file, write_checksums
+from gemma_tune.runtime.lock import file_lock
 
-MARK = "export.json"  # Says that a folder was written here, so that --overwrite never removes anything else.
+PARTIAL = ".partial"  # In the name of a folder that is being written.
 _LOCK, _NEW, _OLD = "lock", "new", "old"
 
 
-def check_output(directory: str | os.PathLike, overwrite: bool) -> Path:
-    """Returns the folder that an export may be written to.
+def check_output(directory: str | os.PathLike, overwrite: bool = False, marker: str = "") -> Path:
+    """Returns the path of a folder to write to, after checking that it doesn't exist, is empty, or may be replaced.
+
+    Args:
+        directory: Path of the folder; `~` is expanded.
+        overwrite: Whether a folder that holds `marker` may be replaced.
+        marker: Name of a file that only such folders have, so that nothing else is ever replaced. Empty: nothing can
+            be replaced.
 
     Raises:
-        ModelError: There is something already, that isn't to be overwritten or is no export.
+        ModelError: Something is there that can't be replaced.
     """
     path = Path(directory).expanduser()
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return path
     if not overwrite:
-        raise ModelError(f"{path} exists already. Name another output, or --overwrite it.")
-    if not (path / MARK).is_file():
+        raise ModelError(f"{path} exists already. Name another output, or {'--overwrite' if marker else 'remove'} it.")
+    if not (path / marker).is_file():
         raise ModelError(
-            f"{path} is no export of gemma_tune: it has no {MARK}, so it isn't overwritten. Name another output, or "
+            f"{path} is no export of gemma_tune: it has no {marker}, so it isn't overwritten. Name another output, or "
             "remove it."
         )
     return path
 
 
-def check_room(path: Path, num_bytes: int) -> None:
-    """Raises ModelError if the disk of a path that needn't exist has less room than is needed."""
+def check_disk_space(path: Path, num_bytes: int) -> None:
+    """Raises ModelError if the disk of a path, which needn't exist, has less free space than is needed."""
     place = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if free < num_bytes:
@@ -46,71 +52,70 @@ def check_room(path: Path, num_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder to write to, which gets its name at the end of the block, once all of it is on the disk.
+def atomic_folder(
+    path: Path, *, replace: bool = False, exclusive: bool = True, checksums: bool = False, mode: int = 0o777
+) -> Iterator[Path]:
+    """Yields a new folder to write to, which gets the name `path` at the end, when all of it is on the disk.
 
-    What had the name before stays until then. A process that is killed leaves `PATH.partial`, which the next one to
-    write there clears away.
+    If the block raises, or the process is killed, no folder of that name appears, and one that was there stays. A
+    killed process leaves a folder with `.partial` in its name beside `path`; the next exclusive writer removes it.
 
     Args:
-        path: As `check_output` returned it.
+        path: Final path. Missing parent folders are made.
+        replace: Whether a folder of that name is replaced. False: it must not exist by then, or be empty.
+        exclusive: Whether a second process that writes the same path is refused. False: each writes a folder of its
+            own, and the first to be done gives it its name.
+        checksums: Whether `checksums.json` is added, by which `find_damage` recognizes damage later.
+        mode: Permissions of the folder, less the process's umask.
 
     Raises:
-        ModelError: It can't be written, or another process is writing there.
+        OSError: The folder can't be written, or (BlockingIOError) another process is writing it.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with _held(partial, path):
-            _clear(partial, path)
+    partial = _make_partial(path, exclusive)
+    with file_lock(partial / _LOCK):
+        try:
+            _restore(partial, path)
             new = partial / _NEW
-            new.mkdir()
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(mode)
             yield new
-            _folder_to_disk(new)
-            if path.exists():
+            if checksums:
+                write_checksums(new)
+            _fsync_folder(new)
+            if replace and path.exists():
                 os.replace(path, partial / _OLD)
             os.replace(new, path)
-            _entries_to_disk(path.absolute().parent)
-    except OSError as error:
-        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-        raise ModelError(f"{path} can't be written: {reason}.") from error
+            _fsync_entries(path.absolute().parent)
+        finally:
+            _restore(partial, path)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _held(partial: Path, path: Path) -> Iterator[None]:
-    """Holds the partial folder while it is written, and removes it."""
-    lock = filelock.FileLock(partial / _LOCK, timeout=0)
-    try:
-        with contextlib.suppress(NotImplementedError):  # Where a file system knows no locks, nothing is held.
-            lock.acquire()
-    except filelock.Timeout as error:
-        raise ModelError(f"Another process is writing {path}. Wait for it, or name another output.") from error
-    try:
-        yield
-    finally:
-        if not path.exists() and (partial / _OLD).exists():
-            os.replace(partial / _OLD, path)
-        shutil.rmtree(partial, ignore_errors=True)
-        lock.release()
+def _make_partial(path: Path, exclusive: bool) -> Path:
+    if exclusive:
+        partial = path.with_name(path.name + PARTIAL)
+        partial.mkdir(parents=True, exist_ok=True)
+        return partial
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"{path.name}{PARTIAL}-", dir=path.parent))
 
 
-def _clear(partial: Path, path: Path) -> None:
-    """Clears away what a killed process left, and puts back what it was about to replace."""
+def _restore(partial: Path, path: Path) -> None:
+    """Puts back the old folder if the new one didn't take its place, now or in a process that was killed."""
     old = partial / _OLD
     if old.exists() and not path.exists():
         os.replace(old, path)
-    for left in (partial / _NEW, old):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _folder_to_disk(folder: Path) -> None:
+def _fsync_folder(folder: Path) -> None:
     for directory, _, names in os.walk(folder):
         for name in names:
             fsync_file(Path(directory) / name)
-        _entries_to_disk(Path(directory))
+        _fsync_entries(Path(directory))
 
 
-def _entries_to_disk(directory: Path) -> None:
+def _fsync_entries(directory: Path) -> None:
     """Waits until the names in a folder are on the disk, where the operating system can open folders."""
     with contextlib.suppress(PermissionError):
         descriptor = os.open(directory, os.O_RDONLY)

@@ -89,4 +89,4 @@ def _keep_compiled_programs() -> None:
 
 _keep_compiled_programs()
 
-__all__ = ["cache_dir", "jax", "keras", "keras_hub", "is_single_cpu", "without_tensorflow"]
+__all__ = ["cache_dir", "is_single_cpu", "jax", "keras", "keras_hub", "without_tensorflow"]

@@ -27,7 +27,7 @@ _HOW = (
 _AGAIN = "Start all of them again with the same command: the run goes on from its last checkpoint."
 _BEAT_SECONDS, _LOST_SECONDS, _LAST_SECONDS = 2, 30, 10
 _ALIVE, _LEFT, _FAILED = "gemma_tune/alive", "left", "failed"
-_watch: "_Watch | None" = None
+_watch: "_Heartbeat | None" = None
 
 
 def initialize_distributed(text: str) -> None:

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma_tune.errors import DataError
-from gemma_tune.runtime.atomic_files import find_damage, fsync_file, write_checksums, write_text
+from gemma_tune.runtime.atomic_files import disk_errors_as, find_damage, write_text
+from gemma_tune.runtime.atomic_folder import PARTIAL, atomic_folder
 
 CONTENTS = "contents.json"
 _FORMAT = 2  # Raise it when the files of an entry, or what they mean, change.
 _DAYS_KEPT_UNUSED = 30
 _DAYS_KEPT_PARTIAL = 1
-_PARTIAL = ".partial-"
+_ADVICE = "Make room there, or name another folder in the environment variable GEMMA_TUNE_CACHE."
 
 
 class Entry(NamedTuple):
@@ -58,12 +59,12 @@ def cached(root: Path | None, key: str, build: Callable[[Path], dict[str, Any]])
     """
     if root is None or not _is_writable(root):
         owner = tempfile.TemporaryDirectory(prefix="gemma_tune-", ignore_cleanup_errors=True)
-        with _disk_errors(Path(owner.name)):
+        with disk_errors_as(DataError, f"The prepared data in {owner.name}", _ADVICE):
             return Entry(Path(owner.name), build(Path(owner.name)), owner)
     folder = root / key
     values = _read(folder)
     if values is None:
-        with _disk_errors(root):
+        with disk_errors_as(DataError, f"The prepared data in {root}", _ADVICE):
             values = _build(folder, build)
         _remove_unused(root)
     with contextlib.suppress(OSError):
@@ -72,22 +73,16 @@ def cached(root: Path | None, key: str, build: Callable[[Path], dict[str, Any]])
 
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    partial = Path(tempfile.mkdtemp(prefix=folder.name + _PARTIAL, dir=folder.parent))
+    shutil.rmtree(folder, ignore_errors=True)  # A damaged entry.
+    values: dict[str, Any] = {}
     try:
-        values = build(partial)
-        write_text(partial / CONTENTS, json.dumps(values))
-        for path in partial.iterdir():
-            fsync_file(path)
-        write_checksums(partial)
-        shutil.rmtree(folder, ignore_errors=True)  # A damaged one.
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            if _read(folder) is None:  # Else another process built the same entry meanwhile.
-                raise
-        return values
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with atomic_folder(folder, exclusive=False, checksums=True, mode=0o700) as new:
+            values = build(new)
+            write_text(new / CONTENTS, json.dumps(values))
+    except OSError:
+        if _read(folder) is None:  # Otherwise another process has built the same entry in the meantime.
+            raise
+    return values
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -108,18 +103,7 @@ def _is_writable(root: Path) -> bool:
 
 def _remove_unused(root: Path) -> None:
     for folder in root.iterdir():
-        days = _DAYS_KEPT_PARTIAL if _PARTIAL in folder.name else _DAYS_KEPT_UNUSED
+        days = _DAYS_KEPT_PARTIAL if PARTIAL in folder.name else _DAYS_KEPT_UNUSED
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > days * 86400:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _disk_errors(root: Path):
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"The prepared data can't be written to {root}: {error.strerror or error}. Make room there, or name "
-            "another folder in the environment variable GEMMA_TUNE_CACHE."
-        ) from error

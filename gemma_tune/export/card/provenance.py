@@ -11,9 +11,9 @@ from gemma_tune.config import Config
 from gemma_tune.data.sources.content_hash import source_fingerprint
 from gemma_tune.data.sources.tfds import TFDS
 from gemma_tune.errors import ConfigError, DataError, ModelError
+from gemma_tune.export.options import EXPORT_MARKER
 from gemma_tune.models.lora.adapter import read_adapter_metadata
 from gemma_tune.models.sources.source import parse_source
-from gemma_tune.runtime.atomic_folder import MARK
 
 # KerasHub's presets -> the same models on Hugging Face.
 _ON_HUGGING_FACE = (
@@ -131,7 +131,7 @@ def _of_run(workdir: Path) -> Provenance:
 
 
 def _of_export(folder: Path) -> Provenance | None:
-    mark = _json(folder / MARK)
+    mark = _json(folder / EXPORT_MARKER)
     saved = mark.get("provenance", mark.get(_OLD_KEY))
     if not isinstance(saved, dict):
         return None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from gemma_tune.config import Config
 from gemma_tune.errors import TrainingError
-from gemma_tune.runtime.atomic_files import write_json
+from gemma_tune.runtime.atomic_files import disk_errors_as, write_json
 from gemma_tune.runtime.lock import LOCK_FILE, check_unlocked, lock_workdir
 from gemma_tune.runtime.processes import is_primary, raise_in_all_processes
 from gemma_tune.saved_settings import in_current_words
@@ -31,6 +31,9 @@ _MAY_CHANGE = {
     "training.num_sample_answers",
     "training.num_scored_answers",
 }
+_ADVICE = (
+    "Make room, and run the same command again: it goes on from the last checkpoint. Or choose another --workdir."
+)
 _LEFT_BEHIND = ("metrics.jsonl", "samples.json", "bad_steps.jsonl")
 _PACKAGES = ("gemma-tune", "keras", "keras-hub", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
@@ -105,7 +108,7 @@ def open_workdir(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
     """
     workdir = check_workdir(config)
     about = _about(config, data_key)
-    with _disk_errors(workdir):
+    with disk_errors_as(TrainingError, f"The workdir {workdir}", _ADVICE):
         workdir.mkdir(parents=True, exist_ok=True)
         with lock_workdir(workdir):
             before = read_about(workdir / CHECKPOINTS)
@@ -122,18 +125,6 @@ def open_workdir(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
 
 def _about(config: Config, data_key: str) -> dict[str, Any]:
     return {"config": config.to_dict(), "versions": {**versions(), "data": data_key}}
-
-
-@contextlib.contextmanager
-def _disk_errors(workdir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = f"{error.strerror or error}: {error.filename}" if error.filename else error
-        raise TrainingError(
-            f"The workdir {workdir} can't be written: {reason}. Make room, and run the same command again: it goes on "
-            "from the last checkpoint. Or choose another --workdir."
-        ) from error
 
 
 def _changed(before: dict[str, Any] | None, now: dict[str, str]) -> list[str]:

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 
 from gemma_tune.cli.main import run as run_here
 
-FEW = (f"--config={Path(__file__).parents[1] / 'configs/two_processes.py'}",)
+FEW = (f"--config={Path(__file__).parents[2] / 'configs/two_processes.py'}",)
 ALONE = (*FEW, "--mesh=")
-WORKER = Path(__file__).parent / "mesh/rows_worker.py"
+WORKER = Path(__file__).parents[1] / "mesh/rows_worker.py"
 
 
 def start(command, num_processes, *, logs):
