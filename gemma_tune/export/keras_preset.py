@@ -1,4 +1,4 @@
-"""Writes a model as a KerasHub preset, with LoRA factors beside it if they aren't merged."""
+"""Writes a model as a KerasHub preset, and LoRA factors that aren't merged as an adapter beside it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,32 +13,29 @@ ADAPTER_FOLDER = "adapter"
 
 
 def write_keras(model: Any, folder: Path, options: ExportOptions) -> WrittenExport:
-    """Writes a preset that `gemma_tune.load_model` reads back array by array; if it isn't quantized, KerasHub does too.
+    """Writes a preset that `gemma_tune.load_model` and, unless it is quantized, KerasHub load with equal arrays.
 
     Args:
-        model: A CausalLM. If it has LoRA factors, the base goes to the folder and the factors into its `adapter/`.
-        folder: Empty.
-        options: base_name is used.
-
-    Returns:
-        What is to be said of it.
+        model: CausalLM. The factors of a model with LoRA are written into `adapter/`, and its base into the folder.
+        folder: Empty folder.
+        options: Export options, of which base_name is used.
     """
     notes, kind = [], "keras"
     base = model
     if lora_layers(model.backbone):
         base, kind = shared_copy(model, with_lora=False), "keras, with an adapter"
-        notes.append(f"LoRA isn't merged: it is in {ADAPTER_FOLDER}/, and the weights are the base's.")
+        notes.append(f"LoRA isn't merged: {ADAPTER_FOLDER}/ holds it, and the weights are those of the base model.")
     save_preset(base, folder)
     if base is not model:
         save_adapter(model, folder / ADAPTER_FOLDER, base_model=options.base_name)
     if quantized_layers(base.backbone):
         kind = kind if base is not model else "keras, quantized"
-        notes.append("Weights are quantized: gemma_tune reads them, plain KerasHub doesn't.")
-    # By the class itself: KerasHub's CausalLM takes Gemma 4's for that of its assistant, which it then can't make.
+        notes.append("The weights are quantized: gemma_tune loads them, KerasHub alone doesn't.")
+    # The class itself, since keras_hub.models.CausalLM takes Gemma 4's preset for that of its assistant and fails.
     return WrittenExport(notes, kind, {"CAUSAL_LM": type(model).__name__})
 
 
 def held_bytes(model: Any, options: ExportOptions) -> int:
-    """Returns what the model's arrays take now."""
+    """Returns the size of the model's arrays in bytes."""
     del options
     return sum(variable.value.nbytes for variable in model.backbone.variables)

@@ -117,7 +117,7 @@ def test_what_cannot_be_written_is_refused(tiny, tmp_path):
         ("gemma", {"use_sliding_window_attention": True}, "sliding window or soft caps"),
         ("gemma2", {"query_head_dim_normalize": False, "num_query_heads": 2}, "its attention divides by"),
         ("gemma3", {"attention_logit_soft_cap": 50.0}, "it caps attention logits"),
-        ("gemma3", {"use_bidirectional_attention": True}, "reads both ways"),
+        ("gemma3", {"use_bidirectional_attention": True}, "bidirectional attention"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tiny, tmp_path, family, changed, message):

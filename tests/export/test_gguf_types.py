@@ -1,8 +1,8 @@
-"""Rounding to GGUF's formats: the gguf package's own reader takes it back, as near as the format can be."""
+"""Rounding to GGML types: the gguf package's own reader gives values back that are as near as the type allows."""
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.quants import dequantize
 
 from gemma_tune.errors import ModelError
@@ -63,12 +63,15 @@ def test_formats_are_those_of_llama_quantize():
 
 
 def test_what_a_format_cannot_hold_is_refused():
-    with pytest.raises(ModelError, match="w has a value of 70000, and float16 ends at 65504"):
+    with pytest.raises(ModelError, match="w has a value of 70000, but float16 ends at 65504"):
         to_type(np.full((1, 32), 7e4, np.float32), "F16", "w")
     for kind in ("F32", "Q8_0", "Q4_K"):
-        with pytest.raises(ModelError, match="no finite numbers"):
+        with pytest.raises(ModelError, match="holds NaN or infinite values"):
             to_type(np.full((1, 256), np.nan, np.float32), kind, "w")
 
 
-def test_every_scheme_says_what_it_is():
-    assert all(scheme.says for scheme in GGUF_SCHEMES.values())
+@pytest.mark.parametrize(("name", "scheme"), GGUF_SCHEMES.items())
+def test_every_scheme_has_llama_cpps_number(name, scheme):
+    """By the gguf package's own table, which is llama.cpp's."""
+    wanted = "ALL_F32" if name == "f32" else f"MOSTLY_{name.upper()}"
+    assert LlamaFileType(scheme.file_type).name == wanted

@@ -1,10 +1,10 @@
-"""Rounds to llama.cpp's Q4_K and Q6_K, which the `gguf` package can read but not write.
+"""Quantizes weights to llama.cpp's Q4_K and Q6_K, which the `gguf` package can read but not write.
 
-The layout is that of ggml-common.h (block_q4_K, block_q6_K): blocks of 256 weights. Q4_K cuts them into 8 groups of 32,
-each weight d·scale·code - dmin·lowest with codes 0…15 and 6-bit scale and lowest; Q6_K into 16 groups of 16, each
-d·scale·(code - 32) with codes 0…63 and an 8-bit scale. d and dmin are float16, one for each block. A group's scale is
-searched for among several the one with the smallest squared error, where weights count by their size, as
-llama-quantize does.
+The bytes are laid out as in ggml-common.h (block_q4_K, block_q6_K), 256 weights at a time. Q4_K divides these into 8
+groups of 32, in which a weight is d·scale·code - dmin·lowest with codes 0…15 and a 6-bit scale and lowest; Q6_K into 16
+groups of 16, in which it is d·scale·(code - 32) with codes 0…63 and an 8-bit scale. d and dmin are float16, one each
+for the 256 weights. For each group several scales are tried, and the one with the smallest squared error is kept;
+errors of larger weights count more, as in llama-quantize.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 _BLOCK = 256
-_SINGULAR = 1e-4  # Of a determinant of float32, against its terms.
-_TRIALS = 21  # Scales tried around the one that just covers a group's range.
+_SINGULAR = 1e-4  # A float32 determinant this small relative to its terms counts as 0.
+_TRIALS = 21  # Number of scales that are tried, around the one that just covers a group's range.
 
 
 def to_q4_k(values: np.ndarray) -> np.ndarray:
-    """Returns the bytes of [rows, columns] float32, columns a multiple of 256, as uint8."""
+    """Returns the Q4_K bytes, uint8 [rows, bytes], of float32 values [rows, columns], columns a multiple of 256."""
     blocks = np.ascontiguousarray(values, np.float32).reshape(-1, 8, 32)
     d, dmin, scales, lows, codes = (np.asarray(array) for array in _q4_k(blocks))
     low_nibbles, high_nibbles = codes.reshape(-1, 4, 2, 32).transpose(2, 0, 1, 3).reshape(2, -1, 128)
@@ -33,7 +33,7 @@ def to_q4_k(values: np.ndarray) -> np.ndarray:
 
 
 def to_q6_k(values: np.ndarray) -> np.ndarray:
-    """Returns the bytes of [rows, columns] float32, columns a multiple of 256, as uint8."""
+    """Returns the Q6_K bytes, uint8 [rows, bytes], of float32 values [rows, columns], columns a multiple of 256."""
     blocks = np.ascontiguousarray(values, np.float32).reshape(-1, 16, 16)
     d, scales, codes = (np.asarray(array) for array in _q6_k(blocks))
     halves = codes.reshape(-1, 2, 4, 32)  # Each half of a block: four runs of 32.
@@ -43,7 +43,7 @@ def to_q6_k(values: np.ndarray) -> np.ndarray:
     return np.concatenate([low_bytes, high_bytes, scales.view(np.uint8), _bytes_of(d)], axis=1).reshape(len(values), -1)
 
 
-WRITERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"Q4_K": to_q4_k, "Q6_K": to_q6_k}
+K_QUANTIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"Q4_K": to_q4_k, "Q6_K": to_q6_k}
 
 
 @jax.jit
@@ -87,8 +87,8 @@ def _affine(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
         determinant = w * xx - x * x
         scale = _divide(w * xy - x * y, determinant)
         offset = _divide(xx * y - x * xy, determinant)
-        # An offset above 0 can't be written, and equal codes don't tell scale and offset apart: the line goes through
-        # 0, or, where all codes are 0, is flat.
+        # A positive offset can't be stored, and with equal codes scale and offset are not determined: then the offset
+        # is 0, or, where all codes are 0, the scale is.
         through_zero = (offset > 0) | (determinant < _SINGULAR * w * xx)
         scale = jnp.where(through_zero, _divide(xy, xx), scale)
         offset = jnp.where(xx == 0, _divide(y, w), jnp.where(through_zero, 0, offset))
@@ -118,13 +118,13 @@ def _symmetric(groups: jax.Array) -> jax.Array:
 
 
 def _better(best: tuple[jax.Array, ...], groups, weights, codes, scale, offset) -> tuple[jax.Array, ...]:
-    """Keeps, group by group, the (scale, offset, error) with the smaller error."""
+    """Returns, group by group, the (scale, offset, error) with the smaller error."""
     error = jnp.sum(weights * (scale[..., None] * codes + offset[..., None] - groups) ** 2, axis=-1)
     return tuple(jnp.where(error < best[2], new, old) for new, old in zip((scale, offset, error), best, strict=True))
 
 
 def _divide(dividend: jax.Array, divisor: jax.Array) -> jax.Array:
-    """0 where the divisor is."""
+    """Returns the quotient, or 0 where the divisor is 0."""
     return jnp.where(divisor == 0, 0, dividend / jnp.where(divisor == 0, 1, divisor))
 
 

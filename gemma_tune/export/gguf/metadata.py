@@ -1,6 +1,7 @@
-"""What a GGUF file says of its model: sizes, tokenizer, chat template, origin. And what a GGUF file can't say.
+"""Adds a model's hyperparameters, provenance, tokenizer and chat template to a GGUF file.
 
-Keys are those that llama.cpp's src/models/gemma.cpp, gemma2.cpp and gemma3.cpp read.
+The keys are those that llama.cpp's src/models/gemma.cpp, gemma2.cpp and gemma3.cpp read. A model that no such keys can
+describe is refused.
 """
 
 from typing import Any
@@ -14,8 +15,8 @@ from gemma_tune.models.sources.gguf_checkpoint import GGUF_MODEL_TYPES, LAYERS_O
 from gemma_tune.models.sources.tokenizer import TextTokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-# SentencePiece holds these as user-defined, llama.cpp as control tokens: they aren't shown, and a text makes them only
-# where a program allows it.
+# User-defined tokens in SentencePiece, control tokens in llama.cpp: those aren't shown, and a text that spells them
+# becomes them only where a program allows it.
 _CONTROL_PIECES = frozenset(["<mask>", "<2mass>", "[@BOS@]", "<start_of_turn>", "<end_of_turn>"])
 _CONTROL_STARTS = ("<unused", "<|fim_", "<|file_")
 
@@ -24,25 +25,25 @@ def family_for_gguf(backbone: Any) -> str:
     """Returns a backbone's family.
 
     Raises:
-        ModelError: llama.cpp would compute something else than this model does; says what.
+        ModelError: llama.cpp would not compute the same as this model; says why.
     """
     family = family_of(backbone)
     if family not in GGUF_MODEL_TYPES:
         raise ModelError(
-            f"GGUF export writes {', '.join(GGUF_MODEL_TYPES)}, not {family}. Export to --format=hf, and convert that "
+            f"GGUF export writes {', '.join(GGUF_MODEL_TYPES)}, not {family}. Use --format=hf, and convert that folder "
             "with llama.cpp's convert_hf_to_gguf.py."
         )
     for problem in _problems(backbone, family):
-        raise ModelError(f"llama.cpp's {family} can't be this model: {problem}. Export to --format=hf or keras.")
+        raise ModelError(f"llama.cpp's {family} can't represent this model: {problem}. Use --format=hf or keras.")
     return family
 
 
-def add_sizes(writer: Any, config: dict[str, Any], family: str) -> None:
+def add_hyperparameters(writer: Any, config: dict[str, Any], family: str) -> None:
     """Adds the hyperparameters.
 
     Args:
         writer: A GGUFWriter.
-        config: As `hf_config` gives it.
+        config: Hugging Face config, from `hf_config`.
         family: `gemma`, `gemma2` or `gemma3`.
     """
     import gguf
@@ -72,15 +73,15 @@ def add_sizes(writer: Any, config: dict[str, Any], family: str) -> None:
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
 
 
-def add_origin(writer: Any, family: str, num_weights: int, name: str, base: str) -> None:
-    """Adds the name, the licence, and the model that this one was made of.
+def add_provenance(writer: Any, family: str, num_weights: int, name: str, base: str) -> None:
+    """Adds the model's name, its license, and its base model.
 
     Args:
         writer: A GGUFWriter.
-        family: Such as `gemma3`.
-        num_weights: Parameters.
-        name: Of the model.
-        base: The base model, as `gemma3_270m` or `hf://google/gemma-3-270m`; '' if it isn't known.
+        family: Model family, such as `gemma3`.
+        num_weights: Number of parameters.
+        name: Name of the model.
+        base: Base model, such as `gemma3_270m` or `hf://google/gemma-3-270m`; '' if unknown.
     """
     import gguf
 
@@ -90,17 +91,17 @@ def add_origin(writer: Any, family: str, num_weights: int, name: str, base: str)
     writer.add_license("gemma")
     writer.add_license_link("https://ai.google.dev/gemma/terms")
     writer.add_tags([family, "gemma", "text-generation"])
-    there = hugging_face_name(base)
-    if there:
-        owner, repository = there.split("/", 1)
+    hub_name = hugging_face_name(base)
+    if hub_name:
+        owner, repository = hub_name.split("/", 1)
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, repository)
         writer.add_base_model_organization(0, owner)
-        writer.add_base_model_repo_url(0, f"https://huggingface.co/{there}")
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{hub_name}")
 
 
 def add_tokenizer(writer: Any, tokenizer: TextTokenizer, template: ChatTemplate) -> None:
-    """Adds vocabulary, special tokens and chat template."""
+    """Adds the vocabulary, the special tokens and the chat template."""
     from sentencepiece import sentencepiece_model_pb2
 
     schema: Any = sentencepiece_model_pb2
@@ -108,7 +109,7 @@ def add_tokenizer(writer: Any, tokenizer: TextTokenizer, template: ChatTemplate)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     kinds = [_kind(piece) for piece in model.pieces]
-    # A user-defined token is looked for in the text as it is, so runs of spaces are spelled with spaces.
+    # llama.cpp looks for a user-defined token in the text itself, so runs of spaces are spelled with spaces.
     writer.add_token_list(
         [
             (piece.piece.replace("▁", " ") if kind == _USER_DEFINED else piece.piece).encode()
@@ -136,30 +137,30 @@ def _kind(piece: Any) -> int:
 
 
 def _problems(backbone: Any, family: str) -> list[str]:
-    """What of a backbone no key of a GGUF file says, and llama.cpp takes to be otherwise."""
+    """Lists settings of a backbone that no GGUF key holds and for which llama.cpp assumes something else."""
     soft_cap = backbone.attention_logit_soft_cap
     windowed = backbone.use_sliding_window_attention
     found = []
     if family == "gemma" and (windowed or soft_cap or backbone.final_logit_soft_cap):
-        found.append("it has a sliding window or soft caps (as VaultGemma has), without Gemma 2's norms")
+        found.append("it has a sliding window or soft caps, but not Gemma 2's norms (as VaultGemma)")
     if family == "gemma2" and not (windowed and soft_cap and backbone.final_logit_soft_cap):
         found.append("it lacks a sliding window or soft caps")
     if family == "gemma3":
         if soft_cap:
             found.append("it caps attention logits")
         if not windowed or not backbone.use_query_key_norm:
-            found.append("it lacks a sliding window or norms of queries and keys")
+            found.append("it lacks a sliding window or the normalization of queries and keys")
         if backbone.local_rope_scaling_factor != 1.0:
-            found.append("local layers scale their positions")
+            found.append("its local layers scale their positions")
         if backbone.use_bidirectional_attention:
-            found.append("it is an embedding model, which reads both ways")
+            found.append("it is an embedding model with bidirectional attention")
     if family != "gemma" and not (backbone.use_post_attention_norm and backbone.use_post_ffw_norm):
-        found.append("it lacks norms behind attention or feed-forward layers")
-    # llama.cpp goes by the number of layers.
+        found.append("it lacks a norm after its attention or feed-forward layers")
+    # llama.cpp takes the attention's scale from the number of layers.
     model_type = GGUF_MODEL_TYPES[family]
     by_width = backbone.num_layers == LAYERS_OF_27B.get(model_type)
     scale = backbone.head_dim if backbone.query_head_dim_normalize else backbone.hidden_dim / backbone.num_query_heads
     taken = backbone.hidden_dim // backbone.num_query_heads if by_width else backbone.head_dim
     if scale != taken:
-        found.append(f"its attention divides by sqrt({scale:g}), and llama.cpp by sqrt({taken:g})")
+        found.append(f"its attention divides by sqrt({scale:g}), llama.cpp's by sqrt({taken:g})")
     return found

@@ -1,8 +1,8 @@
-"""The Modelfile with which Ollama takes over a GGUF file: https://docs.ollama.com/modelfile."""
+"""Writes the Modelfile from which Ollama imports a GGUF file (https://docs.ollama.com/modelfile)."""
 
 from gemma_tune.data.chat_template import ChatTemplate
 
-# Go's text/template over the conversation. A system text opens the first user turn, as in our own template.
+# A Go text/template that renders the conversation. A system text opens the first user turn, as in our own template.
 _TEMPLATE = """{{- $system := .System }}
 {{- range .Messages }}
 {{- if eq .Role "user" }}START_OF_TURNuser
@@ -20,9 +20,9 @@ def modelfile(gguf_name: str, template: ChatTemplate, context_length: int) -> st
     """Returns the text of a Modelfile.
 
     Args:
-        gguf_name: Of the file beside it.
-        template: Of turns.
-        context_length: Tokens that a conversation may have.
+        gguf_name: Name of the GGUF file, which is in the same folder.
+        template: Chat template of the model's family.
+        context_length: Most tokens of a conversation.
     """
     turns = _TEMPLATE.replace("START_OF_TURN", template.start_of_turn).replace("END_OF_TURN", template.end_of_turn)
     return (

@@ -1,10 +1,11 @@
-"""Writes a Gemma as a GGUF file, for llama.cpp, Ollama, LM Studio and their like.
+"""Writes a model as a GGUF file, for llama.cpp, Ollama, LM Studio and similar programs.
 
-Tensors are those of the Hugging Face export under GGUF's names, with norms as 1 + scale (llama.cpp's
-conversion/gemma.py). They are made, rounded and written one after the other, so that memory stays near the model's.
-`models/sources/gguf_reader.py` reads such files.
+The tensors are those of the Hugging Face export under GGUF's names, with norms as 1 + scale (llama.cpp's
+conversion/gemma.py). They are converted, rounded and written one by one, so that little memory is needed beyond the
+model's. `models/sources/gguf_reader.py` reads such files.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from gemma_tune.data.chat_template import template_for
 from gemma_tune.errors import ModelError, did_you_mean
-from gemma_tune.export.gguf.metadata import add_origin, add_sizes, add_tokenizer, family_for_gguf
+from gemma_tune.export.gguf.metadata import add_hyperparameters, add_provenance, add_tokenizer, family_for_gguf
 from gemma_tune.export.gguf.modelfile import modelfile
 from gemma_tune.export.gguf.tensor_types import GGUF_SCHEMES, tensor_num_bytes, to_type, type_of
 from gemma_tune.export.hf.config import hf_config
@@ -27,16 +28,16 @@ from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.runtime import progress
 from gemma_tune.runtime.atomic_files import write_text
 
-_BYTES_PER_TOKEN = 40  # Of the vocabulary: a piece and its length, score and type.
-_CONTEXT_OF_MODELFILE = 8192  # What Ollama reserves memory for; a user may raise it.
+_BYTES_PER_TOKEN = 40  # Size of a vocabulary entry: a piece and its length, score and type.
+_CONTEXT_OF_MODELFILE = 8192  # Ollama reserves memory for this many tokens; a user may raise it.
 
 
 class _Entry(NamedTuple):
-    """A tensor as it is written. kind: Its number format."""
+    """A tensor of the file."""
 
     name: str
     shape: tuple[int, ...]
-    kind: str
+    kind: str  # GGML type.
     tensor: Tensor
 
 
@@ -44,18 +45,18 @@ def write_gguf(model: Any, file: str | os.PathLike, scheme: str = "f16", *, name
     """Writes one GGUF file, and an Ollama `Modelfile` beside it.
 
     Args:
-        model: A CausalLM of Gemma 1, 2 or 3 with its tokenizer. LoRA counts as merged, and codes as the floats that
-            they stand for; the model stays as it is.
-        file: Where to. What is there is overwritten.
+        model: CausalLM of Gemma 1, 2 or 3 with its tokenizer. LoRA is written merged, and quantized weights as the
+            floats that they represent; the model itself isn't changed.
+        file: Path of the file. An existing file is overwritten.
         scheme: A key of `gguf_types.GGUF_SCHEMES`: `f32`, `f16`, `bf16`, `q8_0`, `q4_k_m`, `q4_0`.
-        name: What programs show of it; '' for the file's name.
-        base: The model that it was made of, such as `gemma3_270m` or `hf://google/gemma-3-270m-it`.
+        name: Model name that programs show; '' for the file's name.
+        base: Base model, such as `gemma3_270m` or `hf://google/gemma-3-270m-it`.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        ModelError: llama.cpp has no such model, there is no such scheme, or a value doesn't fit the format.
+        ModelError: llama.cpp can't represent the model, the scheme is unknown, or float16 can't hold a value.
     """
     import gguf
 
@@ -68,8 +69,9 @@ def write_gguf(model: Any, file: str | os.PathLike, scheme: str = "f16", *, name
     entries = _entries(model, config, scheme)
     writer = gguf.GGUFWriter(path, family)
     try:
-        add_origin(writer, family, sum(tensor_num_bytes(e.shape, "F32") // 4 for e in entries), name or path.stem, base)
-        add_sizes(writer, config, family)
+        num_weights = sum(math.prod(entry.shape) for entry in entries)
+        add_provenance(writer, family, num_weights, name or path.stem, base)
+        add_hyperparameters(writer, config, family)
         writer.add_file_type(GGUF_SCHEMES[scheme].file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_tokenizer(writer, tokenizer, template_for(family))
@@ -82,11 +84,16 @@ def write_gguf(model: Any, file: str | os.PathLike, scheme: str = "f16", *, name
 
 
 def estimate_gguf(model: Any, scheme: str = "f16") -> int:
-    """Returns about how many bytes `write_gguf` will write; raises what it would."""
+    """Returns the approximate size in bytes of the file that `write_gguf` writes.
+
+    Raises:
+        ModelError: llama.cpp can't represent the model, or the scheme is unknown.
+    """
     family_for_gguf(model.backbone)
     tokenizer = tokenizer_of(model)
     entries = _entries(model, hf_config(model, tokenizer, "float32"), scheme)
-    return sum(tensor_num_bytes(e.shape, e.kind) for e in entries) + tokenizer.vocabulary_size * _BYTES_PER_TOKEN
+    num_bytes = sum(tensor_num_bytes(entry.shape, entry.kind) for entry in entries)
+    return num_bytes + tokenizer.vocabulary_size * _BYTES_PER_TOKEN
 
 
 def _entries(model: Any, config: dict[str, Any], scheme: str) -> list[_Entry]:
@@ -99,9 +106,9 @@ def _entries(model: Any, config: dict[str, Any], scheme: str) -> list[_Entry]:
     for tensor in tensors_of(model.backbone, config):
         name, shape = gguf_name(tensor.name, config["model_type"]), tensor.shape
         if name == "token_embd.weight":
-            # llama.cpp wants a row for each token, and no others.
+            # llama.cpp expects exactly one row for each token.
             if shape[0] < num_tokens:
-                raise ModelError(f"The embedding has {shape[0]} rows for a tokenizer of {num_tokens} tokens.")
+                raise ModelError(f"The embedding has {shape[0]} rows, but the tokenizer has {num_tokens} tokens.")
             shape = (num_tokens, *shape[1:])
         entries.append(_Entry(name, shape, type_of(name, shape, scheme, config["num_hidden_layers"]), tensor))
     return entries
@@ -127,7 +134,7 @@ def _write_tensors(writer: Any, entries: list[_Entry]) -> None:
 
 
 def _values(entry: _Entry) -> Iterator[np.ndarray]:
-    """Yields the values as llama.cpp takes them, float32, some rows at a time."""
+    """Yields the values as llama.cpp expects them, in float32, some rows at a time."""
     left = entry.shape[0]
     for rows in entry.tensor.chunks(np.dtype(np.float32)):
         values = rows[:left]
