@@ -1,7 +1,10 @@
 """Parses the einsum equations of linear layers, such as `btd,ndh->btnh`."""
 
 import functools
+import re
 from typing import NamedTuple
+
+_EQUATION = re.compile(r"((?:\.\.\.)?[a-zA-Z]+),([a-zA-Z]+)->((?:\.\.\.)?[a-zA-Z]+)")
 
 
 class EinsumAxes(NamedTuple):
@@ -32,7 +35,7 @@ class EinsumAxes(NamedTuple):
 
     @property
     def batch(self) -> str:
-        """Input letters that the kernel doesn't have: `bt`."""
+        """Input letters that the kernel doesn't have, and an ellipsis if there is one: `bt`."""
         return "".join(letter for letter in self.inputs if letter not in self.kernel)
 
     @property
@@ -51,10 +54,9 @@ def parse_einsum(equation: str) -> EinsumAxes:
     """Returns the axis letters of an equation with two operands, inputs and kernel.
 
     Raises:
-        ValueError: The equation has another form, such as one operand, no output, or an ellipsis.
+        ValueError: The equation has another form, such as one operand or no output.
     """
-    operands, arrow, outputs = equation.replace(" ", "").partition("->")
-    letters = operands.split(",")
-    if not arrow or len(letters) != 2 or not all(part.isalpha() for part in (*letters, outputs)):
+    match = _EQUATION.fullmatch(equation.replace(" ", ""))
+    if not match:
         raise ValueError(f"{equation!r} is not an einsum equation of inputs and a kernel, such as 'btd,ndh->btnh'.")
-    return EinsumAxes(*letters, outputs)
+    return EinsumAxes(*match.groups())

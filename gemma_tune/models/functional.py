@@ -1,7 +1,7 @@
-"""A KerasHub model as pure functions of its parameters.
+"""Uses a KerasHub model as pure functions of its parameters.
 
-Parameters are plain dicts, variable path -> array, which jit, grad, Optax and Orbax take as they are. Inside `params_scope`
-the model computes with the arrays it is given instead of its own; nothing is written to its variables.
+Parameters are plain dicts, variable path -> array, which jit, grad, Optax and Orbax take as they are. Within
+`params_scope` the model computes with the given arrays instead of its own, and nothing is written to its variables.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,23 @@ Params = Mapping[str, jax.Array]
 
 
 class Parameters(NamedTuple):
-    """A model's arrays by variable path: those that training changes, and the rest."""
+    """A model's arrays by variable path.
+
+    Attributes:
+        trainable: Arrays that training changes.
+        frozen: All other arrays.
+    """
 
     trainable: dict[str, jax.Array]
     frozen: dict[str, jax.Array]
 
 
 def variables_by_path(model: keras.Model) -> dict[str, keras.Variable]:
-    """Returns path -> variable of everything that the model computes with."""
+    """Returns path -> variable of all variables that the model computes with.
+
+    Raises:
+        ModelError: Two variables have the same path.
+    """
     backbone = model.backbone
     variables = {variable.path: variable for variable in backbone.variables}
     if len(variables) != len(backbone.variables):
@@ -33,7 +42,7 @@ def variables_by_path(model: keras.Model) -> dict[str, keras.Variable]:
 
 
 def parameters(model: keras.Model) -> Parameters:
-    """Returns the model's current arrays (no copies)."""
+    """Returns the model's current arrays, without copying them."""
     trainable = {id(variable) for variable in model.backbone.trainable_variables}
     groups = Parameters({}, {})
     for path, variable in variables_by_path(model).items():
@@ -42,21 +51,26 @@ def parameters(model: keras.Model) -> Parameters:
 
 
 def assign(model: keras.Model, params: Params) -> None:
-    """Puts arrays into the model's variables."""
+    """Assigns arrays to the model's variables, by their paths."""
     variables = variables_by_path(model)
     for path, value in params.items():
         variables[path].assign(value)
 
 
 def gather_to_host(model: keras.Model) -> None:
-    """Brings arrays of which other processes hold parts into this one's memory, so that the model can be saved."""
+    """Fetches arrays of which other processes hold parts into this process's memory, so that the model can be saved."""
     for variable in variables_by_path(model).values():
         if not variable.value.is_fully_addressable:
             variable._layout, variable._value = None, fetch_to_host(variable.value)
 
 
 def params_scope(model: keras.Model, *groups: Params) -> keras.StatelessScope:
-    """A scope in which the model computes with the given arrays."""
+    """Returns a Keras scope in which a model computes with other arrays than its own.
+
+    Args:
+        model: CausalLM.
+        groups: Arrays by variable path, in one or more dicts. Variables that none names keep their own value.
+    """
     variables = variables_by_path(model)
     return keras.StatelessScope(
         state_mapping=[(variables[path], value) for group in groups for path, value in group.items()]
@@ -64,18 +78,18 @@ def params_scope(model: keras.Model, *groups: Params) -> keras.StatelessScope:
 
 
 def value_in_scope(variable: keras.Variable) -> jax.Array:
-    """Returns what the scope around has for a variable, or else its own value; not yet cast to the compute dtype."""
+    """Returns a variable's value in the current stateless scope, or else its own, not cast to the compute dtype."""
     scope = keras.src.backend.common.stateless_scope.get_stateless_scope()
     value = scope.get_current_value(variable) if scope is not None else None
     return variable._value if value is None else value
 
 
 def hidden_states(backbone: keras_hub.models.Backbone, token_ids: Any, segment_ids: Any, positions: Any) -> jax.Array:
-    """Runs the backbone on packed rows.
+    """Runs a backbone on packed rows.
 
     Args:
-        backbone: With its attention masks swapped by `packing.enable_packing` when a row holds several segments.
-        token_ids, segment_ids, positions: [B, L] int32, as in a Batch.
+        backbone: Backbone, prepared by `enable_packing` if rows hold several segments.
+        token_ids, segment_ids, positions: [B, L] int32 arrays, as in a Batch.
 
     Returns:
         [B, L, D] final hidden states, in the model's compute dtype.
@@ -85,7 +99,7 @@ def hidden_states(backbone: keras_hub.models.Backbone, token_ids: Any, segment_i
 
 
 def check_text_only(model: keras.Model) -> None:
-    """Raises ModelError when the backbone can't run on text alone."""
+    """Raises ModelError if the backbone can't run on text alone."""
     needed = set(model.backbone.input) - {"token_ids", "padding_mask", "position_ids"}
     if needed:
         raise ModelError(
@@ -94,14 +108,16 @@ def check_text_only(model: keras.Model) -> None:
 
 
 def lm_head_weights(backbone: keras_hub.models.Backbone) -> jax.Array | Quantized | FakeQuantized:
-    """Returns the [V, D] matrix that turns hidden states into logits: the tied embedding, LoRA on it included. A
-    quantized one is returned as it is, [V, D, 1], and one that is trained quantization-aware as its floats and grid.
+    """Returns the LM head, which is the tied embedding with LoRA merged: [V, D] floats.
+
+    A quantized embedding is returned as its codes, [V, D, 1]; in quantization-aware training as floats that count as
+    rounded.
     """
     embedding = backbone.token_embedding
     return embedding.lm_head() if hasattr(embedding, "lm_head") else keras.ops.convert_to_tensor(embedding.embeddings)
 
 
 def final_soft_cap(backbone: keras_hub.models.Backbone) -> float | None:
-    """Returns the cap c of logits c·tanh(x/c) (Gemma 2, arXiv:2408.00118, and Gemma 4), or None."""
+    """Returns the soft cap c of the logits c·tanh(x / c) (Gemma 2, arXiv:2408.00118, and Gemma 4), or None."""
     cap = backbone.token_embedding.logit_soft_cap
     return float(cap) if cap else None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gemma_tune.models.cpu.bfloat16 import cpu_slice_rows
-from gemma_tune.quantization.codes import Quantized, Scales, dequantize, rows_of, scale_values, take_rows
+from gemma_tune.quantization.codes import Quantized, Scales, dequantize, scale_values, slice_rows, take_rows
 from gemma_tune.quantization.fake import FakeQuantized
 
 LMHead = jax.Array | Quantized | FakeQuantized  # V rows of width D.
@@ -36,7 +36,7 @@ def slice_lm_head_rows(head: LMHead, start: Any, count: int, dtype: Any) -> jax.
         [count, D] rows.
     """
     if isinstance(head, Quantized):
-        return dequantize(rows_of(head, start, count), dtype)[..., 0]
+        return dequantize(slice_rows(head, start, count), dtype)[..., 0]
     if isinstance(head, FakeQuantized):
         return head.rows(start, count).astype(dtype)
     return cpu_slice_rows(head, start, count).astype(dtype)

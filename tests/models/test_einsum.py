@@ -34,11 +34,13 @@ def test_a_product_by_the_named_axes_is_the_einsum(equation):
     )
 
 
-def test_spaces_are_ignored():
+def test_spaces_and_an_ellipsis():
     assert parse_einsum("btd, df -> btf") == EinsumAxes("btd", "df", "btf")
+    axes = parse_einsum("...d,df->...f")
+    assert (axes.inputs, axes.kernel, axes.batch, axes.summed, axes.kept) == ("...d", "df", "...", "d", "f")
 
 
-@pytest.mark.parametrize("equation", ["", "btd,df", "btd->btd", "btd,df,fg->btg", "...d,df->...f", "btd,df->"])
+@pytest.mark.parametrize("equation", ["", "...", "btd,df", "btd->btd", "btd,df,fg->btg", "btd,df->"])
 def test_another_form_is_refused(equation):
     with pytest.raises(ValueError, match="is not an einsum equation of inputs and a kernel"):
         parse_einsum(equation)

@@ -23,7 +23,7 @@ def test_each_selection_finds_its_layers():
 
     quantize_layers(backbone, QuantSpec("int8"))
     assert quantized_layers(backbone) == quantizable_layers(backbone)
-    enable_lora(backbone, ("query", "value"), rank=2, alpha=2.0, seed=0)
+    enable_lora(backbone, 2, 2.0, ("query", "value"), seed=0)
     assert sorted(layer.name for layer in lora_layers(backbone)) == ["query"] * len(blocks) + ["value"] * len(blocks)
 
 

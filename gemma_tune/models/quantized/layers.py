@@ -21,7 +21,7 @@ from gemma_tune.models.lm_head import apply_soft_cap
 from gemma_tune.models.lora.layers import merged_kernel, with_factors
 from gemma_tune.models.quantized.product import VOCABULARY_TILE, quantized_logits, quantized_product
 from gemma_tune.models.sharding.placement import put_sharded
-from gemma_tune.quantization.codes import Quantized, Scales, dequantize, quantize, shapes_of, take_rows
+from gemma_tune.quantization.codes import Quantized, Scales, dequantize, quantize, quantized_shapes, take_rows
 from gemma_tune.quantization.spec import LayerScheme
 from gemma_tune.runtime.backend import keras
 
@@ -100,7 +100,7 @@ class _QuantizedLayer:
             matrix_shape: Shape of the kernel as [P, C, Q].
             scheme: Scheme of the layer.
         """
-        shapes = shapes_of(matrix_shape, scheme.quant_spec)
+        shapes = quantized_shapes(matrix_shape, scheme.quant_spec)
         if scheme.has_input_scale:
             shapes = shapes._replace(input_scale=jax.ShapeDtypeStruct((1, matrix_shape[1], 1), jnp.float32))
         self._tracker.unlock()

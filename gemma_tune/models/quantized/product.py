@@ -66,7 +66,7 @@ def _rounded_product(equation: str, shape: tuple[int, ...], x: jax.Array, kernel
     GPUs and TPUs multiply the integers. XLA on CPU is slow at that, and gets the same numbers as floats.
     """
     axes = parse_einsum(equation)
-    outer = x.shape[: len(axes.batch)]
+    outer = x.shape[: x.ndim - len(axes.summed)]
     flat = x.reshape(*outer, -1).astype(jnp.float32)
     if kernel.input_scale is not None:
         flat *= kernel.input_scale[0, :, 0]
