@@ -1,7 +1,8 @@
-"""The decoder blocks of a KerasHub backbone, apart from what comes before and after them.
+"""Runs the decoder blocks of a KerasHub backbone apart from what comes before and after them.
 
-A Gemma's blocks are few kinds repeated: all equal in Gemma 1, two that take turns in Gemma 2, five with a window and
-one without in Gemma 3. One program for a kind can serve all of its blocks, given each block's own arrays.
+The blocks of a Gemma are a few kinds that repeat: all are equal in Gemma 1, two kinds take turns in Gemma 2, and in
+Gemma 3 five blocks with a window are followed by one without. A program compiled for one block serves all blocks of its
+kind, given each block's own arrays.
 """
 
 import contextlib
@@ -20,13 +21,20 @@ RunBlocks = Callable[[jax.Array, dict[str, Any]], jax.Array]
 
 
 def block_kinds(backbone: keras_hub.models.Backbone) -> list[int]:
-    """Returns for each decoder block the index of the first block that computes the same from its own variables."""
+    """Returns the kind of each decoder block, as the index of the first block of that kind.
+
+    Blocks of one kind compute the same function of their inputs and variables. Gemma 3's first seven blocks give
+    [0, 0, 0, 0, 0, 5, 0].
+    """
     first: dict[str, int] = {}
     return [first.setdefault(block_signature(block), index) for index, block in enumerate(backbone.transformer_layers)]
 
 
 def block_signature(block: keras.layers.Layer) -> str:
-    """Returns what blocks that compute the same have in common. Not `get_config`, which would import TensorFlow."""
+    """Returns a text that is the same for blocks of one kind: the shapes of their variables and their layers' settings.
+
+    Keras's `get_config` would say as much, but imports TensorFlow.
+    """
     variables = [(variable.shape, variable.dtype, variable.trainable) for variable in block.variables]
     settings = [
         (type(layer).__name__, {name: value for name, value in vars(layer).items() if _is_setting(name, value)})
@@ -40,8 +48,9 @@ def _is_setting(name: str, value: Any) -> bool:
 
 
 def blocks_are_sequential(backbone: keras_hub.models.Backbone) -> bool:
-    """Says whether the blocks follow one another with nothing else between them. Gemma 4's don't: each takes inputs of
-    its own, and some the keys and values of another.
+    """Returns whether each decoder block takes the output of the one before, and all take the same other arguments.
+
+    Gemma 4's don't: each has inputs of its own, and some take the keys and values of another block.
     """
     if not getattr(backbone, "transformer_layers", None):
         return False
@@ -56,39 +65,42 @@ def blocks_are_sequential(backbone: keras_hub.models.Backbone) -> bool:
 def run_replacing_blocks(
     backbone: keras_hub.models.Backbone, token_ids: Any, segment_ids: Any, positions: Any, run: RunBlocks
 ) -> jax.Array:
-    """Runs a backbone, with another function in the place of all its blocks together.
+    """Runs a backbone with one function in place of all its decoder blocks together.
 
     Args:
-        backbone: Of Gemma 1, 2 or 3.
-        token_ids, segment_ids, positions: [B, L] int32, as in a Batch.
-        run: (hidden states before the first block, [B, L, D]; the arguments of every block) -> those after the last.
+        backbone: Backbone of Gemma 1, 2 or 3.
+        token_ids, segment_ids, positions: [B, L] int32 arrays, as in a Batch.
+        run: (input of the first block, [B, L, D]; keyword arguments of every block) -> output of the last block.
 
     Returns:
         [B, L, D] final hidden states.
 
     Raises:
-        ModelError: The blocks are not all called alike.
+        ModelError: The blocks are called with different keyword arguments.
     """
-    seen: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
-    def all_at_once(x: Any, **named: Any) -> Any:
-        seen.update(named)
+    def run_all(x: Any, **named: Any) -> Any:
+        arguments.update(named)
         return run(x, named)
 
-    def nothing(x: Any, **named: Any) -> Any:
-        if named.keys() != seen.keys() or any(value is not seen[name] for name, value in named.items()):
+    def pass_through(x: Any, **named: Any) -> Any:
+        if named.keys() != arguments.keys() or any(value is not arguments[name] for name, value in named.items()):
             raise ModelError(f"The blocks of {type(backbone).__name__} are not all called with the same arguments.")
         return x
 
     first, *others = backbone.transformer_layers
-    with replaced_calls([(first, all_at_once), *((block, nothing) for block in others)]):
+    with replaced_calls([(first, run_all), *((block, pass_through) for block in others)]):
         return hidden_states(backbone, token_ids, segment_ids, positions)
 
 
 def block_inputs(
     backbone: keras_hub.models.Backbone, token_ids: Any, segment_ids: Any, positions: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Returns the first block's input, [B, L, D], and the arguments of all blocks. Arguments as in `run_replacing_blocks`."""
+    """Returns the input of the first decoder block, [B, L, D], and the keyword arguments that all blocks take.
+
+    Arguments and errors are those of `run_replacing_blocks`.
+    """
     found: list[Any] = []
 
     def run(x: jax.Array, named: dict[str, Any]) -> jax.Array:
@@ -100,11 +112,15 @@ def block_inputs(
 
 
 @contextlib.contextmanager
-def replaced_calls(swaps: Sequence[tuple[Any, Callable]]) -> Iterator[None]:
-    """Within it, layers compute with other functions, each given (layer, function)."""
-    before = [(layer, layer.__dict__.get("call")) for layer, _ in swaps]
+def replaced_calls(replacements: Sequence[tuple[Any, Callable]]) -> Iterator[None]:
+    """A context in which layers compute with other functions than their own `call`.
+
+    Args:
+        replacements: (layer, function) pairs.
+    """
+    before = [(layer, layer.__dict__.get("call")) for layer, _ in replacements]
     try:
-        for layer, call in swaps:
+        for layer, call in replacements:
             object.__setattr__(layer, "call", call)
         yield
     finally:
@@ -116,6 +132,13 @@ def replaced_calls(swaps: Sequence[tuple[Any, Callable]]) -> Iterator[None]:
 
 
 def run_block(block: keras.layers.Layer, values: Sequence[jax.Array], x: jax.Array, named: Mapping[str, Any]) -> Any:
-    """Runs a block with other arrays in the place of its variables, in their order."""
+    """Runs a decoder block with other arrays in place of its variables.
+
+    Args:
+        block: Decoder block.
+        values: Arrays in the order of `block.variables`.
+        x: Input of the block, [B, L, D].
+        named: Keyword arguments of the block.
+    """
     with keras.StatelessScope(state_mapping=list(zip(block.variables, values, strict=True))):
         return block(x, **named)

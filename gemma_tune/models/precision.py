@@ -1,4 +1,4 @@
-"""What each precision computes in which number format, and which precision suits which device.
+"""Says which number format each precision computes in, and checks which precisions suit a device.
 
 | | float32 | bfloat16 | float16 | mixed_bfloat16 | mixed_float16 |
 |---|---|---|---|---|---|
@@ -11,15 +11,16 @@
 | optimizer state, LoRA factors | float32 | float32 | float32 | float32 | float32 |
 | loss scaling | | | yes | | yes |
 
-The scores of attention are those of our kernels; KerasHub's own (`training.attention=keras`, and decoding) rounds them
-to the format of the activations before a float32 softmax.
+The scores of attention are those of our kernels. KerasHub's own attention (`training.attention=keras`, and decoding)
+rounds them to the format of the activations before a float32 softmax.
 
-With float32 weights an update is added to the weight itself, its master copy. `bfloat16` and `float16` have none: with
-LoRA that costs nothing, since what is trained is float32 in any case; training all weights, each update is computed in
-float32 and rounded, so that those below 1/256 (bfloat16) or 1/2048 (float16) of a weight are lost.
+With float32 weights an update is added to the weight itself, which is its master copy. `bfloat16` and `float16` have no
+master copy. With LoRA nothing is lost by that, since the factors are float32 in any case. When all weights are trained,
+each update is computed in float32 and rounded, so that updates below 1/256 (bfloat16) or 1/2048 (float16) of a weight
+are lost.
 
-float16 ends at 65504. KerasHub's Gemma 3 and 4 blocks cut what they pass on off there; elsewhere it becomes infinite,
-and then the loss is no number.
+The largest float16 number is 65504. KerasHub's Gemma 3 and 4 blocks clip their outputs to it; elsewhere larger values
+become infinite, and the loss becomes NaN.
 """
 
 import jax.numpy as jnp
@@ -34,33 +35,36 @@ _BFLOAT16_CAPABILITY = (8, 0)  # Ampere.
 
 
 def computes_in_float16(model: keras.Model) -> bool:
-    """Whether a model's products and activations are float16, so that its training needs loss scaling."""
+    """Returns whether a model's products and activations are float16, so that its training needs loss scaling."""
     return model.backbone.token_embedding.compute_dtype == "float16"
 
 
 def check_float16_range(backbone: keras_hub.models.Backbone) -> None:
-    """Looks for weights that float16 can't hold.
+    """Checks that no float16 weight is infinite or NaN.
 
     Raises:
-        ModelError: Names the first variable with a value beyond 65504 (or one that was not finite before).
+        ModelError: A variable has a value beyond 65504, or one that wasn't finite in the checkpoint; names it.
     """
     for variable in backbone.variables:
         if variable.dtype == "float16" and not bool(jnp.isfinite(variable.value).all()):
             raise ModelError(
-                f"{variable.path} has a value beyond 65504, where float16 ends. Take --precision=bfloat16, "
+                f"{variable.path} has a value beyond 65504, the largest in float16. Take --precision=bfloat16, "
                 "mixed_bfloat16 or float32."
             )
 
 
 def check_precision(device: Device, precision: str) -> str:
-    """Returns what speaks against a precision on a device, and what to take instead, or "".
+    """Checks a precision for a device.
 
     Args:
-        device: Where the model is to be trained.
-        precision: One of config.PRECISIONS.
+        device: Device that the model is to be trained on.
+        precision: One of `PRECISIONS`.
+
+    Returns:
+        A warning that says why the precision is slow there and what to take instead, or "".
 
     Raises:
-        ModelError: The device doesn't compute in this format.
+        ModelError: The device can't compute in this format.
     """
     mixed = "mixed_" if precision.startswith("mixed_") else ""
     dtype = precision.removeprefix("mixed_")
@@ -72,14 +76,14 @@ def check_precision(device: Device, precision: str) -> str:
     if device.platform == "cuda" and dtype == "bfloat16" and device.capability < _BFLOAT16_CAPABILITY:
         major, minor = device.capability
         return (
-            f"This GPU (compute capability {major}.{minor}) has no bfloat16 arithmetic, so that {precision} is slow. "
+            f"This GPU (compute capability {major}.{minor}) has no bfloat16 arithmetic, so {precision} is slow. "
             f"Take --precision={mixed}float16."
         )
     return ""
 
 
 def suitable_precisions(device: Device) -> list[str]:
-    """Returns the precisions that nothing speaks against."""
+    """Returns the precisions that neither fail nor are slow on a device."""
     return [precision for precision in PRECISIONS if _suits(device, precision)]
 
 

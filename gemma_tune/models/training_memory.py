@@ -1,23 +1,25 @@
-"""How much memory training takes, from the number of parameters alone: enough to choose a model by.
+"""Estimates the memory of training from the number of parameters alone, to choose a model by.
 
-`gemma-tune train --dry_run` knows better: it asks the compiler. Counted here are the weights, their gradients and
-AdamW's two float32 moments where they are trained, and a share for activations of one row of 1,024 tokens, recomputed
-block by block.
+`gemma-tune train --dry_run` is more exact, since it asks the compiler. Counted here are the weights; the gradients and
+AdamW's two float32 moments of those that are trained; and a share for the activations of one row of 1,024 tokens that
+are recomputed block by block.
 """
 
 import re
 from typing import NamedTuple
 
-_ACTIVATIONS = 0.1  # Of the bfloat16 weights' bytes: a rough share, to choose a model by.
-_PROCESS_BYTES = 0.6e9  # Python, JAX, Keras, and buffers that don't grow with the model.
-_LORA_SHARE = 0.01  # Trained parameters of rank 16 on all linear layers, of all.
+_ACTIVATIONS = 0.1  # Rough share of the bytes of bfloat16 weights.
+_PROCESS_BYTES = 0.6e9  # Python, JAX, Keras, and buffers whose size doesn't depend on the model.
+_LORA_SHARE = 0.01  # Share of parameters that LoRA of rank 16 on all linear layers adds.
 
 
 class TrainingMemory(NamedTuple):
-    """Bytes that training needs, by method.
+    """The bytes that training needs with each method.
 
-    full: float32 weights, gradients and two moments, 16 bytes a parameter. lora: frozen bfloat16 weights, 2 bytes.
-        qlora: frozen 4-bit weights with their scales, 0.6 bytes.
+    Attributes:
+        full: Bytes with float32 weights, gradients and two moments, 16 a parameter.
+        lora: Bytes with frozen bfloat16 weights, 2 a parameter.
+        qlora: Bytes with frozen 4-bit weights and their scales, 0.6 a parameter.
     """
 
     full: float
@@ -26,20 +28,20 @@ class TrainingMemory(NamedTuple):
 
 
 def training_memory(num_params: int) -> TrainingMemory:
-    """Returns what training a model of so many parameters takes."""
+    """Returns the estimated memory of training a model with so many parameters."""
     base = _PROCESS_BYTES + _ACTIVATIONS * 2 * num_params
     adapter = 16 * _LORA_SHARE * num_params
     return TrainingMemory(16 * num_params + base, 2 * num_params + adapter + base, 0.6 * num_params + adapter + base)
 
 
 def parse_bytes(text: str) -> float:
-    """Returns the bytes that a size like `16GB`, `512MB` or `80GiB` means; a bare number is in GB.
+    """Parses a size like `16GB`, `512MB` or `80GiB` and returns its bytes. A number without a unit is in GB.
 
     Raises:
-        ValueError: It is no size.
+        ValueError: The text is not such a size.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(I?)(B?)\s*", text.upper())
     if not match or not float(match[1]):
-        raise ValueError(f"{text!r} is no size like 16GB.")
+        raise ValueError(f"{text!r} is not a size such as 16GB.")
     number, prefix, binary, _ = match.groups()
     return float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or "G")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_arguments import FAST, TINY
+from helpers.cli_arguments import FAST, TINY
 
 from gemma_tune.cli.main import VERBS
 from gemma_tune.models.attention.choice import first_device
@@ -72,8 +72,8 @@ def test_help_is_fast():
         ),
         (("train", *TINY, "--config.training.attention=cudnn"), 1, "cuDNN needs an NVIDIA GPU, this is cpu"),
         (("train", *TINY, "--max_length=8"), 1, "training examples are too long for data.max_length=8"),
-        (("train", "--dry_run", "--memory=lots"), 2, "--memory: 'lots' is no size like 16GB"),
-        (("models", "--memory=lots"), 2, "--memory: 'lots' is no size like 16GB"),
+        (("train", "--dry_run", "--memory=lots"), 2, "--memory: 'lots' is not a size such as 16GB"),
+        (("models", "--memory=lots"), 2, "--memory: 'lots' is not a size such as 16GB"),
         (("models", "--family=gemma5"), 2, "--family=gemma5: families are gemma"),
         (("eval", "--model=tiny", "--adapter=nowhere"), 1, "There is no adapter at nowhere"),
         (("generate", "--model=configs", "Hi"), 1, "configs holds no model: config.json is missing"),
