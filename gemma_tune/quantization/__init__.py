@@ -1,1 +1,1 @@
-"""The arithmetic of quantization: pure functions on arrays; imports no Keras."""
+"""Quantization arithmetic: pure functions on arrays, without Keras."""

@@ -1,17 +1,17 @@
-"""From floats to codes of eight or four bits and back: int8, int4 and NF4.
+"""Quantizes float weights to codes of eight or four bits (int8, int4 and NF4), and dequantizes them.
 
-All of them quantize weights alone, along the axis that a product sums over: int8 with a scale for each channel of
-outputs, int4 and NF4 with one for each group of `block_size` inputs. Arrays are taken as [P, C, Q], C being what is
-summed over: a kernel [D, F] is [1, D, F], a query kernel [N, D, H] is [N, D, H], an attention output [N, H, D] is
-[1, N·H, D], and an embedding [V, D] is [V, D, 1].
+Weights are quantized along the axis that a product sums over: int8 with a scale for each output channel, int4 and NF4
+with a scale for each group of `block_size` inputs. Arrays have the shape [P, C, Q], where products sum over C: a kernel
+[D, F] is [1, D, F], a query kernel [N, D, H] is [N, D, H], an attention output kernel [N, H, D] is [1, N·H, D], and an
+embedding [V, D] is [V, D, 1].
 
-- int8: codes −127…127 of value / scale; scale is the largest magnitude / 127.
-- int4: codes 0…15 of value / scale + zero, where the group's values, and 0 too, go from code 0 to 15.
+- int8: codes −127…127 of value / scale, where the scale is the largest magnitude / 127.
+- int4: codes 0…15 of value / scale + zero point, which span the range of the group's values and 0.
 - nf4: the nearest of 16 quantiles of a normal distribution, times the group's largest magnitude (QLoRA,
   arXiv:2305.14314, appendix E).
 
-Two codes of four bits share a byte: the i-th of a group with the (i + block_size / 2)-th, so that taking them apart
-makes two pieces that lie one behind the other.
+Two codes of four bits share a byte: the i-th of a group and the (i + block_size / 2)-th. Unpacked, they are two
+contiguous halves of the group.
 """
 
 import functools
@@ -24,11 +24,11 @@ import numpy as np
 
 from gemma_tune.quantization.spec import QuantSpec
 
-# To multiply with: as `_inverse`.
+# Reciprocals, since XLA turns such divisions into products and NumPy doesn't (as in `_inverse`).
 _PART_OF_127, _PART_OF_15, _PART_OF_255 = (np.float32(1 / parts) for parts in (127, 15, 255))
-_SCALES_IN_BLOCK = 256  # Of double quantization, as in QLoRA.
+_SCALES_PER_GROUP = 256  # In double quantization, as in QLoRA.
 
-# Ascending; equal areas under the normal curve, with an exact zero and an exact ±1.
+# Ascending, with equal areas under the normal curve between them, an exact 0 and an exact ±1.
 NF4_LEVELS = np.array(
     [
         -1.0,
@@ -50,12 +50,16 @@ NF4_LEVELS = np.array(
     ],
     np.float32,
 )
-NF4_BORDERS = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
+NF4_BOUNDARIES = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
 
 
 class Scales(NamedTuple):
-    """Scales of groups, [P, G, 1, Q] float32, or doubly quantized: uint8 of that shape, times `step`, plus `lowest`,
-    both [number of blocks, 1] float32 over 256 scales in memory order.
+    """The scales of an array's groups.
+
+    Attributes:
+        values: [P, G, 1, Q] float32 scales, or uint8 codes of them with double quantization.
+        step: [n, 1] float32, what a code is multiplied by, for each 256 codes in memory order; else None.
+        lowest: [n, 1] float32, what is added to the product, for each 256 codes in memory order; else None.
     """
 
     values: Any
@@ -64,13 +68,14 @@ class Scales(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """An array in few bits.
+    """A quantized array.
 
-    codes: int8: [P, C, Q] int8. Otherwise [P, C / block_size, block_size / 2, Q] uint8, two codes in each.
-    scales: int8: [P, 1, 1, Q].
-    zeros: int4: [P, C / block_size, 1, Q] uint8, the code of 0. Otherwise None.
-    input_scale: [1, C, 1] float32, by which the array was divided before it was rounded, and by which the inputs of a
-        product are multiplied (AWQ, SmoothQuant); or None.
+    Attributes:
+        codes: [P, C, Q] int8, or for four bits [P, C / block_size, block_size / 2, Q] uint8 with two codes in each.
+        scales: Scales, of shape [P, 1, 1, Q] for int8.
+        zeros: [P, C / block_size, 1, Q] uint8 zero points of int4, the codes of 0; else None.
+        input_scale: [1, C, 1] float32, by which the array was divided before rounding, and by which the inputs of a
+            product are multiplied (AWQ, SmoothQuant); or None.
     """
 
     codes: Any
@@ -80,11 +85,11 @@ class Quantized(NamedTuple):
 
 
 def quantize(values: Any, quant_spec: QuantSpec) -> Quantized:
-    """Rounds to the nearest code.
+    """Quantizes an array, rounding to the nearest code.
 
     Args:
-        values: [P, C, Q] float32; NumPy's arrays are computed with by NumPy, JAX's by JAX.
-        quant_spec: With a block size that divides C.
+        values: [P, C, Q] float32. NumPy computes NumPy arrays, JAX those of JAX.
+        quant_spec: Quantization spec, whose block size divides C.
     """
     xp: Any = _namespace(values)
     if quant_spec.scheme == "int8":
@@ -96,18 +101,18 @@ def quantize(values: Any, quant_spec: QuantSpec) -> Quantized:
     if quant_spec.scheme == "nf4":
         scales = _scales(xp, xp.max(xp.abs(grouped), axis=2, keepdims=True), quant_spec)
         relative = grouped * _inverse(xp, scale_values(xp, scales))
-        return Quantized(pack(xp, _nearest_nf4(xp, relative)), scales)
+        return Quantized(pack_codes(xp, _nearest_nf4(xp, relative)), scales)
     low = xp.minimum(xp.min(grouped, axis=2, keepdims=True), 0)
     high = xp.maximum(xp.max(grouped, axis=2, keepdims=True), 0)
     scales = _scales(xp, (high - low) * _PART_OF_15, quant_spec)
     inverse = _inverse(xp, scale_values(xp, scales))
     zeros = xp.clip(xp.round(-low * inverse), 0, 15)
     codes = xp.clip(xp.round(grouped * inverse) + zeros, 0, 15)
-    return Quantized(pack(xp, codes), scales, zeros.astype(xp.uint8))
+    return Quantized(pack_codes(xp, codes), scales, zeros.astype(xp.uint8))
 
 
 def dequantize(quantized: Quantized, dtype: Any = np.float32) -> Any:
-    """Returns [P, C, Q] in a float dtype; computed in float32. How it was quantized shows in the arrays."""
+    """Returns the values [P, C, Q] of a quantized array in a float dtype, computed in float32."""
     xp: Any = _namespace(quantized.codes)
     if quantized.input_scale is not None:
         values = dequantize(quantized._replace(input_scale=None))
@@ -120,14 +125,19 @@ def dequantize(quantized: Quantized, dtype: Any = np.float32) -> Any:
         values = xp.take(_as(xp, NF4_LEVELS), codes) * scale
     else:
         values = (codes.astype(xp.float32) - quantized.zeros.astype(xp.float32)) * scale
-    first, groups, block, last = values.shape
-    return values.reshape(first, groups * block, last).astype(dtype)
+    first, groups, size, last = values.shape
+    return values.reshape(first, groups * size, last).astype(dtype)
 
 
-def rows_of(quantized: Quantized, start: Any, count: int) -> Quantized:
-    """Returns some of P, where `start` may be known at run time only.
+def slice_rows(quantized: Quantized, start: Any, count: int) -> Quantized:
+    """Returns consecutive rows, a slice of the axis P.
 
-    With doubly quantized scales, start must be a multiple of 256, and count too unless the rows are the last.
+    With double quantization, `start` must be a multiple of 256, and so must `count`, unless the last row is in it.
+
+    Args:
+        quantized: Quantized array.
+        start: Index of the first row, which may be a traced value.
+        count: Number of rows.
     """
 
     def some(array: Any, start: Any = start, count: int = count) -> Any:
@@ -137,34 +147,34 @@ def rows_of(quantized: Quantized, start: Any, count: int) -> Quantized:
     if scales.step is None:
         scales = Scales(some(scales.values))
     else:
-        in_row = scales.values[0].size
-        blocks = start * in_row // _SCALES_IN_BLOCK, -(-count * in_row // _SCALES_IN_BLOCK)
-        scales = Scales(some(scales.values), some(scales.step, *blocks), some(scales.lowest, *blocks))
+        per_row = scales.values[0].size
+        groups = start * per_row // _SCALES_PER_GROUP, -(-count * per_row // _SCALES_PER_GROUP)
+        scales = Scales(some(scales.values), some(scales.step, *groups), some(scales.lowest, *groups))
     return Quantized(some(quantized.codes), scales, None if quantized.zeros is None else some(quantized.zeros))
 
 
 def take_rows(quantized: Quantized, indices: jax.Array) -> jax.Array:
-    """Returns some of P by their indices, dequantized: [n, C, Q] float32 for indices [n]."""
+    """Returns the dequantized rows of some indices of the axis P: [n, C, Q] float32 for indices [n]."""
     values = scale_values(jnp, quantized.scales)
     zeros = None if quantized.zeros is None else quantized.zeros[indices]
     return dequantize(Quantized(quantized.codes[indices], Scales(values[indices]), zeros))
 
 
-def shapes_of(shape: tuple[int, int, int], quant_spec: QuantSpec) -> Quantized:
-    """Returns the shapes and dtypes of what quantizing an array of this shape gives."""
+def quantized_shapes(shape: tuple[int, int, int], quant_spec: QuantSpec) -> Quantized:
+    """Returns the shapes and dtypes that quantizing an array of some shape gives."""
     return jax.eval_shape(lambda values: quantize(values, quant_spec), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def fake_quantize(values: jax.Array, quant_spec: QuantSpec) -> jax.Array:
-    """Returns what dequantizing gives, bit for bit without `double`; its gradient is that of the values (straight
-    through, arXiv:1308.3432).
+    """Returns the values rounded as by quantizing and dequantizing, bit for bit so without double quantization.
 
-    No codes are packed on the way: the few elementwise operations are fused to two passes over the values.
+    The gradient passes straight through (arXiv:1308.3432). Codes aren't packed, so that XLA fuses the elementwise
+    operations into two passes over the values.
 
     Args:
         values: [P, C, Q].
-        quant_spec: That of the conversion afterwards.
+        quant_spec: Quantization spec, whose block size divides C.
     """
     x = values.astype(jnp.float32)
     if quant_spec.scheme == "int8":
@@ -174,8 +184,8 @@ def fake_quantize(values: jax.Array, quant_spec: QuantSpec) -> jax.Array:
     if quant_spec.scheme == "nf4":
         scale = scale_values(jnp, _scales(jnp, jnp.max(jnp.abs(grouped), axis=2, keepdims=True), quant_spec))
         relative, rounded = grouped * _inverse(jnp, scale), jnp.full_like(grouped, NF4_LEVELS[0])
-        for border, level in zip(NF4_BORDERS, NF4_LEVELS[1:], strict=True):
-            rounded = jnp.where(relative > border, level, rounded)
+        for boundary, level in zip(NF4_BOUNDARIES, NF4_LEVELS[1:], strict=True):
+            rounded = jnp.where(relative > boundary, level, rounded)
     else:
         low = jnp.minimum(jnp.min(grouped, axis=2, keepdims=True), 0)
         high = jnp.maximum(jnp.max(grouped, axis=2, keepdims=True), 0)
@@ -192,7 +202,7 @@ def _straight_through(quant_spec: QuantSpec, primals: tuple, tangents: tuple) ->
 
 
 def quantized_num_bytes(quantized: Quantized) -> int:
-    """Returns the bytes of all arrays."""
+    """Returns the bytes of a quantized array's parts together."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(quantized))
 
 
@@ -205,31 +215,37 @@ def _as(xp: Any, table: np.ndarray) -> Any:
 
 
 def _inverse(xp: Any, scale: Any) -> Any:
-    """What to multiply with: XLA makes that of a division by one scale for many values, and NumPy doesn't. A group of
-    zeros has the scale 0, and any other makes its codes.
+    """Returns 1 / scale, since XLA turns a division by a scale into this product and NumPy doesn't.
+
+    A group of zeros has the scale 0; any other scale gives the same codes.
     """
     return 1 / xp.where(scale == 0, 1, scale)
 
 
 def _nearest_nf4(xp: Any, values: Any) -> Any:
     if xp is np:
-        return np.searchsorted(NF4_BORDERS, values)
-    return jnp.searchsorted(jnp.asarray(NF4_BORDERS), values, method="compare_all")
+        return np.searchsorted(NF4_BOUNDARIES, values)
+    return jnp.searchsorted(jnp.asarray(NF4_BOUNDARIES), values, method="compare_all")
 
 
-def pack(xp: Any, codes: Any) -> Any:
-    """Returns [P, G, block / 2, Q] uint8 of codes [P, G, block, Q] below 16. xp: NumPy or JAX's."""
+def pack_codes(xp: Any, codes: Any) -> Any:
+    """Returns codes [P, G, block_size, Q] below 16 as [P, G, block_size / 2, Q] uint8, two in each byte.
+
+    Args:
+        xp: `numpy` or `jax.numpy`.
+        codes: Codes from 0 to 15.
+    """
     codes = codes.astype(xp.uint8)
     half = codes.shape[2] // 2
     return codes[:, :, :half] | (codes[:, :, half:] << 4)
 
 
 def _scales(xp: Any, values: Any, quant_spec: QuantSpec) -> Scales:
-    """values: [P, G, 1, Q]. The last block of a doubly quantized array may be shorter."""
+    """Returns the Scales of values [P, G, 1, Q]."""
     values = values.astype(xp.float32)
     if not quant_spec.double:
         return Scales(values)
-    flat = _blocks_of(xp, values)
+    flat = _scale_groups(xp, values)
     lowest, highest = (f(flat, axis=1, keepdims=True) for f in (xp.min, xp.max))
     step = (highest - lowest) * _PART_OF_255
     codes = xp.round((flat - lowest) * _inverse(xp, step)).astype(xp.uint8)
@@ -237,17 +253,22 @@ def _scales(xp: Any, values: Any, quant_spec: QuantSpec) -> Scales:
 
 
 def scale_values(xp: Any, scales: Scales) -> Any:
-    """Returns [P, G, 1, Q] float32, doubly quantized or not. xp: NumPy or JAX's."""
+    """Returns scales as [P, G, 1, Q] float32, dequantized if necessary.
+
+    Args:
+        xp: `numpy` or `jax.numpy`.
+        scales: Scales.
+    """
     if scales.step is None:
         return scales.values
-    flat = _blocks_of(xp, scales.values).astype(xp.float32) * scales.step + scales.lowest
+    flat = _scale_groups(xp, scales.values).astype(xp.float32) * scales.step + scales.lowest
     return flat.reshape(-1)[: scales.values.size].reshape(scales.values.shape)
 
 
-def _blocks_of(xp: Any, array: Any) -> Any:
-    """[number of blocks, 256], filled up with copies of the last."""
+def _scale_groups(xp: Any, array: Any) -> Any:
+    """Returns an array as [n, 256] in memory order, padded with copies of its last value."""
     flat = array.reshape(-1)
-    missing = -flat.size % _SCALES_IN_BLOCK
+    missing = -flat.size % _SCALES_PER_GROUP
     if missing:
         flat = xp.concatenate([flat, xp.broadcast_to(flat[-1:], (missing,))])
-    return flat.reshape(-1, _SCALES_IN_BLOCK)
+    return flat.reshape(-1, _SCALES_PER_GROUP)

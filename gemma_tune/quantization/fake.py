@@ -1,4 +1,4 @@
-"""A float head that the loss rounds as it reads it: a trained embedding, quantization-aware."""
+"""An LM head of quantization-aware training: floats that the loss rounds as it reads them."""
 
 import dataclasses
 import functools
@@ -13,20 +13,22 @@ from gemma_tune.quantization.spec import QuantSpec
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("quant_spec",))
 @dataclasses.dataclass(frozen=True)
 class FakeQuantized:
-    """Rows that count as rounded to a grid, and are rounded where they are used, so that no second float copy is held.
+    """A trained embedding that is rounded where it is used, so that no second float copy is held.
 
-    values: [V, D]. quant_spec: Not with double quantization, which gives rows scales in common.
+    Attributes:
+        values: [V, D] float rows.
+        quant_spec: Quantization spec, without double quantization, in which rows share scales.
     """
 
     values: jax.Array
     quant_spec: QuantSpec
 
     def rows(self, start: jax.Array | int, count: int) -> jax.Array:
-        """Returns [count, D] float32, rounded."""
+        """Returns consecutive rows [count, D], rounded, in float32."""
         return self._rounded(lax.dynamic_slice_in_dim(self.values, start, count))
 
     def take(self, indices: jax.Array) -> jax.Array:
-        """Returns [n, D] float32, rounded, for indices [n]."""
+        """Returns the rows [n, D] of indices [n], rounded, in float32."""
         return self._rounded(self.values[indices])
 
     def _rounded(self, rows: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The names of quantization. Without JAX, so that settings and `--help` can know them."""
+"""Quantization specs and schemes. This module doesn't import JAX, so that settings and `--help` can use it."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,13 @@ BLOCK_SIZES = (32, 64, 128, 256)
 
 
 class QuantSpec(NamedTuple):
-    """How to quantize.
+    """A quantization spec: the scheme of the codes, and its options.
 
-    scheme: `int8`, `int4` or `nf4`. block_size: Inputs that share a scale; int8 has a scale for each channel.
-    double: Also quantizes the scales of int4 and nf4, to eight bits. or_int8: Takes int8 where it can't be done.
+    Attributes:
+        scheme: `int8`, `int4` or `nf4`.
+        block_size: Number of inputs that share a scale in int4 and nf4. int8 has a scale for each output channel.
+        double: Whether the scales of int4 and nf4 are quantized too, to eight bits (double quantization).
+        or_int8: Whether layers whose inputs `block_size` doesn't divide get int8.
     """
 
     scheme: str
@@ -20,10 +23,12 @@ class QuantSpec(NamedTuple):
 
 
 class PtqScheme(NamedTuple):
-    """A way to quantize a trained model.
+    """A way of post-training quantization (PTQ).
 
-    scheme: Of the grid. method: `gptq`, `awq` or `smoothquant`, which need calibration data, or "": rounding to the
-    nearest code. rounds_inputs: As in LayerScheme.
+    Attributes:
+        scheme: Scheme of the codes, as in QuantSpec.
+        method: `gptq`, `awq` or `smoothquant`, which need calibration data, or "" for rounding to the nearest code.
+        rounds_inputs: Whether layers round their inputs too, as in LayerScheme.
     """
 
     scheme: str
@@ -43,10 +48,12 @@ PTQ_SCHEMES = {
 
 
 class LayerScheme(NamedTuple):
-    """How one layer is held.
+    """The way in which one layer is quantized.
 
-    quant_spec: Of its codes. has_input_scale: Its inputs are multiplied by a scale of each (AWQ, SmoothQuant). rounds_inputs:
-    Its inputs are rounded too, to int8 with a scale for each token.
+    Attributes:
+        quant_spec: Quantization spec of the kernel's codes.
+        has_input_scale: Whether each input is multiplied by a scale first (AWQ, SmoothQuant).
+        rounds_inputs: Whether the inputs are rounded too, to int8 with a scale for each token.
     """
 
     quant_spec: QuantSpec
@@ -55,7 +62,7 @@ class LayerScheme(NamedTuple):
 
 
 def block_size_problem(quant_spec: QuantSpec, num_inputs: int) -> str:
-    """Returns why an array whose products sum over so many inputs can't be quantized so, or ""."""
+    """Returns why a kernel with so many inputs can't be quantized with a spec, or ""."""
     if quant_spec.scheme != "int8" and num_inputs % quant_spec.block_size:
         return f"block_size={quant_spec.block_size} does not divide its {num_inputs} inputs"
     return ""

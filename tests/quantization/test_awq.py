@@ -11,7 +11,7 @@ from gemma_tune.quantization.codes import dequantize, quantize
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.quantization.statistics import observe, output_error
 
-GRIDS = [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("nf4", 32), QuantSpec("nf4", 32, True)]
+QUANT_SPECS = [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("nf4", 32), QuantSpec("nf4", 32, True)]
 SHAPE = (2, 64, 8)
 
 
@@ -36,7 +36,7 @@ def nearest_error(values, x, quant_spec):
     return float(output_error(values, dequantize(quantize(jnp.asarray(values), quant_spec)), observe(x).hessian))
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS[:3], ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS[:3], ids=str)
 def test_it_is_the_search_on_the_inputs_themselves(rng, quant_spec):
     values, x = kernel(rng), with_outliers(rng).astype(np.float64)
     matrix, mean, errors = as_matrix(values).astype(np.float64), np.abs(x).mean(0), []
@@ -52,7 +52,7 @@ def test_it_is_the_search_on_the_inputs_themselves(rng, quant_spec):
     assert chosen > 0 and min(errors) < errors[0]
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 def test_never_worse_than_rounding_to_nearest(quant_spec):
     for seed in range(5):
         rng = np.random.default_rng(seed)
@@ -67,7 +67,7 @@ def test_outliers_are_where_it_helps(rng):
     assert error_of(values, x, quant_spec) < 0.7 * nearest_error(values, x, quant_spec)
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS[1:3], ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS[1:3], ids=str)
 def test_cutting_off_helps_further(rng, quant_spec):
     """Groups of normal weights with one far out, against the scale alone."""
     values, x = kernel(rng), with_outliers(rng)

@@ -14,7 +14,7 @@ from gemma_tune.quantization.gptq import gptq
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.quantization.statistics import observe, output_error
 
-GRIDS = [
+QUANT_SPECS = [
     QuantSpec("int8"),
     QuantSpec("int4", 32),
     QuantSpec("nf4", 32),
@@ -73,7 +73,7 @@ def textbook(values, hessian, quant_spec, damping, order, fixed):
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 def test_it_is_the_textbook_s(rng, quant_spec, act_order):
     values, hessian = kernel(rng), observe(correlated_inputs(rng, 300, SHAPE[1])).hessian
     fixed = quantize(values, quant_spec) if act_order or quant_spec.double or quant_spec.scheme == "int8" else None
@@ -101,7 +101,7 @@ def test_inputs_in_no_round_number(rng):
     assert np.mean([np.allclose(ours[:, c], wanted[:, c], rtol=1e-3, atol=1e-4) for c in range(6)]) >= 0.8
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 def test_better_than_rounding_to_nearest(quant_spec):
     """For every seed, with the inputs' own order and with the largest first."""
     for seed in range(5):
@@ -114,7 +114,7 @@ def test_better_than_rounding_to_nearest(quant_spec):
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 def test_without_correlation_it_rounds_to_nearest(rng, quant_spec, act_order):
     values = jnp.asarray(kernel(rng))
     ours, _ = gptq(values, 3 * jnp.eye(SHAPE[1]), quant_spec, act_order=act_order)
@@ -128,7 +128,7 @@ def test_without_correlation_it_rounds_to_nearest(rng, quant_spec, act_order):
             np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS[:3], ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS[:3], ids=str)
 def test_invariances(rng, quant_spec):
     """Powers of two change nothing but scales, and channels know nothing of each other."""
     values, hessian = kernel(rng), observe(correlated_inputs(rng, 300, SHAPE[1])).hessian

@@ -1,6 +1,6 @@
-"""What Keras's own quantization does wrong on Gemma, so that we notice when it is mended.
+"""Tests of what Keras's own quantization does wrong on Gemma, so that we notice when Keras fixes it.
 
-Each test here FAILS WHEN THE LIBRARY IS MENDED. Then look at what we do instead, and whether it can go.
+Each test here FAILS WHEN THE LIBRARY IS FIXED. Then look at what we do instead, and whether it can go.
 """
 
 import jax

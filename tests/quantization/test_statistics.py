@@ -9,7 +9,7 @@ from rounding import correlated_inputs
 from gemma_tune.errors import ModelError
 from gemma_tune.quantization.codes import dequantize, quantize
 from gemma_tune.quantization.spec import QuantSpec
-from gemma_tune.quantization.statistics import add, check_fit, observe, output_error
+from gemma_tune.quantization.statistics import add_statistics, check_fit, observe, output_error
 
 
 def assert_alike(ours, theirs):
@@ -38,7 +38,7 @@ def test_weights(rng):
 
 def test_parts_add_up(rng):
     x = correlated_inputs(rng, 50, 16)
-    assert_alike(jax.jit(add)(observe(x[:13]), observe(x[13:])), observe(x))
+    assert_alike(jax.jit(add_statistics)(observe(x[:13]), observe(x[13:])), observe(x))
 
 
 def test_all_in_float32(rng):

@@ -1,4 +1,4 @@
-"""Codes and back: against the definitions, bounds that hold for every value, and other people's tables."""
+"""Tests of quantizing and dequantizing: the definitions, bounds that hold for every value, and published tables."""
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,19 @@ from gemma_tune.quantization.codes import (
     NF4_LEVELS,
     dequantize,
     fake_quantize,
-    quantized_num_bytes,
     quantize,
-    rows_of,
-    shapes_of,
+    quantized_num_bytes,
+    quantized_shapes,
+    slice_rows,
     take_rows,
 )
 from gemma_tune.quantization.spec import BLOCK_SIZES, QuantSpec, block_size_problem
 from gemma_tune.runtime.backend import keras
 
-GRIDS = [QuantSpec("int8"), *(QuantSpec(scheme, 64, double) for scheme in ("int4", "nf4") for double in (False, True))]
+QUANT_SPECS = [
+    QuantSpec("int8"),
+    *(QuantSpec(scheme, 64, double) for scheme in ("int4", "nf4") for double in (False, True)),
+]
 SHAPES = [(1, 128, 24), (4, 64, 8), (10, 192, 1)]
 
 
@@ -40,7 +43,7 @@ def test_nf4_levels_are_quantiles():
     np.testing.assert_allclose(NF4_LEVELS, levels, atol=1e-6)
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_is_within_half_a_step(rng, quant_spec, shape):
     values = weights(rng, shape)
@@ -68,7 +71,7 @@ def test_error_is_within_half_a_step(rng, quant_spec, shape):
         assert not error[np.broadcast_to(largest == 0, error.shape)].any()
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 def test_numpy_and_jax_agree(rng, quant_spec):
     """Code by code, so that a model that JAX trained with rounded weights is converted by NumPy to the same."""
     values = weights(rng, (4, 128, 64))
@@ -125,7 +128,7 @@ def test_bytes(rng, scheme, bits, double_bits):
         assert quantized_num_bytes(quantize(values, quant_spec)) == values.size * wanted / 8
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 def test_straight_through(rng, quant_spec):
     """Forward what converting gives, backward as if nothing had been rounded."""
     values = jnp.asarray(weights(rng, (4, 64, 8)))
@@ -137,21 +140,21 @@ def test_straight_through(rng, quant_spec):
     assert not np.allclose(jax.grad(lambda x: jnp.sum(dequantize(quantize(x, quant_spec)) * slope))(values), slope)
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 @pytest.mark.parametrize(("start", "count"), [(0, 512), (256, 256), (512, 88)])
 def test_some_rows_are_those_of_all(rng, quant_spec, start, count):
     """A vocabulary of 600 in blocks, the last of them shorter, and rows by their indices."""
     quantized = jax.tree.map(jnp.asarray, quantize(weights(rng, (600, 192, 1)), quant_spec))
     whole = np.asarray(dequantize(quantized))
-    some = jax.jit(lambda q, start: dequantize(rows_of(q, start, count)))(quantized, start)
+    some = jax.jit(lambda q, start: dequantize(slice_rows(q, start, count)))(quantized, start)
     np.testing.assert_allclose(some, whole[start : start + count], rtol=1e-6)
     indices = rng.integers(0, 600, 30)
     np.testing.assert_allclose(take_rows(quantized, jnp.asarray(indices)), whole[indices], rtol=1e-6)
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 def test_shapes(rng, quant_spec):
-    quantized, shapes = quantize(weights(rng, (4, 128, 16)), quant_spec), shapes_of((4, 128, 16), quant_spec)
+    quantized, shapes = quantize(weights(rng, (4, 128, 16)), quant_spec), quantized_shapes((4, 128, 16), quant_spec)
     described = [jax.tree.map(lambda leaf: (leaf.shape, np.dtype(leaf.dtype)), tree) for tree in (quantized, shapes)]
     assert described[0] == described[1]
 
