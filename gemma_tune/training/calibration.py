@@ -23,7 +23,7 @@ from gemma_tune.quantization.codes import Quantized, dequantize, quantize
 from gemma_tune.quantization.gptq import gptq
 from gemma_tune.quantization.smoothquant import smooth_scale
 from gemma_tune.quantization.spec import LayerScheme, QuantSpec
-from gemma_tune.quantization.statistics import InputStatistics, add, observe, output_error
+from gemma_tune.quantization.statistics import InputStatistics, add_statistics, observe, output_error
 from gemma_tune.runtime.backend import keras
 from gemma_tune.training.batches import TrainingBatches
 
@@ -82,7 +82,7 @@ def quantize_calibrated(
         total = None
         for (x, named), batch in zip(states, batches, strict=True):
             one = observer(_values(block), x, named, batch.segment_ids > 0)
-            total = one if total is None else jax.tree.map(add, total, one, is_leaf=_is_statistics)
+            total = one if total is None else jax.tree.map(add_statistics, total, one, is_leaf=_is_statistics)
         for layer, statistics in zip(layers, total or [], strict=True):
             errors.append(_quantize_one(layer, statistics, method, schemes[layer.path].quant_spec))
         runner = runners.setdefault(block_signature(block), jax.jit(functools.partial(run_block, block)))
