@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.cpu.bfloat16 import PRODUCT
+from gemma_tune.models.cpu.bfloat16 import CPU_MATMUL_NAME
 from gemma_tune.models.functional import value_in_scope
 from gemma_tune.runtime.backend import keras, keras_hub
 
 _MIN_TERMS = 64  # Sums of fewer terms are LoRA's, over the rank.
-_is_named_product = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+_is_named_product = jax.checkpoint_policies.save_only_these_names(CPU_MATMUL_NAME)
 
 
 def _is_dot_with_weights(primitive: Any, *avals: Any, **parameters: Any) -> bool:

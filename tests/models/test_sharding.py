@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.lora.enable import enable_lora
-from gemma_tune.models.sharding.placement import MeshSharding, matrix_mesh_axes, mesh_axes_of
+from gemma_tune.models.sharding.placement import MeshSharding
+from gemma_tune.models.sharding.rules import matrix_mesh_axes, mesh_axes_of
 from gemma_tune.quantization.spec import QuantSpec
 
 
@@ -66,7 +67,7 @@ def test_the_rules_by_name():
 
 def test_a_weight_without_a_rule_is_named():
     for path in ("decoder_block_0/attention/gate/kernel", "decoder_block_0/attention/gate/lora_kernel_a"):
-        with pytest.raises(ModelError, match=f"No rule says how {path} is spread"):
+        with pytest.raises(ModelError, match=f"No rule says how {path} is sharded"):
             mesh_axes_of(path, 2)
 
 

@@ -1,1 +1,1 @@
-"""What serves training on a CPU alone."""
+"""Parts that only training and serving on a CPU need."""

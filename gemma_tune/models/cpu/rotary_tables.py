@@ -1,8 +1,8 @@
-"""Sines and cosines of rotary positions (arXiv:2104.09864) from tables, in training on a CPU.
+"""Reads the sines and cosines of rotary positions (arXiv:2104.09864) from tables, in training on a CPU.
 
-KerasHub's blocks compute them from the positions whenever they rotate queries or keys, and XLA on CPU merges that into
-the rotation, so that every head has its own: 4 % of a Gemma 3 270M's step. Rows begin at position 0, so the tables are
-constants of the program. XLA on GPU and TPU loses nothing there.
+KerasHub's blocks compute them from the positions whenever they rotate queries or keys. XLA on CPU fuses that into the
+rotation, so that they are computed again for every head: 4 % of a training step of Gemma 3 270M. Rows begin at position
+0, so the tables are constants of the program. On GPU and TPU there is nothing to gain.
 """
 
 import functools
@@ -14,12 +14,12 @@ import numpy as np
 from gemma_tune.models.layers import iter_layers
 from gemma_tune.runtime.backend import is_single_cpu, keras_hub
 
-_MOST_ENTRIES = 2**21  # 8,192 positions of width 256. Longer rows have other things to wait for.
+_MAX_ENTRIES = 2**21  # 8,192 positions of width 256. In longer rows attention takes most of the time.
 Tables = dict[tuple, tuple[np.ndarray, np.ndarray]]
 
 
 def use_rotary_tables(backbone: keras_hub.models.Backbone) -> None:
-    """Gives the rotary layers of a backbone tables, on a CPU. Where positions are given, they compute as before."""
+    """Makes the rotary layers of a backbone use tables, on a CPU. Called with positions, they compute as before."""
     if not is_single_cpu():
         return
     tables: Tables = {}
@@ -28,10 +28,10 @@ def use_rotary_tables(backbone: keras_hub.models.Backbone) -> None:
 
 
 def _cos_sin(layer: Any, tables: Tables, inputs: Any, start_index: Any = 0, positions: Any = None) -> Any:
-    """Returns cosines and sines, [1, L, …, H] each, for inputs [B, L, …, H]."""
+    """Returns the cosines and sines, [1, L, …, H] each, for inputs [B, L, …, H]."""
     length, width = inputs.shape[1], inputs.shape[-1]
     is_constant = positions is None and isinstance(start_index, int)
-    if not is_constant or layer.rope_type != "linear" or length * width > _MOST_ENTRIES:
+    if not is_constant or layer.rope_type != "linear" or length * width > _MAX_ENTRIES:
         return type(layer)._compute_cos_sin_embedding(layer, inputs, start_index, positions)
     settings = layer.max_wavelength, layer.scaling_factor, layer.denominator_dim, layer.compute_dtype
     key = *settings, start_index, length, width, inputs.ndim
@@ -41,7 +41,10 @@ def _cos_sin(layer: Any, tables: Tables, inputs: Any, start_index: Any = 0, posi
 
 
 def _table(layer: Any, start_index: int, length: int, width: int, num_axes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Computes in float32, as the layer does; by NumPy, since JAX would compile each operation first."""
+    """Returns the cosines and sines of consecutive positions, computed in float32 as the layer does.
+
+    By NumPy, since JAX would compile each operation first.
+    """
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(layer.denominator_dim or width)
     frequencies = np.float32(layer.max_wavelength) ** -exponents / np.float32(layer.scaling_factor)
     angles = np.outer(np.arange(start_index, start_index + length, dtype=np.float32), frequencies)

@@ -46,7 +46,7 @@ class QuantizedKernel:
     layer: Any
     path: str
     shape: tuple[int, ...]
-    sharding: jax.sharding.Sharding | None = None
+    sharding: jax.sharding.NamedSharding | None = None
 
     def __jax_array__(self) -> jax.Array:
         layer = self.layer

@@ -1,1 +1,1 @@
-"""Where each array of a model lies on a mesh of devices, and what its layers do there."""
+"""Shards a model over a mesh of devices: its arrays, and what its layers compute there."""

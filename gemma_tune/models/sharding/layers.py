@@ -1,7 +1,7 @@
-"""What the layers of a model do on a mesh: blocks gather their weights, embeddings fetch rows from where they lie.
+"""Makes a model's layers compute on a mesh: decoder blocks gather weights, embeddings look up rows by shard.
 
-The rest, the products that are cut along `model` among it, GSPMD (arXiv:2105.04663) finds from the places of the
-weights and from those of the hidden states, which are given here between the blocks.
+The rest, the products that are cut along the axis `model` among it, GSPMD (arXiv:2105.04663) derives from the shardings
+of the weights and of the hidden states between the blocks, which are given here.
 """
 
 import contextlib
@@ -18,29 +18,33 @@ from jax.sharding import PartitionSpec as P
 
 from gemma_tune.models.functional import value_in_scope
 from gemma_tune.models.layers import iter_layers
-from gemma_tune.models.lm_head import gather_lm_head_rows, num_rows, with_dequantized_scales
+from gemma_tune.models.lm_head import LMHead, gather_lm_head_rows, num_rows, with_dequantized_scales
 from gemma_tune.models.sharding.placement import BATCH_AXES, MeshSharding
 from gemma_tune.runtime.backend import keras, keras_hub
 
-_rows_are_cut = contextvars.ContextVar("rows_are_cut", default=False)
+_inputs_are_sharded = contextvars.ContextVar("inputs_are_sharded", default=False)
 
 
 @contextlib.contextmanager
 def batch_sharded_inputs() -> Iterator[None]:
-    """Within it, the rows of what a model reads are cut as a batch's are. Decoding has too few for that."""
-    token = _rows_are_cut.set(True)
+    """A context in which the model's inputs are sharded along their rows, as the batches of training are.
+
+    Outside of it, in decoding, there are too few rows for that.
+    """
+    token = _inputs_are_sharded.set(True)
     try:
         yield
     finally:
-        _rows_are_cut.reset(token)
+        _inputs_are_sharded.reset(token)
 
 
 def enable_mesh_sharding(backbone: keras_hub.models.Backbone, sharding: MeshSharding) -> None:
-    """Makes a backbone's blocks and embeddings read batches on a mesh; decoding with a cache is left to GSPMD.
+    """Makes a backbone's decoder blocks and embeddings compute on a mesh. Decoding with a KV cache is left to GSPMD.
 
     Args:
-        backbone: Before remat is enabled, so that gathered weights are forgotten after the forward pass.
-        sharding: Where its variables lie already.
+        backbone: Backbone whose variables are on the mesh already. Remat is to be enabled afterwards, so that gathered
+            weights are dropped after the forward pass.
+        sharding: Mesh sharding of the variables.
     """
     if hasattr(backbone.transformer_layers[0].attention, "_mesh_sharding"):
         return
@@ -48,7 +52,7 @@ def enable_mesh_sharding(backbone: keras_hub.models.Backbone, sharding: MeshShar
         object.__setattr__(block, "call", _gathering_call(block, block.call, sharding))
         object.__setattr__(block.attention, "_mesh_sharding", sharding)
     for layer in iter_layers(backbone, keras.layers.Embedding):
-        object.__setattr__(layer, "call", _fetching_call(layer, layer.call, sharding))
+        object.__setattr__(layer, "call", _sharded_lookup_call(layer, layer.call, sharding))
 
 
 def _gathering_call(block: Any, call: Callable, sharding: MeshSharding) -> Callable:
@@ -57,85 +61,97 @@ def _gathering_call(block: Any, call: Callable, sharding: MeshSharding) -> Calla
             return call(*args, **named)
         mapping = [(variable, _gathered(value_in_scope(variable), variable._layout)) for variable in block.variables]
         with keras.StatelessScope(state_mapping=mapping):
-            outputs = call(*(_as_rows(sharding, value) for value in args), **named)
-        return jax.tree.map(functools.partial(_as_rows, sharding), outputs)
+            outputs = call(*(_constrain_hidden(sharding, value) for value in args), **named)
+        return jax.tree.map(functools.partial(_constrain_hidden, sharding), outputs)
 
     return gathering_call
 
 
-def _as_rows(sharding: MeshSharding, value: Any) -> Any:
-    """Keeps hidden states, [B, L, D], whole but for their rows."""
+def _constrain_hidden(sharding: MeshSharding, value: Any) -> Any:
+    """Keeps hidden states, [B, L, D], sharded along their rows alone. Other values stay as they are."""
     is_hidden = isinstance(value, jax.Array) and value.ndim == 3
     return lax.with_sharding_constraint(value, sharding.batch) if is_hidden else value
 
 
-def _gathered(value: jax.Array, sharding: NamedSharding) -> jax.Array:
-    whole = NamedSharding(sharding.mesh, P(*(None if axis == "fsdp" else axis for axis in sharding.spec)))
-    if whole.spec == sharding.spec or sharding.mesh.shape["fsdp"] == 1:
+def _gathered(value: jax.Array, named_sharding: NamedSharding) -> jax.Array:
+    """Gathers the parts of a weight along the axis `fsdp`."""
+    mesh, spec = named_sharding.mesh, named_sharding.spec
+    gathered = NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in spec)))
+    if gathered.spec == spec or mesh.shape["fsdp"] == 1:
         return value
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        return lax.with_sharding_constraint(value, whole)
-    return _gather(whole, sharding, value)
+        return lax.with_sharding_constraint(value, gathered)
+    return _gather(gathered, named_sharding, value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather(whole: NamedSharding, part: NamedSharding, value: jax.Array) -> jax.Array:
-    """Gathers a weight; its gradient goes to where its parts are. That the value lies in parts is said first: else
-    GSPMD gathers it before the branch that the backward pass is on CPU, once for both passes, and holds it in between.
+def _gather(gathered: NamedSharding, parts: NamedSharding, value: jax.Array) -> jax.Array:
+    """Gathers a weight. Its gradient is scattered to where the parts are.
+
+    That the value is in parts is said first. Else GSPMD would gather it before the branch that the backward pass is on
+    CPU, once for both passes, and hold it in between.
     """
-    return lax.with_sharding_constraint(lax.with_sharding_constraint(value, part), whole)
+    return lax.with_sharding_constraint(lax.with_sharding_constraint(value, parts), gathered)
 
 
 _gather.defvjp(
-    lambda whole, part, value: (_gather(whole, part, value), None),
-    lambda whole, part, _, gradient: (lax.with_sharding_constraint(gradient, part),),
+    lambda gathered, parts, value: (_gather(gathered, parts, value), None),
+    lambda gathered, parts, _, gradient: (lax.with_sharding_constraint(gradient, parts),),
 )
 
 
-def _fetching_call(layer: Any, call: Callable, sharding: MeshSharding) -> Callable:
-    def fetching_call(inputs: Any, *args: Any, **named: Any) -> Any:
-        if args or named or not _rows_are_cut.get():  # `reverse`, or decoding.
+def _sharded_lookup_call(layer: Any, call: Callable, sharding: MeshSharding) -> Callable:
+    def sharded_lookup_call(inputs: Any, *args: Any, **named: Any) -> Any:
+        if args or named or not _inputs_are_sharded.get():  # `reverse`, or decoding.
             return call(inputs, *args, **named)
         table = layer.lm_head() if hasattr(layer, "lm_head") else keras.ops.convert_to_tensor(layer.embeddings)
         return sharded_lookup(sharding, table, jnp.asarray(inputs, jnp.int32)).astype(layer.compute_dtype)
 
-    return fetching_call
+    return sharded_lookup_call
 
 
-def sharded_lookup(sharding: MeshSharding, table: Any, ids: jax.Array) -> jax.Array:
-    """Returns [B, L, D] rows of an embedding for ids [B, L], both cut as their layout says.
+def sharded_lookup(sharding: MeshSharding, table: LMHead, ids: jax.Array) -> jax.Array:
+    """Looks up rows of an embedding that is sharded along its rows, for ids that are sharded along theirs.
 
     Args:
-        sharding: Of the mesh.
-        table: [V, D] floats, or a quantized or fake quantized embedding.
-        ids: int32.
+        sharding: Mesh sharding of the model.
+        table: [V, D] embedding: floats, quantized, or floats that count as rounded.
+        ids: [B, L] int32 indices.
+
+    Returns:
+        [B, L, D] rows, sharded as the ids are.
     """
     table = with_dequantized_scales(table)
-    vocabulary_axes = sharding.vocabulary_axes(num_rows(table))
+    axes = sharding.vocabulary_axes(num_rows(table))
 
-    def local(part: Any, ids: jax.Array) -> jax.Array:
-        return lookup_in_shard(part, ids.reshape(-1), vocabulary_axes).reshape(*ids.shape, -1)
+    def local(shard: Any, ids: jax.Array) -> jax.Array:
+        return lookup_in_shard(shard, ids.reshape(-1), axes).reshape(*ids.shape, -1)
 
     rows = P(BATCH_AXES)
-    return jax.shard_map(local, mesh=sharding.mesh, in_specs=(P(vocabulary_axes or None), rows), out_specs=rows)(table, ids)
+    lookup = jax.shard_map(local, mesh=sharding.mesh, in_specs=(P(axes or None), rows), out_specs=rows)
+    return lookup(table, ids)
 
 
-def lookup_in_shard(part: Any, ids: jax.Array, vocabulary_axes: tuple[str, ...]) -> jax.Array:
-    """Returns [T, D] rows for this device's ids [T], within a shard_map over the mesh.
+def lookup_in_shard(shard: LMHead, ids: jax.Array, vocabulary_axes: tuple[str, ...]) -> jax.Array:
+    """Looks up rows of a sharded embedding within a `shard_map` over the mesh.
 
-    Each device looks up what it has of the rows that those it shares an embedding with ask for.
+    Each device looks up those rows of its shard that any device asks for, and a reduction over the devices puts them
+    together.
 
     Args:
-        part: This device's rows of the embedding.
-        ids: int32; along `model` all devices have the same.
-        vocabulary_axes: The mesh axes that cut the embedding, the outer one first.
+        shard: This device's rows of the embedding.
+        ids: [T] int32 indices that this device asks for. Devices along the axis `model` ask for the same.
+        vocabulary_axes: Mesh axes that the embedding is cut along, the outer one first.
+
+    Returns:
+        [T, D] rows.
     """
     if not vocabulary_axes:
-        return gather_lm_head_rows(part, ids)
+        return gather_lm_head_rows(shard, ids)
     asked = lax.all_gather(ids, "fsdp", tiled=True) if "fsdp" in vocabulary_axes else ids
-    index = asked - lax.axis_index(vocabulary_axes) * num_rows(part)
-    is_here = (index >= 0) & (index < num_rows(part))
-    rows = jnp.where(is_here[:, None], gather_lm_head_rows(part, jnp.where(is_here, index, 0)), 0)
+    index = asked - lax.axis_index(vocabulary_axes) * num_rows(shard)
+    is_here = (index >= 0) & (index < num_rows(shard))
+    rows = jnp.where(is_here[:, None], gather_lm_head_rows(shard, jnp.where(is_here, index, 0)), 0)
     if "model" in vocabulary_axes:
         rows = lax.psum(rows, "model")
     return lax.psum_scatter(rows, "fsdp", tiled=True) if "fsdp" in vocabulary_axes else rows

@@ -1,14 +1,11 @@
-"""Where each array of a model lies on a mesh of devices: rules by path, and the way there.
+"""Places the arrays of a model on a mesh of devices.
 
-Weights are cut along two axes of the mesh: `model`, which also cuts the products that they are in, and `fsdp`, along
-which a layer's parts are gathered before it computes. An embedding's rows are cut along both. LoRA factors and
-optimizer state follow their kernels. What is computed where follows from there by GSPMD (arXiv:2105.04663), with what
-`sharded_layers` says between the blocks.
+`rules.py` says which axes of a weight are cut, and optimizer state follows its weights. What is computed where GSPMD
+(arXiv:2105.04663) derives from that, with what `layers.py` says between the decoder blocks.
 """
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,32 +17,24 @@ from jax.sharding import PartitionSpec as P
 from gemma_tune.errors import ModelError
 from gemma_tune.mesh import AUTO_MESH, MeshShape, fitting_mesh, parse_mesh
 from gemma_tune.models.layers import quantized_layers
+from gemma_tune.models.sharding.rules import MeshAxes, matrix_mesh_axes, mesh_axes_of
 from gemma_tune.runtime.backend import keras, keras_hub
 from gemma_tune.runtime.processes import is_distributed
 
-BATCH_AXES = ("data", "fsdp")  # The mesh axes that cut the rows of a batch.
-Axes = tuple[str | tuple[str, ...] | None, ...]
-
-# Path of a float variable -> the mesh axis that cuts each of its axes. What a head is made of stays together.
-_RULES: tuple[tuple[str, Axes], ...] = (
-    (r"token_embedding/embeddings", (("model", "fsdp"), None)),
-    (r"attention/(query|key|value)/kernel", ("model", "fsdp", None)),
-    (r"attention/attention_output/kernel", ("model", None, "fsdp")),
-    (r"(ffw_gating|ffw_gating_2|per_layer_input_gate|per_layer_model_projection)/kernel", ("fsdp", "model")),
-    (r"(ffw_linear|per_layer_up_proj)/kernel", ("model", "fsdp")),
-    (r"(gate_proj|up_proj)", ("model", "fsdp", None)),  # Experts.
-    (r"down_proj", ("model", None, "fsdp")),
-    (r"moe_router/.*kernel", (None, None)),
-    (r"(scale|per_expert_scale|per_dim_scale|layer_scalar)", ()),
-)
+BATCH_AXES = ("data", "fsdp")  # Mesh axes that the rows of a batch are cut along.
 
 
 class MeshSharding:
-    """Says for each array where it lies on a mesh.
+    """The shardings of a model's arrays, and of the batches it reads, on one mesh of devices.
+
+    It is made once, by `make_mesh_sharding`, and passed on to whatever makes arrays. A variable's own NamedSharding is
+    kept by Keras, in `variable._layout`.
 
     Attributes:
-        mesh: Of devices, with the axes of `MeshShape`.
-        everywhere: Whole on each device. rows: Cut along the first axis as a batch is; micro_rows: along the second.
+        mesh: Mesh of devices with the axes of `MeshShape`.
+        replicated: Sharding of an array that each device holds as a whole.
+        batch: Sharding of an array whose first axis is the rows of a batch.
+        micro_batches: Sharding of an array whose second axis is the rows of a micro-batch.
     """
 
     def __init__(self, mesh: Mesh):
@@ -58,11 +47,14 @@ class MeshSharding:
 
     @property
     def shape(self) -> MeshShape:
-        """Parts along each axis."""
+        """Number of devices along each axis of the mesh."""
         return MeshShape(**self.mesh.shape)
 
     def place(self, backbone: keras_hub.models.Backbone) -> None:
-        """Gives each variable its place, and those with a value move there.
+        """Gives each variable of a backbone its sharding, and moves the values that are there.
+
+        Values that are assigned later, such as a checkpoint's, follow it too. Variables that are added later, such as
+        LoRA factors, need another call.
 
         Raises:
             ModelError: No rule covers a variable; names it.
@@ -71,64 +63,78 @@ class MeshSharding:
             kernel = layer._float_kernel
             axes = matrix_mesh_axes(kernel.path, kernel.shape, layer._matrix_shape)
             object.__setattr__(kernel, "sharding", self.sharding_for(axes, layer._matrix_shape))
-        for variable, sharding in self._shardings(backbone):
-            variable._layout = sharding  # Keras puts there what is assigned.
+        for variable, named_sharding in self._variable_shardings(backbone):
+            variable._layout = named_sharding  # Keras places what is assigned accordingly.
             if variable._value is not None:
-                variable._value = put_sharded(variable._value, sharding)
+                variable._value = put_sharded(variable._value, named_sharding)
 
-    def _shardings(self, backbone: keras_hub.models.Backbone) -> list[tuple[keras.Variable, NamedSharding]]:
+    def _variable_shardings(self, backbone: keras_hub.models.Backbone) -> list[tuple[keras.Variable, NamedSharding]]:
         found = []
         quantized = {id(variable): layer for layer in quantized_layers(backbone) for variable in layer._code_variables}
         for variable in backbone.variables:
             shape = tuple(variable.shape)
             if layer := quantized.get(id(variable)):
-                found.append((variable, self._of_codes(layer, variable.name, shape)))
+                found.append((variable, self._code_sharding(layer, variable.name, shape)))
             else:
                 found.append((variable, self.sharding_for(mesh_axes_of(variable.path, len(shape)), shape)))
         return found
 
-    def _of_codes(self, layer: Any, name: str, shape: tuple[int, ...]) -> NamedSharding:
-        if name.endswith(("_scale_step", "_scale_lowest")):  # Of 256 scales each, wherever these are.
+    def _code_sharding(self, layer: Any, name: str, shape: tuple[int, ...]) -> NamedSharding:
+        if name.endswith(("_scale_step", "_scale_lowest")):  # Shared by 256 scales, on any device.
             return self.replicated
         first, inputs, last = matrix_mesh_axes(layer._float_kernel.path, layer._float_kernel.shape, layer._matrix_shape)
         return self.sharding_for((first, inputs, None, last) if len(shape) == 4 else (first, inputs, last), shape)
 
-    def sharding_for(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
-        """Returns the sharding where each axis can be cut: a single key/value head is on every device. What `fsdp`
-        can't cut at its place, it cuts along the longest axis that it divides.
+    def sharding_for(self, axes: MeshAxes, shape: tuple[int, ...]) -> NamedSharding:
+        """Returns the sharding of an array, without the cuts that its shape doesn't allow.
+
+        An axis that the mesh axis doesn't divide stays whole: a single key/value head is on every device. `fsdp` then
+        cuts the longest other axis that it divides, if there is one.
+
+        Args:
+            axes: Mesh axes of the array, from `mesh_axes_of`.
+            shape: Shape of the array.
         """
         cut = list(axes)
-        for place, (axis, length) in enumerate(zip(axes, shape, strict=True)):
+        for index, (axis, length) in enumerate(zip(axes, shape, strict=True)):
             if isinstance(axis, tuple):
-                cut[place] = self.vocabulary_axes(length)
+                cut[index] = self.vocabulary_axes(length)
             elif axis and length % self.mesh.shape[axis]:
-                cut[place] = None
+                cut[index] = None
                 others = [i for i, free in enumerate(axes) if free is None and not shape[i] % self.mesh.shape[axis]]
                 if axis == "fsdp" and others:
                     cut[max(others, key=lambda i: shape[i])] = axis
         return NamedSharding(self.mesh, P(*cut))
 
-    def vocabulary_axes(self, vocabulary: int) -> tuple[str, ...]:
-        """Returns the axes that cut the rows of an embedding, the outer one first: as many as divide their number."""
+    def vocabulary_axes(self, num_rows: int) -> tuple[str, ...]:
+        """Returns the mesh axes that the rows of an embedding are cut along, the outer one first.
+
+        These are `model` and `fsdp`, or the one that divides the number of rows alone, or none.
+        """
         for axes in (("model", "fsdp"), ("fsdp",), ("model",)):
-            if not vocabulary % math.prod(self.mesh.shape[axis] for axis in axes):
+            if not num_rows % math.prod(self.mesh.shape[axis] for axis in axes):
                 return axes
         return ()
 
     def assign_shards(self, backbone: keras_hub.models.Backbone) -> None:
-        """Makes the variables of a skeleton take NumPy's arrays part by part. Keras would put each whole on the first
-        device, and cut it there.
+        """Makes variables that have no values yet take NumPy arrays shard by shard.
+
+        Keras would put each whole array on the first device, and cut it there.
         """
         for variable in backbone.variables:
-            convert = functools.partial(_in_parts, variable, variable._convert_to_tensor)
+            convert = functools.partial(_convert_to_shards, variable, variable._convert_to_tensor)
             object.__setattr__(variable, "_convert_to_tensor", convert)
 
     def put_batch(self, num_rows: int, make: Callable[[int, int], Any]) -> Any:
-        """Puts a batch's rows where they are computed with.
+        """Makes a batch whose rows are on the devices that compute with them.
 
         Args:
-            num_rows: In the batch.
-            make: (start, stop) -> a tree of these rows, [stop - start, …] each. Called for those of this process alone.
+            num_rows: Number of rows in the batch.
+            make: (start, stop) -> tree of NumPy arrays with these rows, [stop - start, …]. It is called only for rows
+                of this process's devices.
+
+        Returns:
+            Tree of sharded arrays, [num_rows, …].
         """
         cut = self.batch.addressable_devices_indices_map((num_rows,)).values()
         made = {part: make(*part) for part in {index[0].indices(num_rows)[:2] for index in cut if index}}
@@ -146,14 +152,14 @@ class MeshSharding:
 
 
 def make_mesh_sharding(text: str, num_rows: int) -> MeshSharding | None:
-    """Returns how a run lies on the devices, as `training.mesh` asks for; None if it takes one.
+    """Returns the mesh sharding that `training.mesh` asks for, or None for one device.
 
     Args:
-        text: `data:2,fsdp:2,model:2`, `auto`, or empty.
-        num_rows: That go through the model at a time.
+        text: Axes and sizes such as `data:2,fsdp:2,model:2`, `auto`, or an empty text.
+        num_rows: Number of rows that go through the model at a time.
 
     Raises:
-        ModelError: There are fewer devices, or more while several processes share them.
+        ModelError: The machine has too few devices, or more than the mesh takes while several processes share them.
     """
     if not text:
         return None
@@ -172,77 +178,39 @@ def make_mesh_sharding(text: str, num_rows: int) -> MeshSharding | None:
 
 
 def mesh_sharding_of(backbone: keras_hub.models.Backbone) -> MeshSharding | None:
-    """Returns the layout that a backbone was loaded with."""
-    sharding = backbone.token_embedding.variables[0]._layout
-    return MeshSharding(sharding.mesh) if sharding is not None else None
+    """Returns the mesh sharding that a backbone was loaded with, or None."""
+    named_sharding = backbone.token_embedding.variables[0]._layout
+    return MeshSharding(named_sharding.mesh) if named_sharding is not None else None
 
 
-def _in_parts(variable: keras.Variable, convert: Callable, value: Any, dtype: Any = None) -> Any:
+def _convert_to_shards(variable: keras.Variable, convert: Callable, value: Any, dtype: Any = None) -> Any:
     if variable._layout is None or isinstance(value, jax.Array) or tuple(np.shape(value)) != tuple(variable.shape):
         return convert(value, dtype)
     return put_sharded(np.asarray(value).astype(dtype or variable.dtype), variable._layout)
 
 
-def mesh_axes_of(path: str, num_axes: int) -> Axes:
-    """Returns the mesh axis that cuts each axis of a float variable, or of a LoRA factor of one.
+def put_sharded(values: Any, named_sharding: NamedSharding | None) -> jax.Array:
+    """Puts an array on the devices of its sharding, or on the default device without one.
 
-    Raises:
-        ModelError: No rule covers it; names it.
+    A NumPy array is put shard by shard, so that no device holds all of it.
     """
-    owner, _, name = path.rpartition("/")
-    if factor := re.fullmatch(r"lora_(kernel|embeddings)_(a|b|magnitude)", name):
-        return _axes_of_factor(factor[2], _rule_of(f"{owner}/{factor[1]}", path), num_axes)
-    axes = _rule_of(path, path)
-    return axes or (None,) * num_axes
-
-
-def _axes_of_factor(factor: str, kernel: Axes, num_axes: int) -> Axes:
-    """A factor's axes are cut as those of its kernel; low_rank.py says which they are. Where a kernel's input is the
-    middle one of three axes, PEFT's A has that one, and its B the other two.
-    """
-    if factor == "a":
-        return (*kernel[:-1], None) if num_axes == len(kernel) else (kernel[1], None)
-    outputs = kernel[-1:] if num_axes == (2 if factor == "b" else 1) else (kernel[0], kernel[-1])
-    return (None, *outputs) if factor == "b" else outputs
-
-
-def _rule_of(path: str, named: str) -> Axes:
-    for pattern, axes in _RULES:
-        if re.search(rf"(^|/|_){pattern}$", path):
-            return axes
-    raise ModelError(
-        f"No rule says how {named} is spread over a mesh. Train without --mesh, and report this: a line in "
-        "models/sharding/placement.py is missing."
-    )
-
-
-def matrix_mesh_axes(path: str, shape: tuple[int, ...], matrix_shape: tuple[int, ...]) -> Axes:
-    """Returns the mesh axes of a float kernel that is taken as a [P, C, Q] (quantization/codes.py)."""
-    axes = mesh_axes_of(path, len(shape))
-    if len(shape) == 3:
-        return axes if shape == tuple(matrix_shape) else (None, axes[0], axes[2])
-    return (None, *axes) if matrix_shape[0] == 1 else (*axes, None)
-
-
-def put_sharded(values: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """Puts an array where it belongs; a NumPy array part by part, so that no device holds it whole."""
-    if sharding is None:
+    if named_sharding is None:
         return jax.device_put(values)
     if isinstance(values, jax.Array):
-        if values.sharding.is_equivalent_to(sharding, values.ndim):
+        if values.sharding.is_equivalent_to(named_sharding, values.ndim):
             return values
         if not is_distributed():
-            return jax.device_put(values, sharding)
+            return jax.device_put(values, named_sharding)
         if not values.is_fully_addressable:
-            return jax.jit(lambda same: same, out_shardings=sharding)(values)
+            return jax.jit(lambda same: same, out_shardings=named_sharding)(values)
         values = np.asarray(values)
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+    return jax.make_array_from_callback(values.shape, named_sharding, lambda index: values[index])
 
 
-def local_rows(shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> tuple[int, int]:
-    """Returns the first row, and the one behind the last, that this process's devices hold of an array."""
-    if sharding is None or not shape:
+def local_rows(shape: tuple[int, ...], named_sharding: NamedSharding | None) -> tuple[int, int]:
+    """Returns the range of an array's rows, (start, stop), that this process's devices hold."""
+    if named_sharding is None or not shape:
         return 0, shape[0] if shape else 0
-    here = sharding.addressable_devices_indices_map(shape).values()
+    here = named_sharding.addressable_devices_indices_map(shape).values()
     parts = [index[0].indices(shape[0])[:2] for index in here if index]
     return min(start for start, _ in parts), max(stop for _, stop in parts)
