@@ -18,8 +18,9 @@ from gemma_tune.models.transforms import transform_for_training
 from gemma_tune.pipeline import evaluate, read_splits, set_up
 from gemma_tune.quantization.spec import PTQ_SCHEMES, QuantSpec
 from gemma_tune.training.calibration import calibration_batches, quantize_calibrated
+from gemma_tune.training.step.loss import make_loss_of_hidden
 from gemma_tune.training.step.per_block import PerBlockProgram
-from gemma_tune.training.step.train_step import make_loss_of_hidden
+from gemma_tune.training.step.per_block_gradients import PerBlockGradients
 
 
 class Learnt(NamedTuple):
@@ -69,7 +70,9 @@ def learn(model: str, scheme: str, block_size: int, steps: int, rank: int, point
     assert point is not None
     assign(setup.model, state.trainable)  # The step took over the model's own buffers.
     most = setup.batches.most_targets
-    gradients, _ = PerBlockProgram(setup.model, "dots").make_gradients({most: make_loss_of_hidden(setup.model, most)})(
+    gradients, _ = PerBlockGradients(
+        PerBlockProgram(setup.model, "dots"), {most: make_loss_of_hidden(setup.model, most)}
+    )(
         {path: jax.numpy.asarray(value) for path, value in point.items()}, setup.frozen, None, setup.batches[0]
     )
     return Learnt(point, {path: np.asarray(value) for path, value in gradients.items()}, before, after)

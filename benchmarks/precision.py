@@ -41,7 +41,7 @@ def train(precision: str) -> dict[str, Any]:
     from gemma_tune.training.batches import TrainingBatches
     from gemma_tune.training.optimizer import make_optimizer, make_schedule
     from gemma_tune.training.state import init_state
-    from gemma_tune.training.step.per_block import PerBlockProgram
+    from gemma_tune.training.step.per_block import per_block_program
     from gemma_tune.training.step.train_step import make_train_step
 
     model = load_model(_MODEL.value, precision=precision)
@@ -60,7 +60,7 @@ def train(precision: str) -> dict[str, Any]:
     )
     schedule = make_schedule("constant", _LEARNING_RATE.value, 10, len(batches))
     optimizer = make_optimizer("adamw", schedule, weight_decay=0.01, b1=0.9, b2=0.999, epsilon=1e-8, clip_norm=1.0)
-    per_block = PerBlockProgram(model, "dots") if program == "per_block" else None
+    per_block = per_block_program(program, model, "dots")
     step = make_train_step(model, optimizer, batches.target_sizes, 1, per_block)
     frozen, state = parameters(model).frozen, init_state(model, optimizer, take_over=True)
     losses, seconds = [], []

@@ -30,7 +30,7 @@ from gemma_tune.models.functional import parameters
 from gemma_tune.models.transforms import LoraSettings, transform_for_training
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.state import init_state
-from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.per_block import per_block_program
 from gemma_tune.training.step.train_step import make_train_step
 
 _AXES = flags.DEFINE_list("axes", ["batch", "length", "rank", "layers"], "What to vary.")
@@ -92,7 +92,7 @@ def measure(point: Point) -> dict[str, Any]:
     frozen = parameters(model).frozen
     state = init_state(model, optimizer, take_over=True)
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    per_block = PerBlockProgram(model, _REMAT.value) if kind == "per_block" else None
+    per_block = per_block_program(kind, model, _REMAT.value)
     step = make_train_step(model, optimizer, point.batch * point.length, 1, per_block)
     temporary_bytes = step.memory(state, frozen, batch).temporary_bytes
     seconds = None

@@ -55,15 +55,17 @@ LAYERS = {
         ("shared_copy",),
     ),
     "training": (
-        ("losses", "optimizer", "batches", "prefetch", "guard", "sharded_state"),
+        ("losses", "optimizer", "batches", "prefetch", "guard", "state_shardings"),
         ("state",),
         ("step", "calibration"),
         ("run",),
     ),
     "serving": (
-        ("sampling", "text", "feedback"),
+        ("sampling", "text_stream", "prompt_encoder", "feedback"),
         ("engine",),
-        ("generation", "decode", "conversation"),
+        ("decode",),
+        ("generation",),
+        ("conversation",),
         ("http",),
     ),
     "export": (

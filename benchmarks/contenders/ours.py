@@ -20,7 +20,7 @@ from gemma_tune.runtime.backend import keras
 from gemma_tune.training.batches import TrainingBatches
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.state import init_state
-from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.per_block import PerBlockProgram, per_block_program
 from gemma_tune.training.step.train_step import make_eval_step, make_train_step
 
 
@@ -52,7 +52,7 @@ def main(job_name: str, num_examples: str, source: str, *settings: str) -> None:
         attention=chosen["attention"],
         row_length=row_length,
     )
-    per_block = PerBlockProgram(model, chosen["remat"]) if program == "per_block" else None
+    per_block = per_block_program(program, model, chosen["remat"])
     batches = TrainingBatches(
         todo.examples,
         batch_size=int(chosen["batch_size"]),

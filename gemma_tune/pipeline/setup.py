@@ -29,7 +29,7 @@ from gemma_tune.runtime.backend import cache_dir, keras
 from gemma_tune.training.batches import HeldoutBatches, OnMesh, TrainingBatches, most_targets
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.state import TrainState, init_state
-from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.per_block import per_block_program
 from gemma_tune.training.step.train_step import make_eval_step, make_train_step
 
 
@@ -112,7 +112,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         keeps_factors=bool(config.model.adapter),
     )
     num_parts = sharding.shape.num_row_shards if sharding else 1
-    per_block = PerBlockProgram(model, training.remat) if program == "per_block" else None
+    per_block = per_block_program(program, model, training.remat)
     batches = TrainingBatches(
         data.train,
         batch_size=training.batch_size,

@@ -23,8 +23,8 @@ from gemma_tune.runtime.backend import keras
 from gemma_tune.training.guard import init_guard
 from gemma_tune.training.losses.loss_scale import init_loss_scale
 from gemma_tune.training.optimizer import as_float32, make_optimizer
-from gemma_tune.training.sharded_state import optimizer_shardings
 from gemma_tune.training.state import TrainState
+from gemma_tune.training.state_shardings import optimizer_shardings
 from gemma_tune.training.step.compile_once import StepMemory
 from gemma_tune.training.step.train_step import make_train_step
 

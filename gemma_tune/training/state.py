@@ -13,7 +13,7 @@ from gemma_tune.runtime.backend import keras
 from gemma_tune.training.guard import LossGuard, init_guard
 from gemma_tune.training.losses.loss_scale import LossScale, init_loss_scale
 from gemma_tune.training.optimizer import as_float32
-from gemma_tune.training.sharded_state import optimizer_shardings
+from gemma_tune.training.state_shardings import optimizer_shardings
 
 
 class TrainState(NamedTuple):

@@ -9,7 +9,7 @@ from test_step import lora_model, num_targets, random_batch
 from gemma_tune.models.attention.kernels import causal_attention
 from gemma_tune.models.attention.segment_attention import key_spans, segment_attention
 from gemma_tune.models.attention.swap import use_attention_kernel
-from gemma_tune.training.step.train_step import make_loss_fn
+from gemma_tune.training.step.loss import make_loss_fn
 
 
 def plain_attention(q, k, v, mask, scale, soft_cap):

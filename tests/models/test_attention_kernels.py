@@ -14,7 +14,7 @@ from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.attention.swap import AttentionShape, use_attention_kernel
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.remat import enable_remat
-from gemma_tune.training.step.train_step import make_loss_fn
+from gemma_tune.training.step.loss import make_loss_fn
 
 LENGTH = 256
 

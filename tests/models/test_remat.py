@@ -9,7 +9,7 @@ from gemma_tune.errors import ModelError
 from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.remat import enable_remat
-from gemma_tune.training.step.train_step import make_loss_fn
+from gemma_tune.training.step.loss import make_loss_fn
 
 
 def value_and_gradients(model, trainable, frozen, batch):

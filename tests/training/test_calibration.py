@@ -16,7 +16,7 @@ from gemma_tune.quantization.codes import dequantize
 from gemma_tune.quantization.spec import LayerScheme, QuantSpec
 from gemma_tune.training import calibration
 from gemma_tune.training.calibration import _linear_layers, quantize_calibrated
-from gemma_tune.training.step.train_step import make_loss_fn
+from gemma_tune.training.step.loss import make_loss_fn
 
 METHODS = {"gptq": QuantSpec("int4", 32), "awq": QuantSpec("int4", 32), "smoothquant": QuantSpec("int8")}
 

@@ -17,8 +17,9 @@ from gemma_tune.training.losses.cross_entropy import LossSums
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.run.checkpoints import Progress
 from gemma_tune.training.state import StepMetrics, TrainState, init_state
-from gemma_tune.training.step.per_block import PerBlockProgram
-from gemma_tune.training.step.train_step import make_train_step, make_update
+from gemma_tune.training.step.per_block import per_block_program
+from gemma_tune.training.step.train_step import make_train_step
+from gemma_tune.training.step.update import make_update
 
 
 def test_what_is_bad_against_a_plain_loop(rng):
@@ -64,7 +65,7 @@ def test_an_update_holds_no_second_array_of_the_weights_size(guard):
 def test_a_spikes_update_is_left_out(tiny, rng, program):
     """All of weights, moments and the usual loss keep their bits; without the guard they change."""
     model, batch = lora_model(tiny, "gemma3", rng)[0], random_batch(rng)
-    per_block = PerBlockProgram(model, "dots") if program == "per_block" else None
+    per_block = per_block_program(program, model, "dots")
     usual = LossGuard(jnp.float32(0.5), jnp.int32(NUM_FIRST), jnp.int32(0), jnp.int32(0))
     for guard, changes in ((usual, False), (usual._replace(mean_loss=jnp.float32(50)), True), (None, True)):
         step = make_train_step(model, sgd(0.1), num_targets(batch), 1, per_block, spike_factor=2.0)

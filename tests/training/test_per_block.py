@@ -12,8 +12,10 @@ from gemma_tune.models.blocks import block_kinds, blocks_are_sequential
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.transforms import LoraSettings, transform_for_training
 from gemma_tune.training.state import init_state
+from gemma_tune.training.step.loss import make_loss_of_hidden
 from gemma_tune.training.step.per_block import PerBlockProgram
-from gemma_tune.training.step.train_step import make_eval_step, make_loss_of_hidden, make_train_step
+from gemma_tune.training.step.per_block_gradients import PerBlockGradients
+from gemma_tune.training.step.train_step import make_eval_step, make_train_step
 
 SPLIT_FAMILIES = ("gemma", "gemma2", "gemma3")
 
@@ -136,7 +138,7 @@ def test_the_program_is_compiled_once_for_a_shape(tiny, rng):
     for lengths in ((20, 9), (5, 30, 12), (40, 3)):
         state, _ = step(state, frozen, random_batch(rng, lengths))
     assert step.num_programs == 1
-    with pytest.warns(RuntimeWarning, match="compiled for the 2. time"):
+    with pytest.warns(RuntimeWarning, match=r"train_step is being recompiled \(2nd time\)"):
         step(state, frozen, random_batch(rng, (20,), row_length=48))
     assert step.num_programs == 2
 
@@ -157,17 +159,16 @@ def test_the_forecast_counts_what_is_kept_for_the_backward_pass(tiny, rng):
 
 
 def test_two_shapes_traced_before_the_first_backward_pass_keep_their_own_pullbacks(tiny, rng):
-    """Evaluation traces the forward pass of both shapes; only then the first step's backward pass is traced."""
+    """As when evaluation has run batches of another shape before the first training step."""
     model, trainable, frozen = lora_model(tiny, "gemma3", rng)
     batches = [random_batch(rng), random_batch(rng, (30, 7), num_rows=2, row_length=56)]
     shared = PerBlockProgram(model, "none")
-    evaluate = make_eval_step(model, 120, shared)
     for batch in batches:
-        evaluate(trainable, frozen, batch)
+        shared.forward(trainable, frozen, batch)
     losses = {120: make_loss_of_hidden(model, 120)}
-    gradients = shared.make_gradients(losses)
+    gradients = PerBlockGradients(shared, losses)
     for batch in batches:
         found, _ = gradients(trainable, frozen, None, batch)
-        wanted, _ = PerBlockProgram(model, "none").make_gradients(losses)(trainable, frozen, None, batch)
+        wanted, _ = PerBlockGradients(PerBlockProgram(model, "none"), losses)(trainable, frozen, None, batch)
         for path, value in wanted.items():
             np.testing.assert_array_equal(found[path], value, err_msg=path)

@@ -23,8 +23,10 @@ from gemma_tune.training.losses.loss_scale import FIRST_SCALE, LossScale, init_l
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.run.checkpoints import Checkpoints, Progress, _to_tree
 from gemma_tune.training.state import StepMetrics, init_state
-from gemma_tune.training.step.per_block import PerBlockProgram
-from gemma_tune.training.step.train_step import make_eval_step, make_loss_fn, make_train_step, make_update
+from gemma_tune.training.step.loss import make_loss_fn
+from gemma_tune.training.step.per_block import PerBlockProgram, per_block_program
+from gemma_tune.training.step.train_step import make_eval_step, make_train_step
+from gemma_tune.training.step.update import make_update
 
 FLOAT16 = ("float16", "mixed_float16")
 NUM_STEPS, WINDOW = 100, 20
@@ -131,7 +133,7 @@ def test_tiny_gradients_live_by_the_scale(tiny, precision):
 @pytest.mark.parametrize("precision", FLOAT16)
 def test_a_step_that_overflows_changes_nothing_but_the_scale(tiny, precision, program):
     model, batch = lora_model(tiny, precision), random_batch(np.random.default_rng(1))
-    per_block = PerBlockProgram(model, "dots") if program == "per_block" else None
+    per_block = per_block_program(program, model, "dots")
     step, frozen = make_train_step(model, adamw(), num_targets(batch), 1, per_block), parameters(model).frozen
     state, _ = step(init_state(model, adamw()), frozen, batch)  # A good one first, so that there are moments to keep.
     assert state.loss_scale.scale == FIRST_SCALE and state.loss_scale.num_good == 1
@@ -165,7 +167,7 @@ def test_blocks_accumulation_and_scale_change_no_gradient(tiny, precision, num_m
 
     def gradient(precision, program, scale=None):
         model = lora_model(tiny, precision, "gemma")
-        per_block = PerBlockProgram(model, "dots") if program == "per_block" else None
+        per_block = per_block_program(program, model, "dots")
         step = make_train_step(model, sgd(), num_targets(batch), num_micro, per_block)
         state = init_state(model, sgd())
         state, metrics = step(with_scale(state, scale) if scale else state, parameters(model).frozen, batch)

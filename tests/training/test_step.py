@@ -14,7 +14,8 @@ from gemma_tune.models.functional import assign, parameters, params_scope
 from gemma_tune.models.lora.enable import enable_lora
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.state import init_state
-from gemma_tune.training.step.train_step import make_eval_step, make_loss_fn, make_train_step
+from gemma_tune.training.step.loss import make_loss_fn
+from gemma_tune.training.step.train_step import make_eval_step, make_train_step
 
 
 def random_batch(rng, lengths=(20, 9, 30, 5), num_rows=4, row_length=40):
@@ -191,7 +192,7 @@ def test_one_program_serves_all_batches(tiny, rng):
         for lengths in ((20, 9), (5, 38, 30), (40,)):
             state, _ = step(state, frozen, random_batch(rng, lengths))
     assert step.num_programs == 1
-    with pytest.warns(RuntimeWarning, match=r"train_step is compiled for the 2\. time, for a batch of .*\[4, 48\]"):
+    with pytest.warns(RuntimeWarning, match=r"train_step is being recompiled \(2nd time\): a batch of another shape came, .*\[4, 48\]"):
         state, _ = step(state, frozen, random_batch(rng, row_length=48))
     step(state, frozen, random_batch(rng))  # The first program is still there.
     assert step.num_programs == 2

@@ -10,7 +10,7 @@ from gemma_tune.models.transforms import LoraSettings, transform_for_training
 from gemma_tune.runtime.backend import keras, keras_hub
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.state import init_state
-from gemma_tune.training.step.per_block import PerBlockProgram
+from gemma_tune.training.step.per_block import per_block_program
 from gemma_tune.training.step.train_step import make_train_step
 
 NUM_STEPS, NUM_EXAMPLES, EXAMPLES_A_STEP, LENGTH = 200, 32, 4, 48
@@ -43,7 +43,7 @@ def our_curve(model, steps):
     )
     groups = parameters(model)
     before = {path: np.array(value) for path, value in groups.trainable.items()}
-    per_block = PerBlockProgram(model, "dots") if program == "per_block" else None
+    per_block = per_block_program(program, model, "dots")
     step = make_train_step(model, optimizer, NUM_ROWS * ROW_LENGTH, 1, per_block)
     state, losses = init_state(model, optimizer), []
     for examples in steps:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from gemma_tune.models.lm_head import LMHead, num_rows, slice_lm_head_rows, with_dequantized_scales
 from gemma_tune.models.sharding.layers import lookup_in_shard
 from gemma_tune.models.sharding.placement import BATCH_AXES, MeshSharding
-from gemma_tune.quantization.codes import Quantized, dequantize, rows_of
+from gemma_tune.quantization.codes import Quantized, dequantize, slice_rows
 from gemma_tune.training.losses.cross_entropy import (
     VOCABULARY_BLOCK,
     LossSums,
@@ -27,6 +27,7 @@ from gemma_tune.training.losses.cross_entropy import (
     sums_of,
     visit_blocks,
 )
+from gemma_tune.training.losses.target_positions import gather_targets
 
 _BY_ROWS = P(BATCH_AXES)
 
@@ -83,25 +84,17 @@ def sharded_linear_cross_entropy(
         soft_cap, head_is_trained, block: As there.
     """
     head = with_dequantized_scales(head)
-    pick = jax.shard_map(
-        functools.partial(_pick, num_targets), mesh=sharding.mesh, in_specs=(_BY_ROWS,) * 3, out_specs=(_BY_ROWS,) * 3
+    gather = jax.shard_map(
+        functools.partial(gather_targets, num_targets=num_targets),
+        mesh=sharding.mesh,
+        in_specs=(_BY_ROWS,) * 3,
+        out_specs=_BY_ROWS,
     )
-    chosen, chosen_ids, chosen_weights = pick(hidden, target_ids, weights.astype(jnp.float32))
+    targets = gather(hidden, target_ids, weights.astype(jnp.float32))
     plan = _Plan(sharding.mesh, sharding.vocabulary_axes(num_rows(head)), soft_cap, block)
     loss = _trained_head_loss if head_is_trained else _frozen_head_loss
-    loss_sum, correct_sum = loss(plan, chosen, head, chosen_ids, chosen_weights)
+    loss_sum, correct_sum = loss(plan, targets.hidden, head, targets.target_ids, targets.weights)
     return LossSums(loss_sum, jnp.sum(weights, dtype=jnp.float32), lax.stop_gradient(correct_sum))
-
-
-def _pick(num_targets: int, hidden: Any, target_ids: Any, weights: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    flat = weights.reshape(-1)
-    (chosen,) = jnp.nonzero(flat, size=num_targets, fill_value=0)
-    is_filled = jnp.arange(num_targets) < jnp.count_nonzero(flat)
-    return (
-        hidden.reshape(-1, hidden.shape[-1])[chosen],
-        target_ids.reshape(-1)[chosen],
-        jnp.where(is_filled, flat[chosen], 0.0),
-    )
 
 
 class _HeadPart(NamedTuple):
@@ -119,7 +112,7 @@ class _HeadPart(NamedTuple):
         if self.plan.num_peers == 1:
             return slice_lm_head_rows(self.head, first, count, dtype)
         if isinstance(self.head, Quantized):  # Codes take less time on the way.
-            codes = jax.tree.map(self._gather, rows_of(self.head, first, count))
+            codes = jax.tree.map(self._gather, slice_rows(self.head, first, count))
             return dequantize(codes, dtype)[..., 0]
         return self._gather(slice_lm_head_rows(self.head, first, count, dtype))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.runtime.atomic_files import write_text
-from gemma_tune.runtime.imports import hidden
+from gemma_tune.runtime.imports import hide_packages
 
 METRICS_FILE, BAD_STEPS_FILE = "metrics.jsonl", "bad_steps.jsonl"
 
@@ -79,7 +79,7 @@ class _Events:
     """Scalars for TensorBoard, written at once: SummaryWriter's thread dies of a full disk, then its queue blocks."""
 
     def __init__(self, folder: Path, resumed_step: int):
-        with hidden("torch"):  # 1.4 seconds, for plots of networks.
+        with hide_packages("torch"):  # 1.4 seconds, for plots of networks.
             from tensorboardX import summary
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto import event_pb2

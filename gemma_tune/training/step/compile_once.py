@@ -1,4 +1,4 @@
-"""Compiles a step once, and says when it has to be done again."""
+"""Compiles a step at its first call, and warns when it has to be compiled again."""
 
 import concurrent.futures
 import os
@@ -8,14 +8,17 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gemma_tune.runtime.ordinals import ordinal
 from gemma_tune.runtime.process_memory import keep_freed_memory, release_freed_memory
 
 
 class StepMemory(NamedTuple):
-    """What a compiled step takes, in bytes, as XLA counts it.
+    """Memory that a compiled step takes, in bytes, as XLA counts it.
 
-    argument_bytes: Weights, optimizer state and the batch. temporary_bytes: What is held while computing.
-        total_bytes: Both, and outputs that reuse no argument.
+    Attributes:
+        argument_bytes: Bytes of weights, optimizer state and batch.
+        temporary_bytes: Bytes that are held while computing.
+        total_bytes: Sum of both, and of outputs that reuse no argument's buffer.
     """
 
     argument_bytes: int
@@ -24,16 +27,17 @@ class StepMemory(NamedTuple):
 
 
 class OncePerShape:
-    """Makes something anew for inputs of other shapes, and keeps it.
+    """Makes something for each shape of batch, once.
 
-    The second time comes with a RuntimeWarning: compiling takes longer than many steps, and batches are meant to be all
-    alike.
+    From the second shape on it warns: compiling takes longer than many steps, and all batches of a run should have the
+    same shape.
 
     Args:
-        name: Of what is made, for the warning.
-        make: Called with the inputs; the last is the batch, which alone may have other shapes.
+        name: Name for the warning.
+        make: Function that is called with the inputs; the last one is the batch, which alone may change its shape.
         warns: Whether there is a warning.
-        keeps_memory: What is made runs many times, so that the process is to keep, on CPU, the memory that a run frees.
+        keeps_memory: Whether the process should keep, on CPU, the memory that a run of what is made frees, because it
+            will run many times.
     """
 
     def __init__(self, name: str, make: Callable, *, warns: bool = True, keeps_memory: bool = False):
@@ -49,8 +53,12 @@ class OncePerShape:
         if shapes not in self._made:
             if self._made and self._warns:
                 batch = ", ".join(sorted({f"{dtype}{list(shape)}" for dtype, shape in shapes}))
-                message = f"{self._name} is compiled for the {len(self._made) + 1}. time, for a batch of {batch}."
-                warnings.warn(message, RuntimeWarning, stacklevel=4)
+                warnings.warn(
+                    f"{self._name} is being recompiled ({ordinal(len(self._made) + 1)} time): a batch of another shape "
+                    f"came, {batch}.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
             self._made[shapes] = self._make(*inputs)
             release_freed_memory()
             if self._keeps_memory and jax.default_backend() == "cpu":
@@ -66,34 +74,39 @@ def compile_all(traced: Any) -> Any:
 
 
 def memory_of(program: Any) -> StepMemory:
-    """Returns what a compiled program takes."""
+    """Returns the memory that a compiled program takes."""
     analysis = program.memory_analysis()
     argument, temporary = int(analysis.argument_size_in_bytes), int(analysis.temp_size_in_bytes)
     fresh = int(analysis.output_size_in_bytes) - int(analysis.alias_size_in_bytes)
     return StepMemory(argument, temporary, argument + temporary + max(fresh, 0))
 
 
-def num_bytes(tree: Any) -> int:
+def tree_num_bytes(tree: Any) -> int:
     """Returns the bytes of all arrays, or shapes, in a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 class CompiledOnce:
-    """A function compiled at its first call, for the shapes of that call.
+    """A function that is compiled at its first call, for the shapes of that call.
 
     Args:
-        function: Pure; its last argument is the batch, which alone may have other shapes from call to call.
-        name: For the warning; by default the function's.
-        places: inputs -> where on a mesh the outputs are to be; None: wherever.
-        **arguments: Of jax.jit.
+        function: Pure function; its last argument is the batch, which alone may change its shape.
+        name: Name for the warning; by default the function's.
+        out_shardings: Function of the inputs that returns the shardings of the outputs; None leaves them to XLA.
+        donate_argnums: Arguments whose buffers the outputs may reuse, as in `jax.jit`.
     """
 
     def __init__(
-        self, function: Callable, *, name: str = "", places: Callable[..., Any] | None = None, **arguments: Any
+        self,
+        function: Callable,
+        *,
+        name: str = "",
+        out_shardings: Callable[..., Any] | None = None,
+        donate_argnums: int | tuple[int, ...] = (),
     ):
         def compiled(*inputs: Any) -> Any:
-            on_mesh = {"out_shardings": places(*inputs)} if places else {}
-            return jax.jit(function, **arguments, **on_mesh).lower(*inputs).compile()
+            on_mesh = {"out_shardings": out_shardings(*inputs)} if out_shardings else {}
+            return jax.jit(function, donate_argnums=donate_argnums, **on_mesh).lower(*inputs).compile()
 
         self._programs = OncePerShape(name or function.__name__, compiled)
 
@@ -102,7 +115,7 @@ class CompiledOnce:
         return self._programs(*inputs)(*inputs)
 
     def memory(self, *inputs: Any) -> StepMemory:
-        """Returns what a call takes, without running it. Takes shapes too."""
+        """Returns the memory that a call takes, without running it. Takes shapes too."""
         return memory_of(self.program(*inputs))
 
     def program(self, *inputs: Any) -> Any:
@@ -111,5 +124,5 @@ class CompiledOnce:
 
     @property
     def num_programs(self) -> int:
-        """How many times it was compiled."""
+        """Number of times it was compiled."""
         return len(self._programs)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.data import Batch
-from gemma_tune.models.blocks import block_kinds, call_block, run_before, run_with
-from gemma_tune.models.functional import Params, bound
+from gemma_tune.models.blocks import block_inputs, block_kinds, run_block, run_replacing_blocks
+from gemma_tune.models.functional import Params, params_scope
 from gemma_tune.models.remat import POLICIES
 from gemma_tune.runtime.backend import keras
 from gemma_tune.training.losses.cross_entropy import LossSums
@@ -48,7 +48,7 @@ class PerBlockProgram:
     """The programs of a model, compiled when first called. Training and evaluation share those of the forward pass.
 
     Args:
-        model: A CausalLM whose backbone `can_be_split`, transformed for training.
+        model: A CausalLM whose backbone `blocks_are_sequential`, transformed for training.
         remat: `none`, `dots` or `full`: which residuals of a block are kept, and which are recomputed.
 
     Attributes:
@@ -122,10 +122,11 @@ class PerBlockProgram:
             batch: A batch.
             rows: [N, D] rows to be used in place of the embedding, for any N.
         """
-        with bound(self._model, trainable, frozen) as scope:
+        with params_scope(self._model, trainable, frozen) as scope:
             if rows is not None:
-                scope.state_mapping[id(self._embeddings)] = rows  # `bound` takes arrays of a variable's own shape only.
-            return run_before(self._backbone, batch.token_ids, batch.segment_ids, batch.positions)
+                # `params_scope` itself takes arrays of a variable's own shape only.
+                scope.state_mapping[id(self._embeddings)] = rows
+            return block_inputs(self._backbone, batch.token_ids, batch.segment_ids, batch.positions)
 
     def trace_embed_backward(
         self, trainable: Params, frozen: Params, batch: Batch, gradient: jax.Array, head_gradients: Params
@@ -150,8 +151,9 @@ class PerBlockProgram:
         self, loss_of_hidden: LossOfHidden, trainable: Params, frozen: Params, x: jax.Array, batch: Batch
     ) -> LossSums:
         """Returns the loss from the last block's output."""
-        with bound(self._model, trainable, frozen):
-            hidden = run_with(self._backbone, batch.token_ids, batch.segment_ids, batch.positions, lambda _, named: x)
+        with params_scope(self._model, trainable, frozen):
+            inputs = batch.token_ids, batch.segment_ids, batch.positions
+            hidden = run_replacing_blocks(self._backbone, *inputs, lambda _, arguments: x)
             return loss_of_hidden(trainable, frozen, hidden, batch)
 
     def _trace_block(
@@ -163,7 +165,7 @@ class PerBlockProgram:
         def compute(trainable: BlockParams, x: jax.Array) -> jax.Array:
             some, others = iter(trainable), iter(frozen)
             values = [next(some if variable.trainable else others) for variable in block.variables]
-            return call_block(block, values, x, arguments)
+            return run_block(block, values, x, arguments)
 
         if self._policy is not None:
             compute = jax.checkpoint(compute, policy=self._policy, prevent_cse=False)

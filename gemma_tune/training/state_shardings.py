@@ -42,6 +42,6 @@ def _like(shape: tuple[int, ...], of_param: tuple[int, ...], sharding: NamedShar
     return NamedSharding(sharding.mesh, P())
 
 
-def places(tree: Any) -> Any:
-    """Returns where each array of a tree lies."""
+def shardings_of(tree: Any) -> Any:
+    """Returns the sharding of each array of a tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
