@@ -1,1 +1,1 @@
-"""GGUF files for llama.cpp, Ollama and their like."""
+"""Exports models as GGUF files, for llama.cpp, Ollama and similar programs."""

@@ -1,1 +1,1 @@
-"""Hugging Face directories: config, tensors, tokenizer."""
+"""Exports models as Hugging Face directories: config, tensors and tokenizer."""

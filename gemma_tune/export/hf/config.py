@@ -1,7 +1,7 @@
-"""The config.json of a backbone: transformers' names for its sizes.
+"""Makes the config.json of a backbone, with transformers' names for its settings.
 
-KerasHub has only the other direction, so what is written here is read by KerasHub's own converter and compared: a model
-that such a config can't describe isn't exported.
+KerasHub only reads such files. So each config is read back by KerasHub's own converter and compared with the backbone:
+a model that transformers can't represent is refused.
 """
 
 import inspect
@@ -20,12 +20,11 @@ HF_ARCHITECTURES = {
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
     "gemma4": ("Gemma4ForCausalLM", "gemma4_text"),
 }
-_LOCAL_WAVELENGTH, _GLOBAL_WAVELENGTH = 10_000.0, 1_000_000.0  # KerasHub's, where it has no setting.
+_LOCAL_WAVELENGTH, _GLOBAL_WAVELENGTH = 10_000.0, 1_000_000.0  # Constants in KerasHub's code.
 _SLIDING, _FULL = "sliding_attention", "full_attention"
-_LAYERS_IN_GEMMA3_PATTERN = 6  # Five local ones and a global one.
+_LAYERS_IN_GEMMA3_PATTERN = 6  # Five local layers and a global one.
 
-# What a config says in another way than a backbone does, where the backbone says it at all; and what text knows nothing
-# of.
+# Backbone settings that a config holds in another form, if at all, and those of other modalities than text.
 _SAID_OTHERWISE = {
     "query_head_dim_normalize", "layer_norm_epsilon", "local_rope_wavelength", "global_rope_wavelength", "dtype",
     "sliding_window_pattern", "vocab_size_per_layer_input", "global_head_dim", "num_experts_per_token", "dropout",
@@ -34,15 +33,15 @@ _SAID_OTHERWISE = {
 
 
 def hf_config(model: keras.Model, tokenizer: TextTokenizer, dtype: str) -> dict[str, Any]:
-    """Returns the config.json of a model.
+    """Returns the contents of a model's config.json.
 
     Args:
-        model: A CausalLM.
-        tokenizer: Its.
-        dtype: Of the weights as they are written.
+        model: CausalLM.
+        tokenizer: Tokenizer of the model.
+        dtype: Dtype of the weights in the checkpoint.
 
     Raises:
-        ModelError: The backbone has a setting that transformers' class for it doesn't know; says which.
+        ModelError: transformers' class of the family can't represent a setting of the backbone; says which.
     """
     backbone, family = model.backbone, family_of(model)
     architecture, model_type = HF_ARCHITECTURES[family]
@@ -148,7 +147,7 @@ def _query_scalar(backbone: Any) -> int:
 
 
 def _check(backbone: Any, config: dict[str, Any]) -> None:
-    """Compares every setting of the backbone with what a reader of the config would build."""
+    """Raises ModelError if KerasHub builds a backbone with another setting from the config."""
     parameters = inspect.signature(type(backbone).__init__).parameters
     read = {name: one.default for name, one in parameters.items()} | sizes_of_config(config)
     skipped = _SAID_OTHERWISE | (set() if backbone.use_sliding_window_attention else {"sliding_window_size"})
@@ -157,6 +156,6 @@ def _check(backbone: Any, config: dict[str, Any]) -> None:
     for name, value in settings.items():
         if name in read and name not in skipped and value != read[name]:
             raise ModelError(
-                f"transformers' {config['architectures'][0]} has no {name}={value!r}, but {read[name]!r}. Export to "
-                "--format=keras."
+                f"transformers' {config['architectures'][0]} can't represent {name}={value!r}: it would have "
+                f"{read[name]!r}. Use --format=keras."
             )

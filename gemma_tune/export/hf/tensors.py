@@ -1,7 +1,7 @@
-"""A backbone's weights as the tensors of a Hugging Face checkpoint: their names and shapes, and, one at a time, values.
+"""Gives a backbone's weights as the tensors of a Hugging Face checkpoint: names and shapes at once, values one by one.
 
-KerasHub's converters know which tensor goes where. Each of their hooks only looks at a tensor's values in another
-order, so a hook that is given empty memory shows where in it each of a variable's values belongs.
+KerasHub's converters know which variable each tensor becomes. Their hooks only return views of a tensor with its values
+in another order, so that writing through such a view of empty memory puts each value where the tensor has it.
 """
 
 from collections.abc import Iterator
@@ -12,24 +12,30 @@ import numpy as np
 from gemma_tune.errors import ModelError
 from gemma_tune.models.quantized.layers import QuantizedKernel
 from gemma_tune.models.sources.hf_checkpoint import Port, ports
-from gemma_tune.quantization.codes import dequantize, rows_of
+from gemma_tune.quantization.codes import dequantize, slice_rows
 from gemma_tune.runtime.backend import keras_hub
 
-_ROWS_AT_ONCE = 4096  # Of an embedding. A multiple of 256, as doubly quantized scales want it.
+_ROWS_AT_ONCE = 4096  # Rows of an embedding; a multiple of 256, which doubly quantized scales require.
 
 
 class Tensor(NamedTuple):
-    """One tensor. ports: What it is made of: one variable, or several parts."""
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: Name in the checkpoint.
+        shape: Shape in the checkpoint.
+        ports: Variables that the tensor is made of: usually one, several for a concatenation.
+    """
 
     name: str
     shape: tuple[int, ...]
     ports: list[Port]
 
     def chunks(self, dtype: np.dtype) -> Iterator[np.ndarray]:
-        """Yields the values: what follows each other along the first axis, so that no copy of a large tensor is made.
+        """Yields the values in consecutive pieces of the first axis, so that no copy of a large tensor is made.
 
         Raises:
-            ModelError: float16 can't hold one of them.
+            ModelError: float16 can't hold a value.
         """
         if self.ports[0].hook is None:
             yield from (_cast(rows, dtype, self.name) for rows in _rows(self.ports[0].value))
@@ -38,21 +44,21 @@ class Tensor(NamedTuple):
         for port in self.ports:
             view = port.hook(buffer, list(port.value.shape))
             if view.shape != tuple(port.value.shape) or not np.may_share_memory(view, buffer):
-                raise ModelError(f"{self.name} can't be written: KerasHub's reader does more than move its values.")
+                raise ModelError(f"{self.name} can't be written: KerasHub's reader does more than reorder its values.")
             for rows in _rows(port.value):
                 view[...] = _cast(rows, dtype, self.name)
         yield buffer
 
 
 def tensors_of(backbone: keras_hub.models.Backbone, config: dict[str, Any]) -> list[Tensor]:
-    """Lists the tensors of a checkpoint.
+    """Returns the tensors of a checkpoint.
 
     Args:
-        backbone: Without LoRA; quantized weights are given as floats.
-        config: As config.json has it.
+        backbone: Backbone without LoRA. The tensors of quantized weights are floats.
+        config: Contents of config.json.
 
     Raises:
-        ModelError: A weight of the backbone has no place in such a checkpoint.
+        ModelError: A weight of the backbone has no tensor in such a checkpoint.
     """
     parts: dict[str, list[Port]] = {}
     for port in ports(backbone, config):
@@ -72,13 +78,13 @@ def tensors_of(backbone: keras_hub.models.Backbone, config: dict[str, Any]) -> l
 
 
 def _stored_shape(name: str, port: Port) -> tuple[int, ...]:
-    """PyTorch's linear layers are [outputs, inputs]; of several heads, they have one axis for heads and head width."""
+    """Returns PyTorch's shape: linear layers are [outputs, inputs], with one axis for heads and head width."""
     shape = tuple(port.value.shape)
     if port.hook is None:
         return shape
     if not shape:
         return (1,)
-    if name.endswith("experts.gate_up_proj"):  # [E, D, F], for both halves.
+    if name.endswith("experts.gate_up_proj"):  # Two variables of [E, D, F].
         return shape[0], 2 * shape[2], shape[1]
     if name.endswith("experts.down_proj"):
         return shape[0], shape[2], shape[1]
@@ -90,7 +96,7 @@ def _stored_shape(name: str, port: Port) -> tuple[int, ...]:
 
 
 def _rows(value: Any) -> Iterator[np.ndarray]:
-    """Yields a variable's values: an embedding's some rows at a time, any other's at once."""
+    """Yields a variable's values: those of an embedding some rows at a time, all others at once."""
     shape = tuple(value.shape)
     is_embedding = value.path.endswith("embeddings")
     if isinstance(value, QuantizedKernel):
@@ -100,7 +106,7 @@ def _rows(value: Any) -> Iterator[np.ndarray]:
             return
         for start in range(0, shape[0], _ROWS_AT_ONCE):
             count = min(_ROWS_AT_ONCE, shape[0] - start)
-            yield np.asarray(dequantize(rows_of(quantized, start, count))).reshape(count, *shape[1:])
+            yield np.asarray(dequantize(slice_rows(quantized, start, count))).reshape(count, *shape[1:])
         return
     values = np.asarray(value.value)
     if not is_embedding:
@@ -116,5 +122,5 @@ def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = values.astype(np.float32).astype(dtype)
     if dtype == np.float16 and not np.isfinite(cast).all():
-        raise ModelError(f"{name} has a value beyond 65504, where float16 ends. Take --dtype=bfloat16 or float32.")
+        raise ModelError(f"{name} has a value beyond 65504, where float16 ends. Use --dtype=bfloat16 or float32.")
     return cast

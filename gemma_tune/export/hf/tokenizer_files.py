@@ -1,9 +1,10 @@
-"""A SentencePiece model as the files that transformers' tokenizers read.
+"""Writes a SentencePiece model as the files that transformers' tokenizers read.
 
-tokenizer.json is what the `tokenizers` library reads (huggingface.co/docs/tokenizers): byte-pair encoding by merges. In
-SentencePiece a pair is merged if it makes a piece, best score first; so the merges are all ways to put a piece together
-from two others, in the order of the pieces' scores. Pieces that SentencePiece finds before it merges anything
-(user-defined ones) are added tokens, which are found before too, in the text with spaces replaced.
+tokenizer.json, which the `tokenizers` library reads (huggingface.co/docs/tokenizers), describes byte-pair encoding by a
+list of merges. SentencePiece merges two pieces if together they are a piece, that with the best score first; so the
+merges are all splits of a piece into two others, in the order of the pieces' scores. User-defined pieces, which
+SentencePiece finds before it merges anything, become added tokens, which are found first too, in the text with its
+spaces replaced.
 """
 
 import json
@@ -16,14 +17,14 @@ from gemma_tune.export.jinja_template import jinja_template
 from gemma_tune.models.sources.tokenizer import TextTokenizer
 
 _SPACE = "▁"
-_CLASS = "PreTrainedTokenizerFast"  # transformers then takes tokenizer.json as it is.
+_CLASS = "PreTrainedTokenizerFast"  # With this class, transformers uses tokenizer.json unchanged.
 
 
 def write_tokenizer(folder: Path, tokenizer: TextTokenizer, template: ChatTemplate, context_tokens: int) -> None:
     """Writes tokenizer.model, tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
 
     Raises:
-        ModelError: The SentencePiece model isn't of the kind that Gemma's are.
+        ModelError: The SentencePiece model is not of Gemma's kind.
     """
     pieces = _pieces(tokenizer.proto)
     special = {name: piece for name, piece in _special_tokens(tokenizer, pieces).items() if piece}
@@ -54,8 +55,8 @@ def _pieces(proto: bytes) -> list[Any]:
     normalizer, kind = model.normalizer_spec, model.trainer_spec.model_type
     if kind != schema.TrainerSpec.BPE or normalizer.precompiled_charsmap or normalizer.add_dummy_prefix:
         raise ModelError(
-            "The tokenizer isn't one of Gemma's kind: byte-pair encoding, without normalization and without a space in "
-            "front. It can't be written as tokenizer.json."
+            "The tokenizer can't be written as tokenizer.json: it is not of Gemma's kind, which is byte-pair encoding "
+            "without normalization and without a space before the text."
         )
     return list(model.pieces)
 

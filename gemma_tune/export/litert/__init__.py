@@ -1,1 +1,1 @@
-"""LiteRT (TensorFlow Lite) models for phones."""
+"""Exports models for LiteRT (TensorFlow Lite), which runs on phones."""

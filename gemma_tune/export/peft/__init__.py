@@ -1,1 +1,1 @@
-"""LoRA adapters for PEFT."""
+"""Exports LoRA adapters in the format of PEFT."""

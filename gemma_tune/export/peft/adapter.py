@@ -1,8 +1,9 @@
 """Writes a model's LoRA factors as a PEFT adapter, with which the base in Hugging Face's format computes the same.
 
-PEFT's layout goes over one to one. Keras's becomes PEFT's of rank N·R where a kernel is of N heads (lora_layouts.py);
-`rank_pattern` and `alpha_pattern` then say what differs from module to module. LoRA on the embedding is written twice,
-for `embed_tokens` and `lm_head`, since PEFT gives each module of a tied pair factors of its own.
+Factors in PEFT's layout are written unchanged. Those in Keras's layout become PEFT's with rank N·R where a kernel has N
+heads (models/lora/layouts.py); `rank_pattern` and `alpha_pattern` then give what differs from module to module. LoRA on
+the embedding is written twice, for `embed_tokens` and `lm_head`, since PEFT has separate factors for the two modules of
+a tied embedding.
 """
 
 from collections import Counter
@@ -22,10 +23,16 @@ from gemma_tune.models.lora.peft_names import EMBEDDING, LM_HEAD, TEXT_PREFIX, l
 from gemma_tune.runtime.atomic_files import write_json
 from gemma_tune.runtime.backend import keras
 from gemma_tune.runtime.processes import fetch_to_host
+from gemma_tune.runtime.safetensors_file import write_safetensors
 
 
-class Module(NamedTuple):
-    """One module's factors. lora_spec: Their spec. tensors: By the end of their names in PEFT's file."""
+class PeftModule(NamedTuple):
+    """LoRA factors of one module.
+
+    Attributes:
+        lora_spec: Kind of the factors.
+        tensors: Arrays by the end of their names in PEFT's file.
+    """
 
     lora_spec: LoraSpec
     tensors: dict[str, np.ndarray]
@@ -35,11 +42,11 @@ def can_be_peft(model: keras.Model) -> str:
     """Returns why a model's factors can't be a PEFT adapter, or ""."""
     layers = lora_layers(model.backbone)
     if not layers:
-        return "The model has no LoRA factors. Train it with training.method=lora, or name its --adapter."
+        return "The model has no LoRA factors. Train it with training.method=lora, or give its --adapter."
     known = {id(layer) for layer in layers_by_module(model.backbone).values()}
     unknown = [layer.path for layer in layers if id(layer) not in known]
     if unknown:
-        return f"{unknown[0]} has LoRA factors, and no module of Hugging Face's models is known for it."
+        return f"{unknown[0]} has LoRA factors, but no module of Hugging Face's models is known to be this layer."
     return ""
 
 
@@ -47,32 +54,30 @@ def write_peft_adapter(model: keras.Model, directory: Path, base_name: str) -> N
     """Writes adapter_config.json and adapter_model.safetensors.
 
     Args:
-        model: A CausalLM with LoRA.
-        directory: Exists, and is empty.
-        base_name: Of the base in Hugging Face's format, as `from_pretrained` takes it: a name, or a directory. It also
-            says whether the base reads text alone: the modules of one that also sees are called otherwise.
+        model: CausalLM with LoRA.
+        directory: Existing, empty directory.
+        base_name: Base model in Hugging Face's format, as `from_pretrained` takes it: a name or a directory. It also
+            decides the modules' names, which differ between text-only and multimodal models.
 
     Raises:
-        ModelError: `can_be_peft` says why not.
+        ModelError: The factors can't be a PEFT adapter; says why.
     """
     if problem := can_be_peft(model):
         raise ModelError(problem)
-    from safetensors.numpy import save_file
-
     prefix, found = module_prefix(base_name), peft_modules(model)
     tensors = {
-        f"base_model.model.{_full_name(prefix, module)}.{name}": np.ascontiguousarray(value)
+        f"base_model.model.{_full_name(prefix, module)}.{name}": value
         for module, (_, values) in found.items()
         for name, value in values.items()
     }
-    save_file(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
-    of_base = [*layers_by_module(model.backbone), LM_HEAD]
-    settings = peft_settings({module: one.lora_spec for module, one in found.items()}, of_base, prefix, base_name)
-    write_json(directory / CONFIG_FILE, settings)
+    write_safetensors(directory / WEIGHTS_FILE, tensors, {"format": "pt"})
+    all_modules = [*layers_by_module(model.backbone), LM_HEAD]
+    lora_specs = {module: one.lora_spec for module, one in found.items()}
+    write_json(directory / CONFIG_FILE, peft_settings(lora_specs, all_modules, prefix, base_name))
 
 
-def peft_modules(model: keras.Model) -> dict[str, Module]:
-    """Returns the factors by their module, such as `layers.0.self_attn.q_proj`, as PEFT has them."""
+def peft_modules(model: keras.Model) -> dict[str, PeftModule]:
+    """Returns the factors in PEFT's layout by their module, such as `layers.0.self_attn.q_proj`."""
     layers = {id(layer) for layer in lora_layers(model.backbone)}
     found = {}
     for module, layer in layers_by_module(model.backbone).items():
@@ -84,23 +89,23 @@ def peft_modules(model: keras.Model) -> dict[str, Module]:
         tensors = {"lora_A.weight": low, "lora_B.weight": high}
         if magnitude:
             tensors["lora_magnitude_vector"] = magnitude[0].reshape(-1)
-        if module == EMBEDDING:  # Looking a row up is E·x with x at its place; the head multiplies with Eᵀ.
-            found[LM_HEAD] = Module(lora_spec, {"lora_A.weight": high.T, "lora_B.weight": low.T})
+        if module == EMBEDDING:  # A lookup multiplies a one-hot vector with E, the LM head a hidden state with Eᵀ.
+            found[LM_HEAD] = PeftModule(lora_spec, {"lora_A.weight": high.T, "lora_B.weight": low.T})
             tensors = {"lora_embedding_A": low, "lora_embedding_B": high}
-        found[module] = Module(lora_spec, tensors)
+        found[module] = PeftModule(lora_spec, tensors)
     return found
 
 
 def peft_settings(
-    lora_specs: dict[str, LoraSpec], of_base: Iterable[str], prefix: str, base_name: str
+    lora_specs: dict[str, LoraSpec], all_modules: Iterable[str], prefix: str, base_name: str
 ) -> dict[str, Any]:
-    """Returns what adapter_config.json says.
+    """Returns the contents of adapter_config.json.
 
     Args:
         lora_specs: Spec of each module's factors.
-        of_base: All modules that there are.
-        prefix: Of full names.
-        base_name: Of the base.
+        all_modules: All modules of the base that could have factors.
+        prefix: Beginning of full module names.
+        base_name: Name of the base model.
     """
     kinds = {module: (one.rank, _whole(one.alpha)) for module, one in lora_specs.items()}
     rank, alpha = Counter(kinds.values()).most_common(1)[0][0]
@@ -111,7 +116,7 @@ def peft_settings(
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": _targets(lora_specs, of_base, prefix),
+        "target_modules": _targets(lora_specs, all_modules, prefix),
         "rank_pattern": _pattern({module: kind[0] for module, kind in kinds.items()}, rank, prefix),
         "alpha_pattern": _pattern({module: kind[1] for module, kind in kinds.items()}, alpha, prefix),
         "use_rslora": first.use_rslora,
@@ -125,20 +130,20 @@ def peft_settings(
     }
 
 
-def _targets(chosen: Iterable[str], of_base: Iterable[str], prefix: str) -> list[str]:
-    """Short names, such as q_proj, where all modules of that name have factors and the model has no others that see;
-    else full ones.
+def _targets(chosen: Iterable[str], all_modules: Iterable[str], prefix: str) -> list[str]:
+    """Returns short names, such as q_proj, where all modules of that name have factors and the base is text-only, and
+    full names elsewhere.
     """
     chosen, short = set(chosen), set()
     for name in {_short(module) for module in chosen}:
-        if prefix == TEXT_PREFIX and all(module in chosen for module in of_base if _short(module) == name):
+        if prefix == TEXT_PREFIX and all(module in chosen for module in all_modules if _short(module) == name):
             short.add(name)
     full = {_full_name(prefix, module) for module in chosen if _short(module) not in short}
     return sorted(short | full)
 
 
 def _pattern(values: dict[str, Any], usual: Any, prefix: str) -> dict[str, Any]:
-    """Returns what differs from the usual, by short name where all of that name are alike."""
+    """Returns the values that differ from the usual one, by short name where all modules of that name have the same."""
     pattern = {}
     for module, value in values.items():
         alike = len({one for other, one in values.items() if _short(other) == _short(module)}) == 1
