@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import lora_model, num_targets, random_batch
+from helpers.training_steps import lora_model, num_targets, random_batch
 
 from gemma_tune.models.attention.kernels import causal_attention
 from gemma_tune.models.attention.segment_attention import key_spans, segment_attention

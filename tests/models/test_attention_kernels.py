@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import lora_model, num_targets, random_batch
+from helpers.training_steps import lora_model, num_targets, random_batch
 
 from gemma_tune.models.attention.choice import compile_problem, first_device, kernel_problem
 from gemma_tune.models.attention.kernels import causal_attention, cudnn_attention, splash_attention

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_per_block import SPLIT_FAMILIES, assert_same, both_steps
-from test_step import num_targets, random_batch
+from helpers.training_steps import SPLIT_FAMILIES, assert_same, both_steps, num_targets, random_batch
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import assign, hidden_states, parameters, params_scope

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import num_targets, random_batch
+from helpers.training_steps import num_targets, random_batch
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.base_fingerprint import fingerprint

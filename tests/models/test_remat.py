@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_step import lora_model, num_targets, random_batch
+from helpers.training_steps import lora_model, num_targets, random_batch
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.attention.packing_masks import enable_packing

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_loop import fresh_state, make_loop
-from test_step import lora_model, num_targets, random_batch, sgd
+from helpers.training_loops import fresh_state, make_loop
+from helpers.training_steps import lora_model, num_targets, random_batch, sgd
 
 from gemma_tune.errors import TrainingError
 from gemma_tune.models.functional import parameters

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.loss_cases import random_case
 
 from gemma_tune.training.losses.cross_entropy import fused_linear_cross_entropy
 
@@ -14,15 +15,6 @@ def plain_loss(hidden, head, target_ids, weights, soft_cap):
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     log_p = jax.nn.log_softmax(logits)
     return -(jnp.take_along_axis(log_p, target_ids[:, None], axis=1)[:, 0] * weights).sum()
-
-
-def random_case(rng, num_tokens, vocabulary, width=24):
-    return (
-        jnp.asarray(rng.normal(size=(num_tokens, width)), jnp.float32),
-        jnp.asarray(rng.normal(size=(vocabulary, width)), jnp.float32),
-        jnp.asarray(rng.integers(0, vocabulary, num_tokens), jnp.int32),
-        jnp.asarray([1.0, *rng.choice([0.0, 1.0, 0.5], num_tokens - 1)], jnp.float32),  # One token has a weight.
-    )
 
 
 @pytest.mark.parametrize("soft_cap", [None, 3.0])

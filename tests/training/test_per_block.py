@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import lora_model, num_targets, random_batch, sgd
+from helpers.training_steps import SPLIT_FAMILIES, assert_same, both_steps, lora_model, num_targets, random_batch, sgd
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.attention.packing_masks import enable_packing
@@ -16,26 +16,6 @@ from gemma_tune.training.step.loss import make_loss_of_hidden
 from gemma_tune.training.step.per_block import PerBlockProgram
 from gemma_tune.training.step.per_block_gradients import PerBlockGradients
 from gemma_tune.training.step.train_step import make_eval_step, make_train_step
-
-SPLIT_FAMILIES = ("gemma", "gemma2", "gemma3")
-
-
-def both_steps(model, batch, remat, grad_accum_steps=1):
-    """Returns (state, metrics) of one step with each program. SGD at rate 1: the state is the gradient."""
-    optimizer = sgd()
-    results = []
-    for per_block in (None, PerBlockProgram(model, remat)):
-        step = make_train_step(model, optimizer, num_targets(batch), grad_accum_steps, per_block)
-        results.append(step(init_state(model, optimizer), parameters(model).frozen, batch))
-    return results
-
-
-def assert_same(whole, blocks):
-    np.testing.assert_allclose(blocks[1], whole[1], rtol=1e-5)
-    assert blocks[0].trainable.keys() == whole[0].trainable.keys()
-    for path, value in whole[0].trainable.items():
-        # float32, in another order of sums: 1e-4 of the largest entry.
-        np.testing.assert_allclose(blocks[0].trainable[path], value, atol=1e-4 * np.abs(value).max(), err_msg=path)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_loop import fresh_state, make_loop
-from test_step import num_targets, random_batch, sgd
+from helpers.training_loops import fresh_state, make_loop
+from helpers.training_steps import num_targets, random_batch, sgd
 
 from gemma_tune.cli.main import run as run_command
 from gemma_tune.data import Batch, TokenizedExample, make_batch

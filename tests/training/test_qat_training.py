@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_losses import random_case
-from test_step import num_targets, random_batch
+from helpers.loss_cases import random_case
+from helpers.training_steps import num_targets, random_batch
 
 from gemma_tune import Config, pipeline
 from gemma_tune.models.functional import assign, parameters

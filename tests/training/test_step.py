@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.training_steps import lora_model, num_targets, random_batch, sgd
 
 from gemma_tune.data import Batch, TokenizedExample, make_batch
 from gemma_tune.models.attention.packing_masks import enable_packing
@@ -16,30 +17,6 @@ from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.state import init_state
 from gemma_tune.training.step.loss import make_loss_fn
 from gemma_tune.training.step.train_step import make_eval_step, make_train_step
-
-
-def random_batch(rng, lengths=(20, 9, 30, 5), num_rows=4, row_length=40):
-    rows = []
-    for length in lengths:
-        is_target = np.arange(length) >= length // 2
-        rows.append([TokenizedExample(rng.integers(10, 1024, length).astype(np.int32), is_target)])
-    return make_batch(rows, num_rows, row_length)
-
-
-def num_targets(batch):
-    return int((batch.loss_weights > 0).sum())
-
-
-def lora_model(tiny, family, rng, targets=("all-linear",), **method):
-    model = tiny(family)
-    enable_lora(model.backbone, 4, 8.0, targets, seed=0, **method)
-    groups = parameters(model)
-    # With B = 0 the gradient of A would be zero, and the test blind to it.
-    trainable = {
-        p: jnp.asarray(rng.normal(size=v.shape), jnp.float32) * 0.1 if p.endswith("_b") else v
-        for p, v in groups.trainable.items()
-    }
-    return model, trainable, groups.frozen
 
 
 def plain_loss(model, trainable, frozen, batch):
@@ -53,18 +30,6 @@ def plain_loss(model, trainable, frozen, batch):
         logits = model({name: inputs[name] for name in model.backbone.input})
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.target_ids)
     return (losses * batch.loss_weights).sum() / batch.loss_weights.sum()
-
-
-def sgd(learning_rate=1.0):
-    return make_optimizer(
-        "sgd",
-        make_schedule("constant", learning_rate, 0, 10),
-        weight_decay=0.0,
-        b1=0.0,
-        b2=0.0,
-        epsilon=1e-8,
-        clip_norm=0.0,
-    )
 
 
 def test_packed_lora_gradients_equal_those_of_separate_rows_through_keras_hubs_forward(tiny, family, rng):
@@ -192,7 +157,9 @@ def test_one_program_serves_all_batches(tiny, rng):
         for lengths in ((20, 9), (5, 38, 30), (40,)):
             state, _ = step(state, frozen, random_batch(rng, lengths))
     assert step.num_programs == 1
-    with pytest.warns(RuntimeWarning, match=r"train_step is being recompiled \(2nd time\): a batch of another shape came, .*\[4, 48\]"):
+    with pytest.warns(
+        RuntimeWarning, match=r"train_step is being recompiled \(2nd time\): a batch of another shape came, .*\[4, 48\]"
+    ):
         state, _ = step(state, frozen, random_batch(rng, row_length=48))
     step(state, frozen, random_batch(rng))  # The first program is still there.
     assert step.num_programs == 2
