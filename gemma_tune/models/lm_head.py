@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from gemma_tune.models.cpu.bfloat16 import cpu_slice_rows
-from gemma_tune.quantization.codes import Quantized, Scales, dequantize, scale_values, slice_rows, take_rows
+from gemma_tune.quantization.codes import Quantized, dequantize, slice_rows, take_rows
 from gemma_tune.quantization.fake import FakeQuantized
+from gemma_tune.quantization.scales import Scales, scale_values
 
 LMHead = jax.Array | Quantized | FakeQuantized  # V rows of width D.
 

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_tune.quantization.scales import DOUBLE_QUANT_GROUP, Scales, make_scales, reciprocal, scale_values
 from gemma_tune.quantization.spec import QuantSpec
 
-# Reciprocals, since XLA turns such divisions into products and NumPy doesn't (as in `_inverse`).
-_PART_OF_127, _PART_OF_15, _PART_OF_255 = (np.float32(1 / parts) for parts in (127, 15, 255))
-_SCALES_PER_GROUP = 256  # In double quantization, as in QLoRA.
+# Reciprocals, since XLA turns such divisions into products and NumPy doesn't (as in `reciprocal`).
+_PART_OF_127, _PART_OF_15 = (np.float32(1 / parts) for parts in (127, 15))
 
 # Ascending, with equal areas under the normal curve between them, an exact 0 and an exact ±1.
 NF4_LEVELS = np.array(
@@ -51,20 +51,6 @@ NF4_LEVELS = np.array(
     np.float32,
 )
 NF4_BOUNDARIES = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
-
-
-class Scales(NamedTuple):
-    """The scales of an array's groups.
-
-    Attributes:
-        values: [P, G, 1, Q] float32 scales, or uint8 codes of them with double quantization.
-        step: [n, 1] float32, what a code is multiplied by, for each 256 codes in memory order; else None.
-        lowest: [n, 1] float32, what is added to the product, for each 256 codes in memory order; else None.
-    """
-
-    values: Any
-    step: Any = None
-    lowest: Any = None
 
 
 class Quantized(NamedTuple):
@@ -94,18 +80,18 @@ def quantize(values: Any, quant_spec: QuantSpec) -> Quantized:
     xp: Any = _namespace(values)
     if quant_spec.scheme == "int8":
         scale = xp.max(xp.abs(values), axis=1, keepdims=True) * _PART_OF_127
-        codes = xp.clip(xp.round(values * _inverse(xp, scale)), -127, 127).astype(xp.int8)
+        codes = xp.clip(xp.round(values * reciprocal(xp, scale)), -127, 127).astype(xp.int8)
         return Quantized(codes, Scales(scale[:, None]))
     first, inputs, last = values.shape
     grouped = values.reshape(first, inputs // quant_spec.block_size, quant_spec.block_size, last)
     if quant_spec.scheme == "nf4":
-        scales = _scales(xp, xp.max(xp.abs(grouped), axis=2, keepdims=True), quant_spec)
-        relative = grouped * _inverse(xp, scale_values(xp, scales))
+        scales = make_scales(xp, xp.max(xp.abs(grouped), axis=2, keepdims=True), quant_spec)
+        relative = grouped * reciprocal(xp, scale_values(xp, scales))
         return Quantized(pack_codes(xp, _nearest_nf4(xp, relative)), scales)
     low = xp.minimum(xp.min(grouped, axis=2, keepdims=True), 0)
     high = xp.maximum(xp.max(grouped, axis=2, keepdims=True), 0)
-    scales = _scales(xp, (high - low) * _PART_OF_15, quant_spec)
-    inverse = _inverse(xp, scale_values(xp, scales))
+    scales = make_scales(xp, (high - low) * _PART_OF_15, quant_spec)
+    inverse = reciprocal(xp, scale_values(xp, scales))
     zeros = xp.clip(xp.round(-low * inverse), 0, 15)
     codes = xp.clip(xp.round(grouped * inverse) + zeros, 0, 15)
     return Quantized(pack_codes(xp, codes), scales, zeros.astype(xp.uint8))
@@ -148,7 +134,7 @@ def slice_rows(quantized: Quantized, start: Any, count: int) -> Quantized:
         scales = Scales(some(scales.values))
     else:
         per_row = scales.values[0].size
-        groups = start * per_row // _SCALES_PER_GROUP, -(-count * per_row // _SCALES_PER_GROUP)
+        groups = start * per_row // DOUBLE_QUANT_GROUP, -(-count * per_row // DOUBLE_QUANT_GROUP)
         scales = Scales(some(scales.values), some(scales.step, *groups), some(scales.lowest, *groups))
     return Quantized(some(quantized.codes), scales, None if quantized.zeros is None else some(quantized.zeros))
 
@@ -179,18 +165,18 @@ def fake_quantize(values: jax.Array, quant_spec: QuantSpec) -> jax.Array:
     x = values.astype(jnp.float32)
     if quant_spec.scheme == "int8":
         scale = jnp.max(jnp.abs(x), axis=1, keepdims=True) * _PART_OF_127
-        return (jnp.clip(jnp.round(x * _inverse(jnp, scale)), -127, 127) * scale).astype(values.dtype)
+        return (jnp.clip(jnp.round(x * reciprocal(jnp, scale)), -127, 127) * scale).astype(values.dtype)
     grouped = x.reshape(x.shape[0], x.shape[1] // quant_spec.block_size, quant_spec.block_size, x.shape[2])
     if quant_spec.scheme == "nf4":
-        scale = scale_values(jnp, _scales(jnp, jnp.max(jnp.abs(grouped), axis=2, keepdims=True), quant_spec))
-        relative, rounded = grouped * _inverse(jnp, scale), jnp.full_like(grouped, NF4_LEVELS[0])
+        scale = scale_values(jnp, make_scales(jnp, jnp.max(jnp.abs(grouped), axis=2, keepdims=True), quant_spec))
+        relative, rounded = grouped * reciprocal(jnp, scale), jnp.full_like(grouped, NF4_LEVELS[0])
         for boundary, level in zip(NF4_BOUNDARIES, NF4_LEVELS[1:], strict=True):
             rounded = jnp.where(relative > boundary, level, rounded)
     else:
         low = jnp.minimum(jnp.min(grouped, axis=2, keepdims=True), 0)
         high = jnp.maximum(jnp.max(grouped, axis=2, keepdims=True), 0)
-        scale = scale_values(jnp, _scales(jnp, (high - low) * _PART_OF_15, quant_spec))
-        inverse = _inverse(jnp, scale)
+        scale = scale_values(jnp, make_scales(jnp, (high - low) * _PART_OF_15, quant_spec))
+        inverse = reciprocal(jnp, scale)
         zeros = jnp.clip(jnp.round(-low * inverse), 0, 15)
         rounded = jnp.clip(jnp.round(grouped * inverse) + zeros, 0, 15) - zeros
     return (rounded * scale).reshape(values.shape).astype(values.dtype)
@@ -214,14 +200,6 @@ def _as(xp: Any, table: np.ndarray) -> Any:
     return xp.asarray(table)
 
 
-def _inverse(xp: Any, scale: Any) -> Any:
-    """Returns 1 / scale, since XLA turns a division by a scale into this product and NumPy doesn't.
-
-    A group of zeros has the scale 0; any other scale gives the same codes.
-    """
-    return 1 / xp.where(scale == 0, 1, scale)
-
-
 def _nearest_nf4(xp: Any, values: Any) -> Any:
     if xp is np:
         return np.searchsorted(NF4_BOUNDARIES, values)
@@ -238,37 +216,3 @@ def pack_codes(xp: Any, codes: Any) -> Any:
     codes = codes.astype(xp.uint8)
     half = codes.shape[2] // 2
     return codes[:, :, :half] | (codes[:, :, half:] << 4)
-
-
-def _scales(xp: Any, values: Any, quant_spec: QuantSpec) -> Scales:
-    """Returns the Scales of values [P, G, 1, Q]."""
-    values = values.astype(xp.float32)
-    if not quant_spec.double:
-        return Scales(values)
-    flat = _scale_groups(xp, values)
-    lowest, highest = (f(flat, axis=1, keepdims=True) for f in (xp.min, xp.max))
-    step = (highest - lowest) * _PART_OF_255
-    codes = xp.round((flat - lowest) * _inverse(xp, step)).astype(xp.uint8)
-    return Scales(codes.reshape(-1)[: values.size].reshape(values.shape), step, lowest)
-
-
-def scale_values(xp: Any, scales: Scales) -> Any:
-    """Returns scales as [P, G, 1, Q] float32, dequantized if necessary.
-
-    Args:
-        xp: `numpy` or `jax.numpy`.
-        scales: Scales.
-    """
-    if scales.step is None:
-        return scales.values
-    flat = _scale_groups(xp, scales.values).astype(xp.float32) * scales.step + scales.lowest
-    return flat.reshape(-1)[: scales.values.size].reshape(scales.values.shape)
-
-
-def _scale_groups(xp: Any, array: Any) -> Any:
-    """Returns an array as [n, 256] in memory order, padded with copies of its last value."""
-    flat = array.reshape(-1)
-    missing = -flat.size % _SCALES_PER_GROUP
-    if missing:
-        flat = xp.concatenate([flat, xp.broadcast_to(flat[-1:], (missing,))])
-    return flat.reshape(-1, _SCALES_PER_GROUP)

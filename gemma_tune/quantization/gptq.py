@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from gemma_tune.errors import ConfigError
-from gemma_tune.quantization.codes import NF4_BOUNDARIES, NF4_LEVELS, Quantized, pack_codes, quantize, scale_values
+from gemma_tune.quantization.codes import NF4_BOUNDARIES, NF4_LEVELS, Quantized, pack_codes, quantize
+from gemma_tune.quantization.scales import reciprocal, scale_values
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.quantization.statistics import check_fit
 
@@ -163,7 +164,7 @@ def _round_in_order(weights, carried, corner, scale, zero, scheme: str) -> tuple
 
 def _nearest(target, scale, zero, scheme: str) -> tuple[jax.Array, jax.Array]:
     """Returns (code, value) as `codes.quantize` and `codes.dequantize` compute them."""
-    scaled = target * (1 / jnp.where(scale == 0, 1, scale))
+    scaled = target * reciprocal(jnp, scale)
     if scheme == "int8":
         code = jnp.clip(jnp.round(scaled), -127, 127)
         return code, code * scale

@@ -21,7 +21,8 @@ from gemma_tune.models.lm_head import apply_soft_cap
 from gemma_tune.models.lora.layers import merged_kernel, with_factors
 from gemma_tune.models.quantized.product import VOCABULARY_TILE, quantized_logits, quantized_product
 from gemma_tune.models.sharding.placement import put_sharded
-from gemma_tune.quantization.codes import Quantized, Scales, dequantize, quantize, quantized_shapes, take_rows
+from gemma_tune.quantization.codes import Quantized, dequantize, quantize, quantized_shapes, take_rows
+from gemma_tune.quantization.scales import Scales
 from gemma_tune.quantization.spec import LayerScheme
 from gemma_tune.runtime.backend import keras
 
