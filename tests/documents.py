@@ -1,5 +1,6 @@
 """The project's pages: README.md and docs/, and what is written in them."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -59,7 +60,9 @@ def anchors(page):
 
 def table_rows(page, heading):
     """Yields the cells of each row of the first table under a heading."""
-    section = page.read_text().split(f"\n## {heading}\n", 1)[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    for line in lines[2:]:
+    lines = page.read_text().split(f"\n## {heading}\n", 1)[1].splitlines()
+    table = itertools.takewhile(
+        lambda line: line.startswith("|"), itertools.dropwhile(lambda line: line[:1] != "|", lines)
+    )
+    for line in itertools.islice(table, 2, None):
         yield [cell.strip() for cell in line.strip("|").split("|")]
