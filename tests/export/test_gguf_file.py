@@ -4,7 +4,7 @@ import gguf
 import jinja2
 import numpy as np
 import pytest
-from models.test_lora import logits
+from helpers.logits import logits
 
 from gemma_tune.data.chat_template import template_for
 from gemma_tune.data.example import Turn

@@ -8,7 +8,7 @@ import sys
 import gguf
 import numpy as np
 import pytest
-from models.test_lora import logits
+from helpers.logits import logits
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import hidden_states

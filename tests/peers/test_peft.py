@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-from models.test_lora_methods import METHODS, with_lora
+from helpers.lora import METHODS, with_lora
 
 from gemma_tune.config import Config
 from gemma_tune.export.peft.adapter import write_peft_adapter

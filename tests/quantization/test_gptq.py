@@ -198,7 +198,7 @@ def test_without_a_factor_it_rounds_to_nearest(rng, bad):
 
 def test_what_is_refused(rng):
     values, hessian = kernel(rng), jnp.eye(SHAPE[1])
-    with pytest.raises(ConfigError, match="must be more than 0, got 0"):
+    with pytest.raises(ConfigError, match="must be greater than 0, got 0"):
         gptq(values, hessian, QuantSpec("int8"), damping=0)
     with pytest.raises(ModelError, match="needs a Hessian"):
         gptq(values, jnp.eye(64), QuantSpec("int8"))

@@ -61,7 +61,7 @@ def test_output_error_is_that_of_the_outputs(rng):
 
 def test_what_does_not_fit():
     check_fit(np.zeros((2, 64, 3)), np.zeros((64, 64)), QuantSpec("int4", 32))
-    with pytest.raises(ModelError, match=r"shapes \(2, 64, 3\) and \(128, 128\)"):
+    with pytest.raises(ModelError, match=r"the kernel has shape \(2, 64, 3\) and the Hessian \(128, 128\)"):
         check_fit(np.zeros((2, 64, 3)), np.zeros((128, 128)), QuantSpec("int4", 32))
     with pytest.raises(ModelError, match="needs a Hessian"):
         check_fit(np.zeros((64, 3)), np.zeros((64, 64)), QuantSpec("int8"))

@@ -1,4 +1,4 @@
-"""The arithmetic of factors against its definition: the merged kernel, and what jax.grad makes of it."""
+"""Tests of the arithmetic of factors against its definition: the merged kernel, and what jax.grad makes of it."""
 
 import math
 

@@ -1,43 +1,59 @@
-"""Both layouts, rsLoRA and DoRA on whole models, in floats and in codes."""
+"""Tests of layers with LoRA factors: both layouts, rsLoRA and DoRA on whole models, with float and quantized kernels."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.test_lora import logits, random_second_factors
+from helpers.logits import logits
+from helpers.lora import METHODS, methods, randomize_b, with_lora
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.functional import assign, parameters, params_scope
+from gemma_tune.models.functional import parameters, params_scope
 from gemma_tune.models.layers import lora_layers
-from gemma_tune.models.lora.adapter import load_adapter, read_adapter_metadata, save_adapter
-from gemma_tune.models.lora.enable import enable_lora, enable_on_layers, lora_specs, merge_lora, neutral_lora_values
-from gemma_tune.models.lora.factors import LoraSpec, kernel_norms, kernel_update
-from gemma_tune.models.lora.layers import factors_of, lora_spec_of
-from gemma_tune.models.lora.layouts import convert_layout
+from gemma_tune.models.lora.enable import enable_lora, merge_lora, neutral_lora_values
+from gemma_tune.models.lora.factors import (
+    kernel_norms,
+    kernel_update,
+)
+from gemma_tune.models.lora.layers import LoraEinsumDense, factors_of, lora_spec_of
 from gemma_tune.models.quantized.merge import merge_into_codes
 from gemma_tune.models.sources.lazy_initialization import lazy_initialization
 from gemma_tune.models.sources.tiny import tiny_backbone
 from gemma_tune.quantization.spec import QuantSpec
-
-METHODS = {
-    "peft": {"layout": "peft"},
-    "peft-rslora": {"layout": "peft", "use_rslora": True},
-    "peft-dora": {"layout": "peft", "use_dora": True},
-    "keras-rslora-dora": {"layout": "keras", "use_rslora": True, "use_dora": True},
-}
-_OFTEN = ("peft-dora", "keras-rslora-dora")
-methods = pytest.mark.parametrize(
-    "method",
-    [pytest.param(m, id=name, marks=() if name in _OFTEN else pytest.mark.slow) for name, m in METHODS.items()],
-)
+from gemma_tune.runtime.backend import keras
 
 
-def with_lora(model, rng, method, targets=("all-linear",), rank=3):
-    enable_lora(model.backbone, rank, 6.0, targets, 0, **method)
-    random_second_factors(model, rng)
-    magnitudes = {path: value for path, value in parameters(model).trainable.items() if path.endswith("_magnitude")}
-    assign(model, {path: value * rng.uniform(0.8, 1.2, value.shape) for path, value in magnitudes.items()})
-    return model
+def test_the_low_rank_path_equals_keras(tiny, family, rng):
+    model = tiny(family)
+    enable_lora(model.backbone, 3, 6.0, ("all-linear",), seed=0)
+    randomize_b(model, rng)
+    swapped = [layer for layer in lora_layers(model.backbone) if type(layer) is LoraEinsumDense]
+    ours = logits(model)
+    for layer in swapped:
+        layer.__class__ = keras.layers.EinsumDense
+    assert len(swapped) >= 6
+    np.testing.assert_allclose(ours, logits(model), atol=2e-4)
+
+
+def test_no_gradient_of_a_kernels_size_is_made(tiny):
+    """In the jaxpr of our path's gradient no array has the kernel's shape but the kernel itself; Keras's path makes
+    one.
+    """
+    model = tiny("gemma3")
+    enable_lora(model.backbone, 2, 2.0, ("ffw_gating",), seed=0)
+    layer = lora_layers(model.backbone)[0]
+
+    def count(call):
+        def loss(a, x):
+            with keras.StatelessScope(state_mapping=[(layer.lora_kernel_a, a)]):
+                return call(layer, x).sum()
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(layer.lora_kernel_a.value, np.ones((1, 5, 64), np.float32))
+        made = [var for equation in jaxpr.jaxpr.eqns for var in equation.outvars]
+        return sum(getattr(var.aval, "shape", None) == tuple(layer._kernel.shape) for var in made)
+
+    assert count(LoraEinsumDense.call) == 0
+    assert count(keras.layers.EinsumDense.call) > 0
 
 
 def test_pefts_layout_has_pefts_parameter_count(family):
@@ -62,7 +78,7 @@ def test_it_changes_nothing_at_the_start(tiny, some_family, method):
     model = tiny(some_family)
     before = logits(model)
     enable_lora(model.backbone, 4, 8.0, ("all-linear",), 0, **method)
-    np.testing.assert_allclose(logits(model), before, atol=1e-4)  # As in test_lora.
+    np.testing.assert_allclose(logits(model), before, atol=1e-4)  # As in test_enable.py.
 
 
 @methods
@@ -164,83 +180,6 @@ def test_beside_codes(tiny, rng, method):
     before, errors = logits(model), merge_into_codes(model.backbone)
     assert len(errors) == 42 and max(error.of_weights for error in errors) < 0.01
     assert 0 < np.abs(logits(model) - before).max() < 0.3 * np.abs(before).max()
-
-
-@methods
-def test_adapters_keep_what_they_are(tiny, rng, tmp_path, method):
-    model = with_lora(tiny("gemma3"), rng, method)
-    save_adapter(model, tmp_path, "tiny")
-    metadata = read_adapter_metadata(tmp_path)
-    assert metadata["layout"] == method["layout"] and "layers" not in metadata
-    again = tiny("gemma3")
-    load_adapter(again, tmp_path)
-    assert lora_specs(again.backbone) == lora_specs(model.backbone)
-    np.testing.assert_allclose(logits(again), logits(model), atol=1e-5)
-
-
-def test_adapters_keep_factors_of_several_kinds(tiny, rng, tmp_path):
-    model = tiny("gemma3")
-    first, second = (block.attention.query_dense.path for block in model.backbone.transformer_layers[:2])
-    kinds = {first: LoraSpec("peft", 2, 3.0), second: LoraSpec("peft", 5, 5.5)}
-    enable_on_layers(model.backbone, kinds, 0)
-    random_second_factors(model, rng)
-    save_adapter(model, tmp_path, "tiny")
-    again = tiny("gemma3")
-    load_adapter(again, tmp_path)
-    assert lora_specs(again.backbone) == kinds
-    np.testing.assert_allclose(logits(again), logits(model), atol=1e-5)
-
-
-def test_files_of_before_layouts_still_load(tiny, rng, tmp_path):
-    from safetensors import safe_open
-    from safetensors.numpy import load_file, save_file
-
-    model = with_lora(tiny("gemma3"), rng, {})
-    file = save_adapter(model, tmp_path, "tiny")
-    with safe_open(file, framework="np") as opened:
-        metadata = opened.metadata()
-    for name in ("layout", "use_rslora", "use_dora", "sha256"):
-        del metadata[name]
-    save_file(load_file(file), file, metadata)
-    again = tiny("gemma3")
-    load_adapter(again, tmp_path)
-    np.testing.assert_allclose(logits(again), logits(model), atol=1e-5)
-
-
-@pytest.mark.parametrize("method", [METHODS["peft-rslora"], METHODS["keras-rslora-dora"]], ids=["peft", "keras"])
-def test_a_layout_becomes_the_other(tiny, some_family, rng, method):
-    model = with_lora(
-        tiny(some_family), rng, method, ("all-linear",) if method.get("use_dora") else ("all-linear", "token_embedding")
-    )
-    before, kinds = logits(model), lora_specs(model.backbone)
-    other = "keras" if method["layout"] == "peft" else "peft"
-    convert_layout(model.backbone, other)
-    assert {kind.layout for kind in lora_specs(model.backbone).values()} == {other}
-    np.testing.assert_allclose(logits(model), before, atol=2e-4)
-    convert_layout(model.backbone, method["layout"])
-    np.testing.assert_allclose(logits(model), before, atol=2e-4)
-    if method["layout"] == "keras":
-        assert {path: kind.rank for path, kind in lora_specs(model.backbone).items()} == {
-            p: k.rank for p, k in kinds.items()
-        }
-
-
-def test_what_h5_has_no_place_for(tiny, rng, tmp_path):
-    for method, reason in (
-        (METHODS["peft"], "lora.layout=keras only"),
-        (METHODS["keras-rslora-dora"], "no magnitudes"),
-    ):
-        with pytest.raises(ModelError, match=reason):
-            save_adapter(with_lora(tiny(), rng, method), tmp_path / "a.lora.h5")
-    model = with_lora(tiny("gemma3"), rng, {"use_rslora": True}, ("query", "value"))
-    theirs = tiny("gemma3")
-    theirs.backbone.load_lora_weights(str(save_adapter(model, tmp_path / "b.lora.h5")))
-    np.testing.assert_allclose(logits(theirs), logits(model), atol=2e-4)  # Its scale is in B.
-
-
-def test_dora_on_the_embedding_is_refused(tiny):
-    with pytest.raises(ModelError, match="can't have DoRA factors: a tied embedding"):
-        enable_lora(tiny().backbone, 2, 2.0, ("token_embedding",), 0, "peft", use_dora=True)
 
 
 def test_doras_magnitudes_begin_as_norms(tiny):
