@@ -76,7 +76,7 @@ def test_layers_of_one_kind_share_a_table(tiny):
 
 @pytest.mark.parametrize("most", [LENGTH * 8 - 1, LENGTH * 8])
 def test_long_rows_have_none(tiny, monkeypatch, most):
-    monkeypatch.setattr(rotary, "_MOST_ENTRIES", most)
+    monkeypatch.setattr(rotary, "MAX_TABLE_ENTRIES", most)
     backbone = tiny("gemma3").backbone
     use_rotary_tables(backbone)
     layer = rotary_layers(backbone)[0]

@@ -35,7 +35,7 @@ def test_every_variable_of_every_family_has_a_place_that_it_fits(tiny, family, q
     enable_lora(model.backbone, 2, 2.0, ["all-linear"], seed=0, **method)
     sharding = abstract_sharding(fsdp=2, model=2)
     num_cut = 0
-    for variable, place in sharding._shardings(model.backbone):
+    for variable, place in sharding.variable_shardings(model.backbone):
         place.shard_shape(tuple(variable.shape))  # Raises where an axis isn't divided evenly.
         num_cut += any(entry is not None for entry in place.spec)
         if variable.path.endswith("/kernel") and not any(name in variable.path for name in ("key", "value")):

@@ -14,7 +14,7 @@ import numpy as np
 from gemma_tune.models.layers import iter_layers
 from gemma_tune.runtime.backend import is_single_cpu, keras_hub
 
-_MAX_ENTRIES = 2**21  # 8,192 positions of width 256. In longer rows attention takes most of the time.
+MAX_TABLE_ENTRIES = 2**21  # 8,192 positions of width 256. In longer rows attention takes most of the time.
 Tables = dict[tuple, tuple[np.ndarray, np.ndarray]]
 
 
@@ -31,7 +31,7 @@ def _cos_sin(layer: Any, tables: Tables, inputs: Any, start_index: Any = 0, posi
     """Returns the cosines and sines, [1, L, …, H] each, for inputs [B, L, …, H]."""
     length, width = inputs.shape[1], inputs.shape[-1]
     is_constant = positions is None and isinstance(start_index, int)
-    if not is_constant or layer.rope_type != "linear" or length * width > _MAX_ENTRIES:
+    if not is_constant or layer.rope_type != "linear" or length * width > MAX_TABLE_ENTRIES:
         return type(layer)._compute_cos_sin_embedding(layer, inputs, start_index, positions)
     settings = layer.max_wavelength, layer.scaling_factor, layer.denominator_dim, layer.compute_dtype
     key = *settings, start_index, length, width, inputs.ndim

@@ -63,12 +63,17 @@ class MeshSharding:
             kernel = layer._float_kernel
             axes = matrix_mesh_axes(kernel.path, kernel.shape, layer._matrix_shape)
             object.__setattr__(kernel, "sharding", self.sharding_for(axes, layer._matrix_shape))
-        for variable, named_sharding in self._variable_shardings(backbone):
+        for variable, named_sharding in self.variable_shardings(backbone):
             variable._layout = named_sharding  # Keras places what is assigned accordingly.
             if variable._value is not None:
                 variable._value = put_sharded(variable._value, named_sharding)
 
-    def _variable_shardings(self, backbone: keras_hub.models.Backbone) -> list[tuple[keras.Variable, NamedSharding]]:
+    def variable_shardings(self, backbone: keras_hub.models.Backbone) -> list[tuple[keras.Variable, NamedSharding]]:
+        """Returns (variable, its sharding) of all variables of a backbone.
+
+        Raises:
+            ModelError: No rule covers a variable; names it.
+        """
         found = []
         quantized = {id(variable): layer for layer in quantized_layers(backbone) for variable in layer._code_variables}
         for variable in backbone.variables:
