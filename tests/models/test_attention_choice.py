@@ -33,11 +33,11 @@ GEMMA4_GLOBAL = GEMMA3._replace(head_width=512, scale=1.0)
         ("cudnn", Device("cuda", (12, 0)), GEMMA3, 512, ""),
         ("cudnn", HOPPER, GEMMA3._replace(dtype="float32"), 512, "cuDNN needs float16 or bfloat16, this is float32"),
         ("cudnn", HOPPER, GEMMA2, 512, "cuDNN has no soft cap of scores, this model has one of 50"),
-        ("cudnn", HOPPER, GEMMA4_GLOBAL, 512, "cuDNN needs a head width in eights up to 256 on this GPU, this is 512"),
-        ("cudnn", HOPPER, GEMMA3._replace(head_width=20), 512, "in eights up to 256 on this GPU, this is 20"),
+        ("cudnn", HOPPER, GEMMA4_GLOBAL, 512, "cuDNN needs a head width that is a multiple of 8, at most 256 on this GPU, this is 512"),
+        ("cudnn", HOPPER, GEMMA3._replace(head_width=20), 512, "a multiple of 8, at most 256 on this GPU, this is 20"),
         ("cudnn", HOPPER, GEMMA3, 511, "cuDNN needs rows of a multiple of 128 tokens, these have 511"),
         ("cudnn", HOPPER, GEMMA3, 192, "cuDNN needs rows of a multiple of 128 tokens, these have 192"),
-        ("cudnn", AMPERE, GEMMA3, 512, "cuDNN needs a head width in eights up to 128 on this GPU, this is 256"),
+        ("cudnn", AMPERE, GEMMA3, 512, "cuDNN needs a head width that is a multiple of 8, at most 128 on this GPU, this is 256"),
         ("cudnn", AMPERE, GEMMA3_27B, 512, ""),
         ("cudnn", TURING, GEMMA3_27B, 512, "cuDNN needs compute capability 8.0, this GPU has 7.5"),
         ("cudnn", CPU, GEMMA3, 512, "cuDNN needs an NVIDIA GPU, this is cpu"),
@@ -120,7 +120,7 @@ def test_what_is_asked_for_and_can_run_is_taken(tiny, on, wanted):
 def test_other_attention_stays_keras_hubs(tiny):
     backbone = tiny("gemma3").backbone
     unknown = types.SimpleNamespace(transformer_layers=[types.SimpleNamespace(attention=object())])
-    assert choose_attention(unknown, "auto", 512) == ("keras", "this model's attention layers are not known")
+    assert choose_attention(unknown, "auto", 512) == ("keras", "this model's attention layers are not supported")
     backbone.transformer_layers[2].attention.dropout = 0.1
     assert choose_attention(backbone, "auto", 512) == ("keras", "this model's attention has dropout")
     with pytest.raises(ModelError, match=r"attention=xla can't be used: this model's attention has dropout"):

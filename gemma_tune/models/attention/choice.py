@@ -1,4 +1,4 @@
-"""Which attention kernel a model trains with: the fastest that its layers, the rows and the device allow."""
+"""Chooses the attention kernel that a model trains with: the fastest that its layers, rows and device allow."""
 
 import re
 from collections.abc import Sequence
@@ -14,12 +14,17 @@ from gemma_tune.runtime.backend import keras_hub
 
 _NAMES = {"xla": "XLA", "cudnn": "cuDNN", "splash": "splash attention", "keras": "KerasHub's own"}
 _FASTEST = {"cuda": "cudnn", "tpu": "splash"}  # By platform; `xla` elsewhere.
-# Those whose masks and scales `attention_shape_of` knows how to read. Another family trains with KerasHub's own attention.
+# Layers whose masks and scales `attention_shape_of` can read. Others train with KerasHub's own attention.
 _KNOWN_LAYERS = ("CachedGemmaAttention", "CachedGemma3Attention", "Gemma4TextAttention")
 
 
 class AttentionChoice(NamedTuple):
-    """A kernel (`xla`, `cudnn`, `splash` or `keras`), and why it is no faster one; empty when there is none."""
+    """An attention kernel, and why it isn't a faster one.
+
+    Attributes:
+        kernel: `xla`, `cudnn`, `splash` or `keras`.
+        reason: Why the device's fastest kernel can't be used, or "" if this is it.
+    """
 
     kernel: str
     reason: str = ""
@@ -29,7 +34,12 @@ class AttentionChoice(NamedTuple):
 
 
 class Device(NamedTuple):
-    """platform: `cpu`, `cuda`, `rocm` or `tpu`. capability: Of an NVIDIA GPU: (9, 0) is Hopper."""
+    """The kind of device that a run computes on.
+
+    Attributes:
+        platform: `cpu`, `cuda`, `rocm` or `tpu`.
+        capability: Compute capability of an NVIDIA GPU; (9, 0) is Hopper.
+    """
 
     platform: str
     capability: tuple[int, int] = (0, 0)
@@ -39,20 +49,20 @@ def choose_attention(backbone: keras_hub.models.Backbone, wanted: str, row_lengt
     """Chooses the kernel that a model trains with on this machine's first device.
 
     Args:
-        backbone: Any.
-        wanted: `training.attention`: `auto`, or the kernel to use.
-        row_length: Positions L of a row.
+        backbone: Backbone of any family.
+        wanted: Value of `training.attention`: `auto`, or the kernel to use.
+        row_length: Number of positions in a row, L.
 
     Raises:
-        ModelError: `wanted` can't be used here.
+        ModelError: The wanted kernel can't be used here.
     """
     device = first_device()
     kernel = _FASTEST.get(device.platform, "xla") if wanted == "auto" else wanted
     layers = [getattr(block, "attention", None) for block in getattr(backbone, "transformer_layers", [])] or [None]
-    only_keras = next(filter(None, map(_why_only_keras, layers)), "")
+    only_keras = next(filter(None, map(_own_kernels_problem, layers)), "")
     shapes = [] if only_keras else [attention_shape_of(layer) for layer in layers]
     if kernel == "keras":
-        problem = _why_not_keras(device, shapes)
+        problem = _keras_problem(device, shapes)
     elif kernel == "xla" or only_keras:
         problem = only_keras
     else:
@@ -65,10 +75,11 @@ def choose_attention(backbone: keras_hub.models.Backbone, wanted: str, row_lengt
 
 
 def kernel_problem(kernel: str, device: Device, shapes: Sequence[AttentionShape], row_length: int) -> str:
-    """Returns why `cudnn` or `splash` can't be used, or "": the limits that are known beforehand.
+    """Returns why `cudnn` or `splash` can't be used, by the limits that are known beforehand, or "".
 
-    cuDNN's are those of jax/_src/cudnn/fused_attention_stablehlo.py. Rows that are no multiple of 128 it would take;
-    but with a mask, on Hopper, its backward pass makes NaN of some of them (github.com/pytorch/pytorch/issues/196678).
+    cuDNN's limits are those of jax/_src/cudnn/fused_attention_stablehlo.py. It would take rows whose length isn't a
+    multiple of 128, but on Hopper its backward pass with a mask makes NaN of some of them
+    (github.com/pytorch/pytorch/issues/196678).
     """
     name = _NAMES[kernel]
     if kernel == "splash" and device.platform != "tpu":
@@ -85,16 +96,19 @@ def kernel_problem(kernel: str, device: Device, shapes: Sequence[AttentionShape]
             if shape.soft_cap:
                 return f"{name} has no soft cap of scores, this model has one of {shape.soft_cap:g}"
             if shape.head_width > widest or shape.head_width % 8:
-                return f"{name} needs a head width in eights up to {widest} on this GPU, this is {shape.head_width}"
+                return (
+                    f"{name} needs a head width that is a multiple of 8, at most {widest} on this GPU, "
+                    f"this is {shape.head_width}"
+                )
     if row_length % FUSED_TILE:
         return f"{name} needs rows of a multiple of {FUSED_TILE} tokens, these have {row_length}"
     return ""
 
 
 def compile_problem(kernel: str, shapes: Sequence[AttentionShape], row_length: int) -> str:
-    """Returns why a kernel doesn't compile, forward and backward, or "".
+    """Returns why a kernel's forward and backward passes don't compile, or "".
 
-    What a version of cuDNN or a generation of TPUs doesn't have shows nowhere else.
+    Nothing else tells what a version of cuDNN or a generation of TPUs lacks.
     """
     for shape in sorted(set(shapes), key=str):
 
@@ -110,22 +124,26 @@ def compile_problem(kernel: str, shapes: Sequence[AttentionShape], row_length: i
             mask = jax.ShapeDtypeStruct((2, row_length, row_length), "bool")
         try:
             jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, k, mask).compile()
-        except Exception as error:  # Whatever it is: another kernel computes the same.
+        except Exception as error:  # Any error: another kernel computes the same.
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             return f"{_NAMES[kernel]} doesn't compile here: {first_line}"
     return ""
 
 
-def _why_only_keras(attention: Any) -> str:
+def _own_kernels_problem(attention: Any) -> str:
+    """Returns why an attention layer can only compute as KerasHub made it, or ""."""
     if type(attention).__name__ not in _KNOWN_LAYERS:
-        return "this model's attention layers are not known"
+        return "this model's attention layers are not supported"
     if getattr(attention, "use_bidirectional_attention", False):
-        return "this model's attention goes both ways"
+        return "this model's attention is bidirectional"
     return "this model's attention has dropout" if attention.dropout else ""
 
 
-def _why_not_keras(device: Device, shapes: Sequence[AttentionShape]) -> str:
-    """Its fused path takes masks that are constants; without one it falls back to attention that knows no cap."""
+def _keras_problem(device: Device, shapes: Sequence[AttentionShape]) -> str:
+    """Returns why KerasHub's own attention computes something else here, or "".
+
+    Its fused path takes only masks that are constants. Under jit it falls back to attention without a soft cap.
+    """
     if device.platform == "tpu" and any(shape.soft_cap for shape in shapes):
         return "on TPU, KerasHub leaves out the soft cap of scores in compiled steps"
     return ""

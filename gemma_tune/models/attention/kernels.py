@@ -1,8 +1,8 @@
-"""Attention of packed rows, in three ways that come to the same.
+"""Attention kernels for packed rows. All of them compute the same.
 
-`causal_attention` is plain products and runs everywhere. `cudnn_attention` (NVIDIA GPUs) and `splash_attention` (TPUs)
-are flash attention (arXiv:2205.14135): scores stay on the chip, so that memory grows with T and not with T·T. Which
-one a model trains with is decided in `attention_choice`.
+`causal_attention` consists of plain products, and runs on every device. `cudnn_attention` (NVIDIA GPUs) and
+`splash_attention` (TPUs) are flash attention (arXiv:2205.14135): scores stay on the chip, so that memory grows with T
+and not with T·T. `choice.py` decides which one a model trains with.
 """
 
 from typing import Literal
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from gemma_tune.models.lm_head import apply_soft_cap
 
-_QUERY_TILE = 128  # Positions, at least. Smaller blocks skip more, and make products too small to be fast.
-_NUM_BLOCKS = 4  # At most: beyond that, programs get long for little.
-FUSED_TILE = 128  # The fused kernels take rows that are a multiple of this.
-_SPLASH_TILES = (512, 256, FUSED_TILE)  # The largest that divides a row: fewer steps, all within a TPU's fast memory.
+_MIN_QUERY_TILE = 128  # Smaller tiles skip more scores, but their products are too small to be fast.
+_MAX_NUM_TILES = 4  # More tiles make the program longer and gain little.
+FUSED_TILE = 128  # The fused kernels take rows whose length is a multiple of this.
+_SPLASH_TILES = (512, 256, FUSED_TILE)  # The largest that divides a row is used: all fit into a TPU's fast memory.
 
 
 def causal_attention(
@@ -30,18 +30,19 @@ def causal_attention(
 ) -> jax.Array:
     """Returns softmax(cap(q·kᵀ·scale))·v, where no query sees a later position.
 
-    The half of the scores that a causal mask throws away is never computed: queries are taken a block at a time, each
-    against the keys up to its own last position, and from the first that its window reaches, in a layout that needs no
-    transposition when all query heads share one key/value head.
+    Most of the scores that a causal mask would hide are never computed. Queries are taken one tile at a time, with the
+    keys from the first that the tile's window reaches up to its own end. The order of axes needs no transposition when
+    all query heads share one key/value head.
 
     Args:
-        q: [B, T, N, H]; every N / K query heads share a key/value head.
-        k: [B, T, K, H].
-        v: [B, T, K, H].
-        mask: [B, T, T], true where a query (second axis) may look; nothing above the diagonal is read.
-        scale: Of the scores.
-        soft_cap: c of c·tanh(score / c) (Gemma 2, arXiv:2408.00118), or None.
-        window: Positions that a query sees at most, its own included, as the mask has it too; None: all before it.
+        q: [B, T, N, H] queries; every N / K query heads share a key/value head.
+        k: [B, T, K, H] keys.
+        v: [B, T, K, H] values.
+        mask: [B, T, T] bool, true where a query (second axis) sees a key; nothing above the diagonal is read.
+        scale: Factor of the scores.
+        soft_cap: Soft cap of the scores (`apply_soft_cap`), or None.
+        window: Number of positions that a query sees, its own included, or None for all before it. The mask is cut to
+            the window already.
 
     Returns:
         [B, T, N, H] in v's dtype. The softmax is float32. Rows whose mask is all false are meaningless.
@@ -49,25 +50,25 @@ def causal_attention(
     num_rows, length, num_heads, width = q.shape
     num_kv_heads = k.shape[2]
     q = (q * scale).reshape(num_rows, length, num_kv_heads, num_heads // num_kv_heads, width)
-    blocks, size = [], max(_QUERY_TILE, -(-length // _NUM_BLOCKS))
-    for start in range(0, length, size):
-        stop = min(start + size, length)
+    tiles, tile = [], max(_MIN_QUERY_TILE, -(-length // _MAX_NUM_TILES))
+    for start in range(0, length, tile):
+        stop = min(start + tile, length)
         first = max(0, start - window + 1) if window else 0
         part = (q[:, start:stop], k[:, first:stop], v[:, first:stop], mask[:, start:stop, first:stop])
-        blocks.append(masked_attention(*part, soft_cap))
-    return jnp.concatenate(blocks, axis=1).reshape(num_rows, length, num_heads, width)
+        tiles.append(masked_attention(*part, soft_cap))
+    return jnp.concatenate(tiles, axis=1).reshape(num_rows, length, num_heads, width)
 
 
 def masked_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, soft_cap: float | None = None
 ) -> jax.Array:
-    """Returns softmax(cap(q·kᵀ))·v where the mask allows it, with all scores at once.
+    """Returns softmax(cap(q·kᵀ))·v over the keys that the mask allows, computing all scores at once.
 
     Args:
-        q: [B, T, K, G, H], scaled: G query heads for each key/value head.
-        k, v: [B, S, K, H].
-        mask: [B, T, S].
-        soft_cap: As in `causal_attention`.
+        q: [B, T, K, G, H] queries, scaled, with G query heads for each key/value head.
+        k, v: [B, S, K, H] keys and values.
+        mask: [B, T, S] bool, true where a query sees a key.
+        soft_cap: Soft cap of the scores, or None.
 
     Returns:
         [B, T, K, G, H] in v's dtype.
@@ -87,21 +88,21 @@ def cudnn_attention(
     scale: float,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Like `causal_attention`, by cuDNN's flash attention. There is no soft cap.
+    """Computes what `causal_attention` does by cuDNN's flash attention, which has no soft cap.
 
-    A sliding window belongs into the mask: cuDNN before 9.10.2 refuses a window of its own beside a mask.
+    A sliding window must be part of the mask: cuDNN before 9.10.2 refuses a window of its own beside a mask.
 
     Args:
-        q: [B, T, N, H] float16 or bfloat16.
-        k, v: [B, T, K, H], of the same dtype.
-        mask: [B, T, T] bool.
-        scale: Of the scores.
-        implementation: `xla` computes the same call without cuDNN, so that it can be tested anywhere.
+        q: [B, T, N, H] queries, float16 or bfloat16.
+        k, v: [B, T, K, H] keys and values of the same dtype.
+        mask: [B, T, T] bool, true where a query sees a key.
+        scale: Factor of the scores.
+        implementation: `cudnn`, or `xla` to compute the same call without cuDNN, for tests.
 
     Returns:
         [B, T, N, H]. Rows whose mask is all false are meaningless.
     """
-    # A row that may look nowhere has no finite sum of exponentials to divide by in the backward pass.
+    # Each query sees itself: without any key, the backward pass would divide by a sum of exponentials that is 0.
     mask = mask | jnp.eye(q.shape[1], dtype=bool)
     return jax.nn.dot_product_attention(
         q, k, v, mask=mask[:, None], scale=scale, is_causal=True, implementation=implementation
@@ -119,18 +120,18 @@ def splash_attention(
     soft_cap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention within segments, by JAX's Pallas kernel for TPU. No mask is ever held.
+    """Computes causal attention within segments by JAX's Pallas kernel for TPU, without making a mask.
 
-    Blocks of scores above the diagonal and beyond the window are skipped.
+    Tiles of scores above the diagonal or beyond the window are skipped.
 
     Args:
-        q: [B, T, N, H]; T is a multiple of 128.
-        k, v: [B, T, K, H].
+        q: [B, T, N, H] queries; T is a multiple of 128.
+        k, v: [B, T, K, H] keys and values.
         segment_ids: [B, T] int32. A query sees keys of its own segment; padding sees padding.
-        scale: Of the scores.
-        window: A query sees so many positions, its own included; None: all before it.
-        soft_cap: As in `causal_attention`.
-        interpret: Runs the kernel's program without a TPU, slowly.
+        scale: Factor of the scores.
+        window: Number of positions that a query sees, its own included, or None for all before it.
+        soft_cap: Soft cap of the scores, or None.
+        interpret: Whether to interpret the kernel, slowly, on a device that is no TPU.
 
     Returns:
         [B, T, N, H] in q's dtype.
@@ -138,13 +139,13 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Costs a second, and only TPUs need it.
 
     length, num_heads = q.shape[1:3]
-    # Positions before and after a query that it sees.
+    # (Positions before a query, positions after it) that it sees.
     head_mask = splash.LocalMask((length, length), (None if window is None else window - 1, 0), 0)
-    block = next(size for size in _SPLASH_TILES if length % size == 0)
+    tile = next(size for size in _SPLASH_TILES if length % size == 0)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([head_mask] * num_heads),
         block_sizes=splash.BlockSizes(
-            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+            block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
         ),
         head_shards=1,
         q_seq_shards=1,

@@ -1,10 +1,9 @@
-"""Lets several examples share a row: attention masks that go by segment ids instead of padding.
+"""Lets several examples share a row, by attention masks that are made from segment ids.
 
-Each decoder block of KerasHub makes its mask in `_compute_attention_mask(x, padding_mask, …)`. That method is wrapped
-so that the padding
-mask may hold segment ids: to what the block itself allows (what lies before, the sliding window) comes that both tokens
-have the same id, and not 0. Rotary positions and windows are relative, so examples need no positions of their own. A
-padding mask of ones and zeros means what it always meant.
+Each decoder block of KerasHub makes its mask in `_compute_attention_mask(x, padding_mask, …)`. That method is wrapped,
+so that the padding mask may hold segment ids. A query then sees a key if the block itself allows it (causal order, the
+sliding window) and both tokens have the same id, which isn't 0. Rotary positions and windows are relative, so examples
+need no positions of their own. A padding mask of ones and zeros means what it meant before.
 """
 
 import types
@@ -18,15 +17,15 @@ from gemma_tune.runtime.backend import keras_hub
 
 
 def enable_packing(backbone: keras_hub.models.Backbone) -> None:
-    """Wraps the masks of all decoder blocks. Decoding with a cache keeps KerasHub's own.
+    """Makes the decoder blocks take segment ids for a padding mask. Decoding with a KV cache keeps KerasHub's masks.
 
     Raises:
-        ModelError: The blocks make no mask that could be wrapped; packing must be switched off for such a model.
+        ModelError: The blocks have no method that makes their masks, so that packing must be off for this model.
     """
     blocks = getattr(backbone, "transformer_layers", [])
     if not blocks or not all(hasattr(block, "_compute_attention_mask") for block in blocks):
         raise ModelError(
-            f"{type(backbone).__name__} makes its attention masks in a way that packing doesn't know. Set "
+            f"{type(backbone).__name__} makes its attention masks in a way that packing doesn't support. Set "
             "data.packing=false."
         )
     for block in blocks:
@@ -36,10 +35,10 @@ def enable_packing(backbone: keras_hub.models.Backbone) -> None:
 
 
 def _packed_mask(block: Any, x: Any, padding_mask: Any, *rest: Any, **named: Any) -> Any:
-    """Returns [B, L, L], true where a query may look; or [B, L, 1] segment ids, 0 for padding, to attention that makes
-    its masks from them.
+    """Returns a [B, L, L] mask, true where a query sees a key.
 
-    `rest` ends with (cache, cache_update_index) in every family.
+    Attention that makes its masks itself gets [B, L, 1] segment ids, 0 for padding. `rest` ends with (cache,
+    cache_update_index) in every family.
     """
     cache = named["cache"] if "cache" in named else rest[-2]
     if cache is not None or padding_mask is None:

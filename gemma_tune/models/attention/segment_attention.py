@@ -1,10 +1,10 @@
-"""Attention of packed rows that computes hardly more scores than their segments need.
+"""Attention of packed rows that computes few more scores than their segments need, for CPUs.
 
-In a row of 1,024 tokens with examples of 300, two thirds of the scores below the diagonal lie between examples that
-don't see each other. Where the segments are is known only when the program runs, and a compiled product has a fixed
-shape. So a row is cut into blocks of queries, each of which needs the keys from the first that one of its queries sees
-up to its own last; there is one loop for each of a few spans of keys, and each block is visited by the loop of the
-shortest span that reaches far enough. How often a loop runs depends on the batch. On CPU that costs nothing; a GPU or
+In a row of 1,024 tokens with examples of 300, two thirds of the scores below the diagonal are between examples that
+don't see each other. Where the segments are is known only when the program runs, while a compiled product has a fixed
+shape. So the queries of a row are cut into tiles. A tile needs the keys from the first that one of its queries sees up
+to its own end. For each of a few numbers of keys (spans) there is a loop, and each tile is computed in the loop of the
+shortest span that is long enough. How often a loop runs depends on the batch. On a CPU that costs nothing; a GPU or
 TPU would have to wait for the host.
 """
 
@@ -19,7 +19,7 @@ from jax import lax
 
 from gemma_tune.models.attention.kernels import masked_attention
 
-QUERY_TILE = 128  # Positions, at most.
+QUERY_TILE = 128  # Queries in a tile, at most.
 
 
 def segment_attention(
@@ -35,90 +35,96 @@ def segment_attention(
     """Returns softmax(cap(q·kᵀ·scale))·v, where no query sees a later position, as `causal_attention` does.
 
     Args:
-        q: [B, T, N, H]; every N / K query heads share a key/value head.
-        k: [B, T, K, H].
-        v: [B, T, K, H].
-        mask: [B, T, T], true where a query (second axis) may look; false above the diagonal.
-        scale: Of the scores.
-        soft_cap: c of c·tanh(score / c) (Gemma 2, arXiv:2408.00118), or None.
-        window: Positions that a query sees at most, its own included, as the mask has it too; None: all before it.
+        q: [B, T, N, H] queries; every N / K query heads share a key/value head.
+        k: [B, T, K, H] keys.
+        v: [B, T, K, H] values.
+        mask: [B, T, T] bool, true where a query (second axis) sees a key; false above the diagonal.
+        scale: Factor of the scores.
+        soft_cap: Soft cap of the scores (`apply_soft_cap`), or None.
+        window: Number of positions that a query sees, its own included, or None for all before it. The mask is cut to
+            the window already.
 
     Returns:
         [B, T, N, H] in v's dtype. The softmax is float32. Rows whose mask is all false are meaningless.
     """
     num_rows, length, num_heads, width = q.shape
-    num_blocks = -(-length // QUERY_TILE)
-    block = -(-length // num_blocks)
-    missing = num_blocks * block - length
+    num_tiles = -(-length // QUERY_TILE)
+    tile = -(-length // num_tiles)
+    missing = num_tiles * tile - length
     q = (q * scale).reshape(num_rows, length, k.shape[2], num_heads // k.shape[2], width)
     if missing:
         q, k, v = (jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) for x in (q, k, v))
         mask = jnp.pad(mask, ((0, 0), (0, missing), (0, missing)))
-    longest = min(num_blocks * block, window + block - 1 if window else num_blocks * block)
-    attended = _attention(soft_cap, block, key_spans(block, longest), q, k, v, mask)
+    longest = min(num_tiles * tile, window + tile - 1 if window else num_tiles * tile)
+    attended = _attention(soft_cap, tile, key_spans(tile, longest), q, k, v, mask)
     return attended[:, :length].reshape(num_rows, length, num_heads, width)
 
 
-def key_spans(block: int, longest: int) -> tuple[int, ...]:
-    """Returns the numbers of keys that a block of queries may be given, ascending: each a block or half more."""
-    spans = [min(block, longest)]
+def key_spans(tile: int, longest: int) -> tuple[int, ...]:
+    """Returns the numbers of keys that there are loops for, ascending. Each is half as long again, or one tile longer.
+
+    Args:
+        tile: Number of queries in a tile.
+        longest: Number of keys that a tile needs at most.
+    """
+    spans = [min(tile, longest)]
     while spans[-1] < longest:
-        spans.append(min(longest, spans[-1] + max(1, spans[-1] // (2 * block)) * block))
+        spans.append(min(longest, spans[-1] + max(1, spans[-1] // (2 * tile)) * tile))
     return tuple(spans)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(soft_cap, block, spans, q, k, v, mask) -> jax.Array:
-    """q: [B, T, K, G, H], scaled; T a multiple of block. Returns the same shape."""
+def _attention(soft_cap, tile, spans, q, k, v, mask) -> jax.Array:
+    """Returns the attention of scaled queries q [B, T, K, G, H], in that shape. T is a multiple of the tile."""
 
     def visit(span: int, row, first_query, first_key, attended):
-        queries, mask_there = _rows(q, row, first_query, block), _mask(mask, row, first_query, first_key, block, span)
-        keys, values = (_rows(x, row, first_key, span) for x in (k, v))
-        return _put(attended, masked_attention(queries, keys, values, mask_there, soft_cap), row, first_query)
+        queries, tile_mask = _slice(q, row, first_query, tile), _mask(mask, row, first_query, first_key, tile, span)
+        keys, values = (_slice(x, row, first_key, span) for x in (k, v))
+        return _update(attended, masked_attention(queries, keys, values, tile_mask, soft_cap), row, first_query)
 
-    return _visit_all(mask, block, spans, visit, jnp.zeros(q.shape, v.dtype))
-
-
-def _attention_forward(soft_cap, block, spans, q, k, v, mask) -> tuple[jax.Array, tuple]:
-    return _attention(soft_cap, block, spans, q, k, v, mask), (q, k, v, mask)
+    return _visit_tiles(mask, tile, spans, visit, jnp.zeros(q.shape, v.dtype))
 
 
-def _attention_backward(soft_cap, block, spans, residuals: tuple, gradient: jax.Array) -> tuple:
-    """Computes each block's scores anew, so that nothing of T·T is kept."""
+def _attention_forward(soft_cap, tile, spans, q, k, v, mask) -> tuple[jax.Array, tuple]:
+    return _attention(soft_cap, tile, spans, q, k, v, mask), (q, k, v, mask)
+
+
+def _attention_backward(soft_cap, tile, spans, residuals: tuple, gradient: jax.Array) -> tuple:
+    """Computes the scores of each tile again, so that no [T, T] array is kept."""
     q, k, v, mask = residuals
 
     def visit(span: int, row, first_query, first_key, gradients):
         of_q, of_k, of_v = gradients
-        mask_there = _mask(mask, row, first_query, first_key, block, span)
+        tile_mask = _mask(mask, row, first_query, first_key, tile, span)
         _, pullback = jax.vjp(
-            lambda q, k, v: masked_attention(q, k, v, mask_there, soft_cap),
-            _rows(q, row, first_query, block),
-            _rows(k, row, first_key, span),
-            _rows(v, row, first_key, span),
+            lambda q, k, v: masked_attention(q, k, v, tile_mask, soft_cap),
+            _slice(q, row, first_query, tile),
+            _slice(k, row, first_key, span),
+            _slice(v, row, first_key, span),
         )
-        of_queries, of_keys, of_values = pullback(_rows(gradient, row, first_query, block))
+        of_queries, of_keys, of_values = pullback(_slice(gradient, row, first_query, tile))
         return (
-            _put(of_q, of_queries, row, first_query),
-            _put(of_k, _rows(of_k, row, first_key, span) + of_keys, row, first_key),
-            _put(of_v, _rows(of_v, row, first_key, span) + of_values, row, first_key),
+            _update(of_q, of_queries, row, first_query),
+            _update(of_k, _slice(of_k, row, first_key, span) + of_keys, row, first_key),
+            _update(of_v, _slice(of_v, row, first_key, span) + of_values, row, first_key),
         )
 
-    # Keys get sums over blocks: in float32, whatever their dtype.
+    # Gradients of keys and values are sums over tiles, so they are float32 whatever the dtype.
     zeros = (jnp.zeros(q.shape, q.dtype), *(jnp.zeros(x.shape, jnp.float32) for x in (k, v)))
-    of_q, of_k, of_v = _visit_all(mask, block, spans, visit, zeros)
+    of_q, of_k, of_v = _visit_tiles(mask, tile, spans, visit, zeros)
     return of_q, of_k.astype(k.dtype), of_v.astype(v.dtype), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _visit_all(mask: jax.Array, block: int, spans: tuple[int, ...], visit: Callable, carry: Any) -> Any:
-    """Runs carry = visit(span, row, first query, first key, carry) for each block of queries of each row."""
+def _visit_tiles(mask: jax.Array, tile: int, spans: tuple[int, ...], visit: Callable, carry: Any) -> Any:
+    """Runs carry = visit(span, row, first query, first key, carry) for each tile of queries of each row."""
     num_rows, length, _ = mask.shape
-    num_blocks = length // block
-    # [B, num_blocks, T]: the keys that a block's queries see, and how many there are from the first to the block's end.
-    is_seen = mask.reshape(num_rows, num_blocks, block, length).any(2)
-    ends = jnp.arange(1, num_blocks + 1) * block
+    num_tiles = length // tile
+    # [B, num_tiles, T]: which keys a tile's queries see; then the number of keys from the first of these to its end.
+    is_seen = mask.reshape(num_rows, num_tiles, tile, length).any(2)
+    ends = jnp.arange(1, num_tiles + 1) * tile
     needed = jnp.where(is_seen.any(2), ends - jnp.argmax(is_seen, 2), 1).ravel()
     which = jnp.searchsorted(jnp.asarray(spans), needed)
     order = jnp.argsort(which)
@@ -127,24 +133,25 @@ def _visit_all(mask: jax.Array, block: int, spans: tuple[int, ...], visit: Calla
     for span, stop in zip(spans, stops, strict=True):
 
         def step(place, carry, span=span):
-            row, index = order[place] // num_blocks, order[place] % num_blocks
-            first_key = jnp.maximum((index + 1) * block - span, 0)
-            return visit(span, row, index * block, first_key, carry)
+            row, index = order[place] // num_tiles, order[place] % num_tiles
+            first_key = jnp.maximum((index + 1) * tile - span, 0)
+            return visit(span, row, index * tile, first_key, carry)
 
         carry = lax.fori_loop(start, stop, step, carry)
         start = stop
     return carry
 
 
-def _rows(array: jax.Array, row, start, count: int) -> jax.Array:
-    """Returns `count` positions of one row, [1, count, …]."""
+def _slice(array: jax.Array, row, start, count: int) -> jax.Array:
+    """Returns `count` positions of one row of an array, [1, count, …]."""
     zeros = (0,) * (array.ndim - 2)
     return lax.dynamic_slice(array, (row, start, *zeros), (1, count, *array.shape[2:]))
 
 
-def _put(array: jax.Array, part: jax.Array, row, start) -> jax.Array:
+def _update(array: jax.Array, part: jax.Array, row, start) -> jax.Array:
+    """Returns an array with positions of one row, [1, count, …], replaced."""
     return lax.dynamic_update_slice(array, part.astype(array.dtype), (row, start, *(0,) * (array.ndim - 2)))
 
 
-def _mask(mask: jax.Array, row, first_query, first_key, block: int, span: int) -> jax.Array:
-    return lax.dynamic_slice(mask, (row, first_query, first_key), (1, block, span))
+def _mask(mask: jax.Array, row, first_query, first_key, tile: int, span: int) -> jax.Array:
+    return lax.dynamic_slice(mask, (row, first_query, first_key), (1, tile, span))

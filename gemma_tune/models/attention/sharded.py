@@ -1,5 +1,6 @@
-"""Attention kernels on a mesh. XLA can't cut a kernel that it doesn't know, so each device runs it on its rows and
-heads.
+"""Runs attention kernels on a mesh.
+
+XLA can't partition a kernel that isn't its own, so each device runs the kernel on its rows and heads.
 """
 
 from collections.abc import Callable
@@ -16,17 +17,20 @@ Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 def shard_map_attention(
     sharding: MeshSharding, kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """Runs a kernel on each device's rows and heads.
+    """Runs an attention kernel by `jax.shard_map`, on each device's rows and heads.
 
-    Heads are cut along `model`, if it divides them; key/value heads too, after they were repeated if there are not
-    enough.
+    Query heads are cut along the mesh axis `model` if it divides them. Key/value heads are cut with them, and repeated
+    before that if there are too few.
 
     Args:
-        sharding: Of the mesh.
-        kernel: q, k, v, mask -> [B, T, N, H], for any number of rows and heads.
-        q: [B, T, N, H].
-        k, v: [B, T, K, H].
-        mask: [B, …].
+        sharding: Mesh sharding of the model.
+        kernel: (q, k, v, mask) -> [B, T, N, H], for any number of rows and heads.
+        q: [B, T, N, H] queries.
+        k, v: [B, T, K, H] keys and values.
+        mask: [B, …] array that the kernel takes as its mask.
+
+    Returns:
+        [B, T, N, H] outputs.
     """
     parts = sharding.shape.model
     is_cut = q.shape[2] % parts == 0

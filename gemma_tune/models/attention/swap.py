@@ -1,8 +1,7 @@
-"""Swaps KerasHub's attention for one of our kernels in training.
+"""Swaps KerasHub's attention for one of the kernels of gemma_tune, in training.
 
-KerasHub computes all T·T scores of a row wherever no fused kernel fits, which is often: never on CPU, not on a GPU with
-soft caps or wide heads, and on TPU not under jit, since its mask is then no constant. Decoding with a cache keeps
-KerasHub's.
+KerasHub computes all T·T scores of a row where it can't use a fused kernel: on CPU, on a GPU with soft caps or wide
+heads, and on TPU under jit, where its mask is no constant. Decoding with a KV cache keeps KerasHub's attention.
 """
 
 import types
@@ -18,10 +17,16 @@ from gemma_tune.runtime.backend import is_single_cpu, keras_hub
 
 
 class AttentionShape(NamedTuple):
-    """What a layer's attention computes.
+    """The sizes and settings that decide what an attention layer computes.
 
-    num_heads: N. num_kv_heads: K. head_width: H. dtype: Of the arithmetic. scale: Of the scores. soft_cap: Of the
-        scores, or None. window: Positions that a query sees, its own included, or None for all before it.
+    Attributes:
+        num_heads: Number of query heads, N.
+        num_kv_heads: Number of key/value heads, K.
+        head_width: Width of a head, H.
+        dtype: Compute dtype.
+        scale: Factor of the scores.
+        soft_cap: Soft cap of the scores, or None.
+        window: Number of positions that a query sees, its own included, or None for all before it.
     """
 
     num_heads: int
@@ -34,7 +39,7 @@ class AttentionShape(NamedTuple):
 
 
 def attention_shape_of(attention: Any) -> AttentionShape:
-    """Reads what a Gemma attention layer of KerasHub, of any family, computes."""
+    """Returns the sizes and settings of a KerasHub attention layer of any Gemma family."""
     is_local = attention.use_sliding_window_attention and not getattr(attention, "is_global_attention", False)
     return AttentionShape(
         num_heads=attention.num_query_heads,
@@ -48,11 +53,11 @@ def attention_shape_of(attention: Any) -> AttentionShape:
 
 
 def use_attention_kernel(backbone: keras_hub.models.Backbone, kernel: str) -> None:
-    """Makes the decoder blocks train with a kernel.
+    """Makes the attention layers of the decoder blocks train with a kernel.
 
     Args:
-        backbone: For `splash`, with packing enabled: the segment ids come that way.
-        kernel: `xla`, `cudnn`, `splash`, or `keras` for KerasHub's own. From `choose_attention`.
+        backbone: Backbone. For `splash`, packing must be enabled, since the segment ids come that way.
+        kernel: `xla`, `cudnn`, `splash`, or `keras` for KerasHub's own attention; from `choose_attention`.
     """
     for block in getattr(backbone, "transformer_layers", []):
         attention: Any = getattr(block, "attention", None)
@@ -64,22 +69,24 @@ def use_attention_kernel(backbone: keras_hub.models.Backbone, kernel: str) -> No
 
 
 def takes_segment_ids(attention: Any, length: int) -> bool:
-    """Whether a layer wants a [B, L, 1] column of segment ids in place of its [B, L, L] mask."""
+    """Returns whether an attention layer takes [B, L, 1] segment ids in place of a [B, L, L] mask."""
     return getattr(attention, "_attention_kernel", "keras") == "splash" and length % FUSED_TILE == 0
 
 
-def run_kernel(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, shape: AttentionShape) -> jax.Array:
-    """Runs a kernel.
+def run_kernel(
+    kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, shape: AttentionShape
+) -> jax.Array:
+    """Runs an attention kernel on one device, or leaves it to XLA how to partition it.
 
     Args:
         kernel: `xla`, `cudnn` or `splash`.
-        q: [B, T, N, H].
-        k, v: [B, T, K, H].
-        mask: [B, T, T] bool, the window included; for `splash` [B, T, 1] int32 segment ids.
-        shape: The layer's.
+        q: [B, T, N, H] queries.
+        k, v: [B, T, K, H] keys and values.
+        mask: [B, T, T] bool, cut to the window; for `splash` [B, T, 1] int32 segment ids.
+        shape: Sizes and settings of the layer.
 
     Returns:
-        [B, T, N, H].
+        [B, T, N, H] outputs.
     """
     if kernel == "splash":
         return splash_attention(
@@ -95,8 +102,8 @@ def run_kernel(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.
     if kernel == "cudnn":
         return cudnn_attention(q, k, v, mask, scale=shape.scale)
     is_long = q.shape[1] > 2 * QUERY_TILE  # Shorter rows have too little to skip.
-    by_blocks = segment_attention if is_long and is_single_cpu() else causal_attention
-    return by_blocks(q, k, v, mask, scale=shape.scale, soft_cap=shape.soft_cap, window=shape.window)
+    attention = segment_attention if is_long and is_single_cpu() else causal_attention
+    return attention(q, k, v, mask, scale=shape.scale, soft_cap=shape.soft_cap, window=shape.window)
 
 
 def _compute_attention(
@@ -110,30 +117,30 @@ def _compute_attention(
         )
     shape = attention_shape_of(attention)
     if attention_mask.shape[2] == 1 < length:
-        return _attend(attention, "splash", q, k, v, attention_mask, shape)
-    if attention.use_sliding_window_attention and _is_windowed_here(attention):
+        return _run_kernel_on_mesh(attention, "splash", q, k, v, attention_mask, shape)
+    if attention.use_sliding_window_attention and _cuts_mask_itself(attention):
         attention_mask = attention._mask_sliding_window(attention_mask, cache_update_index=0)
     mask = jnp.broadcast_to(attention_mask.astype(bool), (q.shape[0], length, length))
-    # A length that the model wasn't prepared for, such as a prompt's, gets the kernel that takes any.
+    # A row of a length that the model wasn't prepared for, such as a prompt, needs the kernel that takes any length.
     kernel = "cudnn" if kernel == "cudnn" and length % FUSED_TILE == 0 else "xla"
-    return _attend(attention, kernel, q, k, v, mask, shape)
+    return _run_kernel_on_mesh(attention, kernel, q, k, v, mask, shape)
 
 
-def _attend(attention: Any, kernel: str, q: Any, k: Any, v: Any, mask: Any, shape: AttentionShape) -> Any:
-    """On a mesh, kernels that aren't XLA's own run on each device's part."""
+def _run_kernel_on_mesh(attention: Any, kernel: str, q: Any, k: Any, v: Any, mask: Any, shape: AttentionShape) -> Any:
+    """Runs an attention kernel; on a mesh, one that isn't XLA's own runs on each device's part."""
     sharding = getattr(attention, "_mesh_sharding", None)
     if sharding is None or kernel == "xla":
         return run_kernel(kernel, q, k, v, mask, shape)
     return shard_map_attention(sharding, lambda q, k, v, mask: run_kernel(kernel, q, k, v, mask, shape), q, k, v, mask)
 
 
-def _is_windowed_here(attention: Any) -> bool:
-    """Gemma 4's blocks put the window into the mask themselves."""
+def _cuts_mask_itself(attention: Any) -> bool:
+    """Returns whether an attention layer cuts its mask to the window itself. Gemma 4's blocks do it for theirs."""
     return hasattr(attention, "query_head_dim_normalize")
 
 
 def _scale(attention: Any) -> float:
-    """Returns what scores are multiplied with: Gemma 4 norms its queries and keys instead."""
+    """Returns the factor of the scores. Gemma 4 has none: it normalizes its queries and keys instead."""
     if not hasattr(attention, "query_head_dim_normalize"):
         return 1.0
     if attention.query_head_dim_normalize:
