@@ -63,7 +63,8 @@ def saving() -> dict[str, Any]:
 
     from gemma_tune.config import Config
     from gemma_tune.pipeline.setup import read_splits, set_up
-    from gemma_tune.training.run.checkpoints import Checkpoints, Progress
+    from gemma_tune.training.run.checkpoint_content import Progress
+    from gemma_tune.training.run.checkpoints import Checkpoints
 
     num_steps = 2 + 2 * _PAIRS.value * _WINDOW.value
     settings = {

@@ -24,7 +24,8 @@ from gemma_tune.runtime.atomic_files import write_json
 from gemma_tune.runtime.backend import jax, keras
 from gemma_tune.runtime.processes import all_reduce_max, is_primary, raise_in_all_processes, raise_on_lost_process
 from gemma_tune.serving.generation import generate
-from gemma_tune.training.run.checkpoints import Checkpoints, Progress
+from gemma_tune.training.run.checkpoint_content import Progress
+from gemma_tune.training.run.checkpoints import Checkpoints
 from gemma_tune.training.run.loop import Loop, LoopSettings
 from gemma_tune.training.run.metrics import MetricsWriter, read_metrics
 from gemma_tune.training.run.workdir import ADAPTER, MODEL, OpenWorkdir, check_workdir, open_together

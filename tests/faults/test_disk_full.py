@@ -54,7 +54,8 @@ def test_training_goes_on_without_room_for_a_checkpoint(tmp_path):
     import numpy as np
     import optax
 
-    from gemma_tune.training.run.checkpoints import Checkpoints, Progress
+    from gemma_tune.training.run.checkpoint_content import Progress
+    from gemma_tune.training.run.checkpoints import Checkpoints
     from gemma_tune.training.state import TrainState
 
     disk = tmp_path / "disk"

@@ -6,7 +6,8 @@ import pytest
 
 from gemma_tune.config import Config
 from gemma_tune.pipeline import read_splits, set_up
-from gemma_tune.training.run.checkpoints import Checkpoints, Progress
+from gemma_tune.training.run.checkpoint_content import Progress
+from gemma_tune.training.run.checkpoints import Checkpoints
 
 NUM_STEPS = 4
 BASE = {

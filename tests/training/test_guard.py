@@ -15,7 +15,7 @@ from gemma_tune.models.functional import parameters
 from gemma_tune.training.guard import NUM_FIRST, LossGuard, init_guard, is_bad, next_guard
 from gemma_tune.training.losses.cross_entropy import LossSums
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
-from gemma_tune.training.run.checkpoints import Progress
+from gemma_tune.training.run.checkpoint_content import Progress
 from gemma_tune.training.state import StepMetrics, TrainState, init_state
 from gemma_tune.training.step.per_block import per_block_program
 from gemma_tune.training.step.train_step import make_train_step

@@ -13,7 +13,8 @@ from helpers.training_loops import fresh_state, make_loop
 
 from gemma_tune.errors import TrainingError
 from gemma_tune.runtime.interrupts import Interrupted
-from gemma_tune.training.run.checkpoints import Checkpoints, Progress
+from gemma_tune.training.run.checkpoint_content import Progress
+from gemma_tune.training.run.checkpoints import Checkpoints
 from gemma_tune.training.run.metrics import MetricsWriter, read_metrics
 
 

@@ -14,7 +14,8 @@ from gemma_tune.models.functional import Params
 from gemma_tune.runtime.interrupts import Interrupted, Interrupts, StopRequested
 from gemma_tune.runtime.processes import all_reduce_max
 from gemma_tune.training.prefetch import Batches, Prefetch
-from gemma_tune.training.run.checkpoints import Checkpoints, Progress
+from gemma_tune.training.run.checkpoint_content import Progress
+from gemma_tune.training.run.checkpoints import Checkpoints
 from gemma_tune.training.run.metrics import MetricsWriter
 from gemma_tune.training.state import StepMetrics, TrainState
 from gemma_tune.training.step.train_step import TrainStep

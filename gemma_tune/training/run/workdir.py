@@ -16,7 +16,7 @@ from gemma_tune.runtime.lock import LOCK_FILE, check_unlocked, lock_workdir
 from gemma_tune.runtime.processes import is_primary, raise_in_all_processes
 from gemma_tune.saved_settings import in_current_words
 from gemma_tune.settings import flatten
-from gemma_tune.training.run.checkpoints import read_about
+from gemma_tune.training.run.checkpoint_folder import read_about
 
 CONFIG_FILE, VERSIONS_FILE = "config.json", "versions.json"
 CHECKPOINTS, ADAPTER, MODEL = "checkpoints", "adapter", "model"
@@ -31,9 +31,7 @@ _MAY_CHANGE = {
     "training.num_sample_answers",
     "training.num_scored_answers",
 }
-_ADVICE = (
-    "Make room, and run the same command again: it goes on from the last checkpoint. Or choose another --workdir."
-)
+_ADVICE = "Make room, and run the same command again: it goes on from the last checkpoint. Or choose another --workdir."
 _LEFT_BEHIND = ("metrics.jsonl", "samples.json", "bad_steps.jsonl")
 _PACKAGES = ("gemma-tune", "keras", "keras-hub", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
