@@ -21,8 +21,8 @@ MODULES = sorted(
 # knows nothing of its neighbours there.
 LAYERS = {
     "": (
-        ("errors", "version", "mesh", "saved_settings"),
-        ("settings", "quantization"),
+        ("errors", "version", "saved_settings"),
+        ("mesh", "settings", "quantization"),
         ("runtime",),
         ("config_checks",),
         ("config", "serve_config"),
@@ -220,12 +220,24 @@ def test_tensorflow_is_hidden_only_while_keras_hub_is_imported():
     assert run_python(code).splitlines() == ["[] jax", "True"]
 
 
-def test_another_backend_is_refused():
+@pytest.mark.parametrize(
+    "backend, before",
+    [("numpy", "import keras; import gemma_tune"), ("numpy", "import gemma_tune"), ("tensorflow", "import gemma_tune")],
+)
+def test_another_backend_stays_and_is_refused(backend, before):
+    """What the user has set isn't overwritten, whether Keras was imported or not."""
     code = (
-        "import os; os.environ['KERAS_BACKEND'] = 'numpy'; import keras; import gemma_tune\n"
-        "try:\n    gemma_tune.load_model('tiny')\nexcept gemma_tune.ConfigError as error:\n    print(error)"
+        f"import os; os.environ['KERAS_BACKEND'] = {backend!r}; {before}\n"
+        "try:\n    gemma_tune.load_model('tiny')\nexcept gemma_tune.ConfigError as error:\n    print(error)\n"
+        "print(os.environ['KERAS_BACKEND'])"
     )
-    assert "needs Keras on the JAX backend, but Keras runs on 'numpy'" in run_python(code)
+    message, stays = run_python(code).splitlines()
+    assert f"needs Keras on the JAX backend, but Keras runs on {backend!r}" in message and stays == backend
+
+
+def test_without_a_choice_keras_runs_on_jax(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "")
+    assert run_python("import gemma_tune, os; print(os.environ['KERAS_BACKEND'])").strip() == "jax"
 
 
 def test_public_names_exist():

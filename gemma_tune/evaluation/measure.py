@@ -11,10 +11,9 @@ import numpy as np
 from gemma_tune.data import Batch
 from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.functional import Params, check_text_only, hidden_states, parameters, params_scope
-from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.runtime.backend import keras
 from gemma_tune.serving.decode import decoder_of
-from gemma_tune.serving.generation import Prompt, encode_prompt, stop_ids
+from gemma_tune.serving.prompt_encoder import Prompt, prompt_encoder_of
 from gemma_tune.training.batches import most_targets
 from gemma_tune.training.step.compile_once import CompiledOnce
 
@@ -109,17 +108,17 @@ def timed_answers(
         max_new_tokens: Longest answer.
         advance: Called with how many more answers are done.
     """
-    tokenizer, decoder = tokenizer_of(model), decoder_of(model)
+    encoder, decoder = prompt_encoder_of(model), decoder_of(model)
     texts, num_timed, seconds = [], 0, 0.0
     for prompt in prompts:
         made: list[int] = []
         arrivals = []
-        steps = decoder.generate([encode_prompt(model, tokenizer, prompt)], max_new_tokens, stop_ids(model, tokenizer))
+        steps = decoder.generate([encoder.encode(prompt)], max_new_tokens, encoder.stop_ids)
         for (token,) in steps:
             assert token is not None  # The only row: the steps end when it stops.
             arrivals.append(time.perf_counter())
             made.append(token)
-        texts.append(tokenizer.decode(made).strip())
+        texts.append(encoder.tokenizer.decode(made).strip())
         timed = arrivals[_FIRST_TIMED - 1 :]
         if len(timed) > 1:
             num_timed += len(timed) - 1

@@ -8,15 +8,12 @@ from typing import NamedTuple
 from rich.console import Console
 
 from gemma_tune.config import Config, GenerationConfig
-from gemma_tune.data import template_for
 from gemma_tune.errors import ConfigError
 from gemma_tune.models.base_fingerprint import fingerprint
-from gemma_tune.models.family import family_of
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.sources.source import Source, parse_source
-from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.runtime.backend import keras
 from gemma_tune.runtime.json_files import read_json
@@ -24,8 +21,8 @@ from gemma_tune.runtime.progress import track_progress
 from gemma_tune.serve_config import ServeConfig
 from gemma_tune.serving.engine.engine import Engine
 from gemma_tune.serving.engine.request import BASE
-from gemma_tune.serving.generation import stop_ids
 from gemma_tune.serving.http.served_models import RequestDefaults, ServedModel, Service
+from gemma_tune.serving.prompt_encoder import prompt_encoder_of
 from gemma_tune.serving.sampling import Sampling
 
 
@@ -123,13 +120,10 @@ def _served(base_name: str, version: str, paths: Mapping[str, Path]) -> dict[str
 def _service(
     engine: Engine, model: keras.Model, generation: GenerationConfig, models: Mapping[str, ServedModel]
 ) -> Service:
-    tokenizer = tokenizer_of(model)
     return Service(
         engine=engine,
         models=models,
-        tokenizer=tokenizer,
-        template=template_for(family_of(model)),
-        stop_ids=stop_ids(model, tokenizer),
+        encoder=prompt_encoder_of(model),
         max_length=engine.max_length,
         defaults=RequestDefaults(
             generation.max_new_tokens, Sampling(*(getattr(generation, name) for name in Sampling._fields))

@@ -1,4 +1,4 @@
-"""Step 7: use the model. Decoding, and answers to chat turns."""
+"""Step 7: use the model. Generates answers here, or serves them over HTTP."""
 
 from gemma_tune.serving.generation import generate, stream
 

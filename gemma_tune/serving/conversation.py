@@ -1,7 +1,6 @@
-"""A conversation with one person: an engine for one answer at a time, in which each turn finds the last one's keys and
-values.
-"""
+"""Answers one person's conversation turn by turn, reusing the KV cache of the turns before."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 from gemma_tune.data import Turn
@@ -9,59 +8,57 @@ from gemma_tune.errors import ConfigError
 from gemma_tune.runtime.backend import keras
 from gemma_tune.serving.engine.engine import Engine
 from gemma_tune.serving.engine.request import Request
-from gemma_tune.serving.generation import encode_prompt, stop_ids
+from gemma_tune.serving.prompt_encoder import prompt_encoder_of
 from gemma_tune.serving.sampling import Sampling
+from gemma_tune.serving.text_stream import without_outer_space
 
 
 class Conversation:
-    """Answers the last of some turns.
+    """An engine for one answer at a time, in which each turn finds the keys and values of the turns before.
 
     Args:
-        model: From `load_model`, on one device.
-        max_length: Longest conversation, answer included, in tokens.
-        max_new_tokens: Longest answer.
-        sampling: How tokens are picked.
+        model: Model from `load_model`, on one device.
+        max_length: Longest conversation with its answer, in tokens.
+        max_new_tokens: Longest answer, in tokens.
+        sampling: Sampling settings.
+
+    Raises:
+        ConfigError: An answer may be as long as the whole conversation.
     """
 
     def __init__(self, model: keras.Model, max_length: int, max_new_tokens: int, sampling: Sampling):
         if max_new_tokens >= max_length:
             raise ConfigError(f"generation.max_new_tokens must be below {max_length} in a chat, got {max_new_tokens}.")
-        self._model, self._max_new_tokens, self._sampling = model, max_new_tokens, sampling
-        # Room for two: the answer under way, and what the one before it has left.
+        self._encoder, self._max_new_tokens, self._sampling = prompt_encoder_of(model), max_new_tokens, sampling
+        # Room for two: the answer being generated, and what the one before it has left in the cache.
         self._engine = Engine(
             model, max_concurrent=1, max_tokens_in_flight=2 * max_length, max_length=max_length, max_queued=1
         )
         self._engine.start()
 
     def trim(self, turns: Sequence[Turn]) -> list[Turn]:
-        """Returns the turns without so many of the earliest, a system turn apart, as make the conversation too long."""
+        """Returns the turns without as many of the earliest as make the conversation too long. A system turn stays."""
         kept = list(turns)
         first = int(kept[0].role == "system")
-        while len(self._prompt(kept)) + self._max_new_tokens > self._engine.max_length and len(kept) > first + 1:
+        while (
+            len(self._encoder.encode(kept)) + self._max_new_tokens > self._engine.max_length and len(kept) > first + 1
+        ):
             del kept[first : first + 2]
         return kept
 
     def answer(self, turns: Sequence[Turn], seed: int) -> Iterator[str]:
-        """Yields the answer in pieces, without white space around it. Leaving the iterator ends the answer.
+        """Yields the answer to the last turn part by part, without white space around it.
+
+        Closing the iterator cancels the answer.
 
         Raises:
             ConfigError: The last turn alone is too long.
         """
-        stops = stop_ids(self._model, self._engine.tokenizer)
-        request = Request(tuple(self._prompt(turns)), self._max_new_tokens, self._sampling, seed, stops)
-        blank, is_first = "", True
-        for piece in self._engine.stream(request):
-            text = blank + piece.text
-            text = text.lstrip() if is_first else text
-            ready = text.rstrip()
-            blank = text[len(ready) :]
-            if ready:
-                is_first = False
-                yield ready
+        prompt_ids = tuple(self._encoder.encode(turns))
+        request = Request(prompt_ids, self._max_new_tokens, self._sampling, seed, self._encoder.stop_ids)
+        with contextlib.closing(self._engine.stream(request)) as deltas:
+            yield from without_outer_space(delta.text for delta in deltas)
 
     def close(self) -> None:
-        """Ends the engine."""
+        """Stops the engine."""
         self._engine.close()
-
-    def _prompt(self, turns: Sequence[Turn]) -> list[int]:
-        return encode_prompt(self._model, self._engine.tokenizer, turns)

@@ -1,9 +1,9 @@
-"""Token by token generation on KerasHub's own layers: one compiled prefill and one compiled step for each bucket of
-sizes.
+"""Generates tokens for a batch of prompts with KerasHub's own layers, step by step.
 
-KerasHub's `generate` compiles anew for every prompt length, keeps a batch in lockstep and returns only at the end. Here
-every row has its own position (the model is run under `vmap`, so that `call_with_cache`'s scalar index becomes one for
-each row), and tokens come out as they are made.
+KerasHub's `generate` compiles for every prompt length, advances a batch in lockstep and returns only at the end. Here
+sizes are rounded up to buckets, for each of which a prefill and a step are compiled; every row has its own position
+(the model runs under `vmap`, so that `call_with_cache`'s scalar index becomes one for each row); and tokens are yielded
+as they are generated.
 """
 
 import inspect
@@ -29,7 +29,11 @@ _ROW_BUCKET = 8
 
 
 class Decoder:
-    """Generates tokens with one model. Programs are compiled at first use, and kept."""
+    """Generates tokens with one model. Its programs are compiled when they are first used, and kept.
+
+    Args:
+        model: A CausalLM.
+    """
 
     def __init__(self, model: keras.Model):
         self._model = model
@@ -37,7 +41,7 @@ class Decoder:
         self._step = jax.jit(self._step_fn, donate_argnames=("cache", "seen"))
         # Where the CPU multiplies bfloat16, two rows take less time than one.
         is_bfloat16 = model.backbone.token_embedding.compute_dtype == "bfloat16"
-        self._least_rows = 2 if is_bfloat16 and is_single_cpu() and multiplies_bfloat16() else 1
+        self._min_rows = 2 if is_bfloat16 and is_single_cpu() and multiplies_bfloat16() else 1
 
     def generate(
         self,
@@ -48,19 +52,19 @@ class Decoder:
         seed: int = 0,
         params: Params | None = None,
     ) -> Iterator[list[int | None]]:
-        """Yields the next token of each row; None for rows that have stopped. Ends when all have.
+        """Yields the next token of each row, or None for a row that has stopped, until all rows have stopped.
 
         Args:
             prompts: Token ids of each row, `<bos>` included.
-            max_new_tokens: Of each row.
-            stop_ids: A row stops at the first of these, which is not yielded.
-            sampling: How tokens are picked.
-            seed: Of the first row's sampling; the others' follow it.
-            params: The model's arrays; None: its current ones.
+            max_new_tokens: Longest answer of a row, in tokens.
+            stop_ids: Tokens that stop a row; they are not yielded.
+            sampling: Sampling settings.
+            seed: Random seed of the first row; the other rows' seeds count up from it.
+            params: Arrays to use in place of the model's own.
         """
         num_rows = len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        padded_rows = self._least_rows if num_rows == 1 else _round_up(num_rows, _ROW_BUCKET)
+        padded_rows = self._min_rows if num_rows == 1 else _round_up(num_rows, _ROW_BUCKET)
         prompt_length = _round_up(int(lengths.max()), _PROMPT_BUCKET)
         cache_length = _round_up(max(prompt_length, int(lengths.max()) + max_new_tokens), _CACHE_BUCKET)
         token_ids = np.zeros((padded_rows, prompt_length), np.int32)
@@ -71,21 +75,22 @@ class Decoder:
         if params is None:
             groups = parameters(self._model)
             params = {**groups.trainable, **groups.frozen}
-        params = rounded_params(self._model, params)  # Once, and not for every token.
+        params = rounded_params(self._model, params)  # Here, so that it isn't done for every token.
         rows = uniform_rows(sampling, padded_rows, seed)
-        prompted = np.zeros((padded_rows, self._model.backbone.token_embedding.input_dim), bool)
+        seen_tokens = np.zeros((padded_rows, self._model.backbone.token_embedding.input_dim), bool)
         for row, prompt in enumerate(prompts):
-            prompted[row, list(prompt)] = True
-        seen = jnp.asarray(prompted)  # As later steps have it: else the first would be a program of its own.
+            seen_tokens[row, list(prompt)] = True
+        # A device array, as in later steps: else the first step would be compiled apart.
+        seen = jnp.asarray(seen_tokens)
 
         tokens, cache = self._prefill(params, token_ids, positions, rows, seen, cache_length=cache_length)
         stopped = [False] * num_rows
         for step in range(max_new_tokens):
-            made = fetch_to_host(tokens)[:num_rows].tolist()
-            stopped = [done or token in stop_ids for done, token in zip(stopped, made, strict=True)]
+            new_tokens = fetch_to_host(tokens)[:num_rows].tolist()
+            stopped = [done or token in stop_ids for done, token in zip(stopped, new_tokens, strict=True)]
             if all(stopped):
                 return
-            yield [None if done else token for done, token in zip(stopped, made, strict=True)]
+            yield [None if done else token for done, token in zip(stopped, new_tokens, strict=True)]
             if step + 1 < max_new_tokens:
                 rows = rows._replace(index=rows.index + np.int32(1))
                 tokens, cache, seen = self._step(params, tokens, positions + step, cache, rows, seen)
@@ -93,7 +98,10 @@ class Decoder:
     def _prefill_fn(
         self, params: Params, token_ids: Any, lengths: Any, rows: RowSampling, seen: Any, *, cache_length: int
     ):
-        """Reads the prompts. Padding stands behind each, where causality hides it until decoding overwrites it."""
+        """Returns the first tokens and the cache.
+
+        Each prompt is padded at its end, which causal attention doesn't see, and which decode steps overwrite.
+        """
         with params_scope(self._model, params), weights_are_rounded():
             cache = jax.tree.map(
                 lambda spec: jnp.zeros(spec.shape, spec.dtype), self._cache_spec(token_ids.shape[0], cache_length)
@@ -104,7 +112,7 @@ class Decoder:
         return sample(logits, rows, seen), cache
 
     def _step_fn(self, params: Params, tokens: Any, positions: Any, cache: Any, rows: RowSampling, seen: Any):
-        """Reads one token a row, [B], each at its own position, [B]."""
+        """Returns the next tokens, the cache and the seen tokens, given a token and position of each row, both [B]."""
 
         def one_row(token, position, row_cache):
             row_cache = jax.tree.map(lambda leaf: leaf[None], row_cache)
@@ -118,13 +126,13 @@ class Decoder:
         return sample(logits, rows, seen), cache, seen
 
     def _logits(self, hidden: Any, positions: Any) -> jax.Array:
-        """Returns [B, V] float32 for [B, D]: all rows at once, in the form that reads the head fastest."""
+        """Returns logits [B, V] in float32 for hidden states [B, D], in the form that reads the LM head fastest."""
         embedding = self._model.backbone.token_embedding
-        head = lm_head_matmul_weights(embedding, value_in_scope(embedding._embeddings))
-        return lm_head_logits(embedding, head, hidden, opaque_one(positions))
+        matrix = lm_head_matmul_weights(embedding, value_in_scope(embedding._embeddings))
+        return lm_head_logits(embedding, matrix, hidden, opaque_one(positions))
 
     def _cache_spec(self, num_rows: int, cache_length: int) -> Any:
-        """Returns shapes and dtypes of the family's cache, from its own `_build_cache`."""
+        """Returns the shapes and dtypes of the family's KV cache, from its own `_build_cache`."""
         build = self._model._build_cache
         required = [p for p in inspect.signature(build).parameters.values() if p.default is inspect.Parameter.empty]
         token_ids = jax.ShapeDtypeStruct((num_rows, cache_length), jnp.int32)
@@ -132,7 +140,7 @@ class Decoder:
 
 
 def decoder_of(model: keras.Model) -> Decoder:
-    """Returns the model's Decoder, made once, so that compiled programs are kept."""
+    """Returns the model's Decoder, which is made once so that compiled programs are kept."""
     decoder = getattr(model, "_gemma_tune_decoder", None)
     if decoder is None:
         decoder = Decoder(model)

@@ -1,17 +1,17 @@
-"""What users say of answers, in one SQLite file: written by the chat page, read where the next data set is made.
+"""Stores users' feedback on answers in one SQLite file: the chat page writes it, the next data set is made of it.
 
 The file, whose `user_version` is 1 and whose `application_id` spells `gtfb`, has two tables:
 
-    exchanges  id          text, chosen by who asked
+    exchanges  id          text, chosen by the client
                created_at  UTC, ISO 8601; updated_at the same
                messages    JSON: [{"role": "system" | "user" | "model", "content": …}, …], up to the question answered
                sampling    JSON: settings of the request, such as {"temperature": 0.7}
                choice      position of the answer that is preferred to the others, or null
     answers    exchange_id, position (0, 1, …)
-               model       name it was asked by; version: of base and adapter, as the server's replies say it
+               model       name of the model in the request; version: of base and adapter, as in the server's replies
                text        the answer
                verdict     'up', 'down' or null
-               correction  what it should have said, or null
+               correction  the text that the answer should have been, or null
 """
 
 import contextlib
@@ -25,10 +25,9 @@ from typing import Any, NamedTuple
 from gemma_tune.data import Turn
 from gemma_tune.errors import DataError
 
-VERDICTS = ("up", "down")
 _VERSION = 1
 _APPLICATION_ID = int.from_bytes(b"gtfb", "big")
-_SECONDS_TO_WAIT = 10.0  # While another process writes.
+_LOCK_TIMEOUT_SECONDS = 10.0  # Time to wait while another process writes.
 _TABLES = """
 create table exchanges (
     id text primary key, created_at text not null, updated_at text not null, messages text not null,
@@ -43,7 +42,15 @@ create table answers (
 
 
 class RatedAnswer(NamedTuple):
-    """An answer and what was said of it. verdict: `up`, `down` or ''. correction: what it should have said, or ''."""
+    """An answer with the user's feedback on it.
+
+    Attributes:
+        model: Name of the model in the request.
+        version: Version of its weights.
+        text: The answer.
+        verdict: `up`, `down` or "".
+        correction: Text that the answer should have been, or "".
+    """
 
     model: str
     version: str
@@ -53,15 +60,15 @@ class RatedAnswer(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A question with its answers.
+    """A question with its answers and the feedback on them.
 
     Attributes:
-        id: Chosen by who asked.
-        turns: The conversation up to the question.
-        answers: One, or several to choose from.
-        choice: Which of them is preferred to the others; None: that wasn't said.
-        sampling: Settings of the request.
-        created_at, updated_at: UTC, ISO 8601; set when it is written.
+        id: Id that the client chose.
+        turns: Conversation up to the question.
+        answers: One answer, or several to choose from.
+        choice: Index of the answer that is preferred to the others; None: none was chosen.
+        sampling: Sampling settings of the request.
+        created_at, updated_at: Times in UTC, ISO 8601; set when the exchange is written.
     """
 
     id: str
@@ -79,13 +86,13 @@ class Exchange(NamedTuple):
 
 
 class FeedbackStore:
-    """One file of exchanges. Safe to use from several threads and processes.
+    """A SQLite file of exchanges. Several threads and processes may use it at once.
 
     Args:
-        path: Of the SQLite file, which is made if there is none.
+        path: Path of the file, which is created if it doesn't exist.
 
     Raises:
-        DataError: It can't be made, or is something else.
+        DataError: The file can't be created, or is not a feedback file.
     """
 
     def __init__(self, path: str | Path):
@@ -96,7 +103,7 @@ class FeedbackStore:
                 self._prepare(connection)
 
     def write(self, exchange: Exchange) -> None:
-        """Writes an exchange in place of an earlier one with the same id; one that says nothing any more is removed."""
+        """Writes an exchange in place of an earlier one with the same id. Without any feedback, it is only removed."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         messages = json.dumps([turn._asdict() for turn in exchange.turns], ensure_ascii=False)
         with self._errors(), self._connection() as connection:
@@ -136,7 +143,7 @@ class FeedbackStore:
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """Opens the file for one transaction."""
-        with contextlib.closing(sqlite3.connect(self._path, timeout=_SECONDS_TO_WAIT)) as connection:
+        with contextlib.closing(sqlite3.connect(self._path, timeout=_LOCK_TIMEOUT_SECONDS)) as connection:
             connection.execute("pragma foreign_keys = on")
             with connection:
                 yield connection
@@ -146,11 +153,11 @@ class FeedbackStore:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise DataError(f"{self._path} can't be used as a file of feedback: {error}.") from error
+            raise DataError(f"{self._path} can't be used as a feedback file: {error}.") from error
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Makes the tables of a new file, and checks an old one."""
-        connection.execute("begin immediate")  # Of two processes that open a new file, one makes it.
+        """Creates the tables of a new file, and checks the version of an existing one."""
+        connection.execute("begin immediate")  # If two processes open a new file, only one creates the tables.
         (application,) = connection.execute("pragma application_id").fetchone()
         (version,) = connection.execute("pragma user_version").fetchone()
         (num_tables,) = connection.execute("select count(*) from sqlite_master").fetchone()
@@ -161,6 +168,6 @@ class FeedbackStore:
             connection.execute(f"pragma user_version = {_VERSION}")
         elif (application, version) != (_APPLICATION_ID, _VERSION):
             raise DataError(
-                f"{self._path} is a SQLite file, but none of feedback of version {_VERSION} (application_id "
-                f"{application:#x}, user_version {version}). Name another with --feedback_db."
+                f"{self._path} is a SQLite file, but not a feedback file of version {_VERSION} (application_id "
+                f"{application:#x}, user_version {version}). Choose another file with --feedback_db."
             )

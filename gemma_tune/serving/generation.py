@@ -1,19 +1,17 @@
-"""Text in, text out: chat turns to answers, whole or as a stream."""
+"""Generates answers to questions and conversations, whole or as a stream."""
 
 from collections.abc import Iterator, Sequence
 
 from gemma_tune.config import GenerationConfig
-from gemma_tune.data import Turn, template_for
-from gemma_tune.models.family import family_of
 from gemma_tune.models.functional import Params
-from gemma_tune.models.sources.tokenizer import TextTokenizer, tokenizer_of
 from gemma_tune.runtime.backend import keras
 from gemma_tune.serving.decode import decoder_of
+from gemma_tune.serving.prompt_encoder import Prompt, prompt_encoder_of
 from gemma_tune.serving.sampling import Sampling
+from gemma_tune.serving.text_stream import TextStream, without_outer_space
 
 _DEFAULTS = GenerationConfig()
-_ROWS_AT_ONCE = 8
-Prompt = str | Sequence[Turn]
+_MAX_BATCH_SIZE = 8
 
 
 def generate(
@@ -32,30 +30,35 @@ def generate(
     """Answers one question or several.
 
     Args:
-        model: From `load_model` or `train`.
-        prompts: A question; or a list of questions, or of conversations that end with the user's turn.
+        model: Model from `load_model` or `train`.
+        prompts: One question; or a list of questions, or of conversations that end with the user's turn.
         max_new_tokens: Longest answer, in tokens.
-        temperature, top_k, top_p, min_p, repetition_penalty: As in `config.GenerationConfig`.
-        seed: Of the sampling.
+        temperature: Sampling temperature; 0 takes the likeliest token.
+        top_k: Number of likeliest tokens to sample from; 0: all.
+        top_p: Probability that the tokens to sample from hold together; 1: all.
+        min_p: Smallest probability of a token, as a share of the likeliest one's.
+        repetition_penalty: Divisor of the positive logits of tokens that have occurred; 1: none.
+        seed: Random seed of the sampling.
         params: Arrays to use in place of the model's own.
 
     Returns:
-        The answer, or a list of them. An answer ends where the model ends its turn, or at max_new_tokens.
+        The answer to a single question, or a list of answers. An answer ends where the model ends its turn, or after
+        max_new_tokens.
     """
     single = isinstance(prompts, str)
     asked: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
-    tokenizer = tokenizer_of(model)
-    encoded = [encode_prompt(model, tokenizer, prompt) for prompt in asked]
-    # Prompts of similar length go together, so that little is padded.
+    encoder = prompt_encoder_of(model)
+    encoded = [encoder.encode(prompt) for prompt in asked]
+    # Prompts of similar length share a batch, so that there is little padding.
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     answers = [""] * len(encoded)
-    for start in range(0, len(order), _ROWS_AT_ONCE):
-        chosen = order[start : start + _ROWS_AT_ONCE]
+    for start in range(0, len(order), _MAX_BATCH_SIZE):
+        chosen = order[start : start + _MAX_BATCH_SIZE]
         rows: list[list[int]] = [[] for _ in chosen]
         steps = decoder_of(model).generate(
             [encoded[i] for i in chosen],
             max_new_tokens,
-            stop_ids(model, tokenizer),
+            encoder.stop_ids,
             Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
             seed,
             params,
@@ -65,7 +68,7 @@ def generate(
                 if token is not None:
                     row.append(token)
         for index, row in zip(chosen, rows, strict=True):
-            answers[index] = tokenizer.decode(row).strip()
+            answers[index] = encoder.tokenizer.decode(row).strip()
     return answers[0] if single else answers
 
 
@@ -81,43 +84,24 @@ def stream(
     repetition_penalty: float = _DEFAULTS.repetition_penalty,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yields an answer piece by piece, as it is made.
+    """Yields the text of one answer part by part, while it is generated.
 
-    Arguments as in `generate`; the pieces together are its answer.
+    The arguments are those of `generate`, and the parts together are its answer.
     """
-    tokenizer = tokenizer_of(model)
+    encoder = prompt_encoder_of(model)
     steps = decoder_of(model).generate(
-        [encode_prompt(model, tokenizer, prompt)],
+        [encoder.encode(prompt)],
         max_new_tokens,
-        stop_ids(model, tokenizer),
+        encoder.stop_ids,
         Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
         seed,
     )
-    made: list[int] = []
-    shown = ""
-    for (token,) in steps:
-        assert token is not None  # The only row: the steps end when it stops.
-        made.append(token)
-        text = tokenizer.decode(made).lstrip()
-        # A character of several bytes may be cut in the middle, and white space at the end of the answer is not part of
-        # it.
-        ready = text.rstrip("\ufffd").rstrip()
-        if ready.startswith(shown) and len(ready) > len(shown):
-            yield ready[len(shown) :]
-            shown = ready
-    rest = tokenizer.decode(made).strip()[len(shown) :]
-    if rest:
-        yield rest
+    text = TextStream(encoder.tokenizer.decode)
 
+    def parts() -> Iterator[str]:
+        for (token,) in steps:
+            assert token is not None  # The only row: the steps end when it stops.
+            yield text.push(token)
+        yield text.finish()
 
-def encode_prompt(model: keras.Model, tokenizer: TextTokenizer, prompt: Prompt) -> list[int]:
-    """Returns the token ids of a question or conversation, up to where the answer begins."""
-    turns = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
-    template = template_for(family_of(model))
-    text = "".join(piece.text for piece in template.pieces(turns)) + template.generation_prompt
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
-
-
-def stop_ids(model: keras.Model, tokenizer: TextTokenizer) -> tuple[int, ...]:
-    """Returns the tokens that end an answer."""
-    return (tokenizer.id_of(template_for(family_of(model)).end_of_turn), tokenizer.eos_id)
+    yield from without_outer_space(parts())

@@ -1,7 +1,7 @@
-"""Picks the next token of each row from its logits.
+"""Samples the next token of each row from its logits.
 
-How to pick is data and not part of a program: every row has its own settings, so that none compiles anything, and what
-a row draws depends on its own logits, seed and number of tokens alone.
+The settings are data and not part of the compiled program: every row has its own, none of them compiles anything, and
+what a row draws depends only on its own logits, seed and number of tokens.
 """
 
 from typing import Any, NamedTuple
@@ -14,12 +14,18 @@ from jax import lax
 from gemma_tune.config_checks import MOST_CANDIDATES
 
 MAX_LOGPROBS = 20
-_BLOCK = 512
+_TILE = 512
 
 
 class Sampling(NamedTuple):
-    """How to pick. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave all tokens in; repetition_penalty 1
-    changes nothing. As in `config.GenerationConfig`.
+    """Sampling settings, as in `config.GenerationConfig`.
+
+    Attributes:
+        temperature: Divisor of the logits; 0: greedy, the most likely token.
+        top_k: Number of most likely tokens to draw from; 0: all.
+        top_p: Probability that the most likely tokens to draw from must reach together; 1: all tokens.
+        min_p: Least probability of a token to draw, as a share of the most likely token's; 0: all tokens.
+        repetition_penalty: Divisor of the logits of tokens that occurred before; 1: none.
     """
 
     temperature: float = 0.0
@@ -33,9 +39,12 @@ GREEDY = Sampling()
 
 
 class RowSampling(NamedTuple):
-    """The same for each of B rows, as arrays [B].
+    """The sampling settings of B rows, as arrays [B].
 
-    seed: uint32. index: int32, how many tokens the row has drawn before this one. The others: as in Sampling.
+    Attributes:
+        temperature, top_k, top_p, min_p, repetition_penalty: Settings as in Sampling; top_k int32, the others float32.
+        seed: Random seeds, uint32.
+        index: Numbers of tokens that the rows have drawn before, int32.
     """
 
     temperature: Any
@@ -50,7 +59,10 @@ class RowSampling(NamedTuple):
 class Logprobs(NamedTuple):
     """Log-probabilities before temperature and filters.
 
-    chosen: [B], of the picked tokens. top_ids, top: [B, 20], the likeliest.
+    Attributes:
+        chosen: [B] log-probabilities of the sampled tokens.
+        top_ids: [B, 20] ids of the most likely tokens.
+        top: [B, 20] log-probabilities of the most likely tokens.
     """
 
     chosen: Any
@@ -59,7 +71,7 @@ class Logprobs(NamedTuple):
 
 
 def uniform_rows(sampling: Sampling, num_rows: int, seed: int = 0, index: int = 0) -> RowSampling:
-    """Returns one Sampling for all rows; each draws with a seed of its own."""
+    """Returns the same settings for all rows, with seeds that count up from `seed`."""
     floats = {
         name: np.full(num_rows, getattr(sampling, name), np.float32)
         for name in ("temperature", "top_p", "min_p", "repetition_penalty")
@@ -74,13 +86,13 @@ def uniform_rows(sampling: Sampling, num_rows: int, seed: int = 0, index: int = 
 
 
 def sample(logits: jax.Array, rows: RowSampling, seen: jax.Array) -> jax.Array:
-    """Returns [B] int32 token ids.
+    """Returns the next token ids, [B] int32.
 
     Args:
         logits: [B, V] float32.
-        rows: The settings. top_k and top_p (arXiv:1904.09751) look among the 1,024 likeliest tokens; min_p
-            (arXiv:2407.01082) leaves tokens out that are less than this times as likely as the likeliest.
-        seen: [B, V] bool, the tokens that repetition_penalty (arXiv:1909.05858, section 4.1) makes less likely.
+        rows: Settings of the rows. top_k and top_p (arXiv:1904.09751) choose among the 1,024 most likely tokens; min_p
+            (arXiv:2407.01082) leaves out tokens whose probability is below this share of the most likely token's.
+        seen: [B, V] bool, tokens that repetition_penalty (arXiv:1909.05858, section 4.1) makes less likely.
     """
     is_plain = jnp.all((rows.temperature == 0) & (rows.repetition_penalty == 1))
     return lax.cond(is_plain, lambda: tiled_argmax(logits), lambda: _sample(logits, rows, seen))
@@ -105,17 +117,17 @@ def _sample(logits: jax.Array, rows: RowSampling, seen: jax.Array) -> jax.Array:
 
 
 def tiled_argmax(logits: jax.Array) -> jax.Array:
-    """Returns [B] int32, jnp.argmax of each row; that takes XLA on CPU twelve times as long for 262,144 logits."""
+    """Returns jnp.argmax of each row, [B] int32, which takes XLA on CPU twelve times as long for 262,144 logits."""
     num_rows, vocabulary = logits.shape
-    missing = ((0, 0), (0, -vocabulary % _BLOCK))
-    blocks = jnp.pad(logits, missing, constant_values=-jnp.inf).reshape(num_rows, -1, _BLOCK)
-    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
-    in_block = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return (block * _BLOCK + jnp.argmax(in_block, axis=-1)).astype(jnp.int32)
+    missing = ((0, 0), (0, -vocabulary % _TILE))
+    tiles = jnp.pad(logits, missing, constant_values=-jnp.inf).reshape(num_rows, -1, _TILE)
+    tile = jnp.argmax(jnp.max(tiles, axis=-1), axis=-1)
+    in_tile = jnp.take_along_axis(tiles, tile[:, None, None], axis=1)[:, 0]
+    return (tile * _TILE + jnp.argmax(in_tile, axis=-1)).astype(jnp.int32)
 
 
 def log_probabilities(logits: jax.Array, tokens: jax.Array) -> Logprobs:
-    """Returns those of tokens [B] under logits [B, V], and of the likeliest."""
+    """Returns the log-probabilities of tokens [B] under logits [B, V], and those of the most likely tokens."""
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     values, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
     missing = ((0, 0), (0, MAX_LOGPROBS - values.shape[-1]))
@@ -134,10 +146,10 @@ def _uniform(seed: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _from_candidates(scaled: jax.Array, rows: RowSampling, uniform: jax.Array) -> jax.Array:
-    """Draws from the likeliest tokens, in the order of their likelihood."""
+    """Draws from the most likely tokens, which stand in the order of their probability."""
     candidates, ids = lax.top_k(scaled, min(MOST_CANDIDATES, scaled.shape[-1]))
     probabilities = jnp.exp(candidates - jax.nn.logsumexp(scaled, axis=-1, keepdims=True))
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # What the likelier ones hold.
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # Of the more likely tokens together.
     rank = jnp.arange(candidates.shape[-1])
     kept = (before < rows.top_p[:, None]) & (probabilities >= rows.min_p[:, None] * probabilities[:, :1])
     kept &= (rows.top_k[:, None] == 0) | (rank < rows.top_k[:, None])
@@ -146,22 +158,22 @@ def _from_candidates(scaled: jax.Array, rows: RowSampling, uniform: jax.Array) -
 
 
 def _from_all(scaled: jax.Array, rows: RowSampling, uniform: jax.Array) -> jax.Array:
-    """Draws from the whole vocabulary: first a block of it, then a token in the block."""
+    """Draws from the whole vocabulary: first a tile of it, then a token in the tile."""
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
     weights = jnp.where(weights >= rows.min_p[:, None], weights, 0)
     num_rows, vocabulary = weights.shape
-    weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % _BLOCK))).reshape(num_rows, -1, _BLOCK)
-    of_blocks = jnp.sum(weights, axis=-1)
-    block = _pick(of_blocks, uniform)
-    before = jnp.where(jnp.arange(of_blocks.shape[-1]) < block[:, None], of_blocks, 0).sum(axis=-1)
-    in_block = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    rest = uniform * of_blocks.sum(axis=-1) - before
-    return (block * _BLOCK + _pick(in_block, rest / in_block.sum(axis=-1))).astype(jnp.int32)
+    weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % _TILE))).reshape(num_rows, -1, _TILE)
+    tile_sums = jnp.sum(weights, axis=-1)
+    tile = _pick(tile_sums, uniform)
+    before = jnp.where(jnp.arange(tile_sums.shape[-1]) < tile[:, None], tile_sums, 0).sum(axis=-1)
+    in_tile = jnp.take_along_axis(weights, tile[:, None, None], axis=1)[:, 0]
+    rest = uniform * tile_sums.sum(axis=-1) - before
+    return (tile * _TILE + _pick(in_tile, rest / in_tile.sum(axis=-1))).astype(jnp.int32)
 
 
 def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Returns [B], the index at which the running sum of weights [B, n] passes this share of their total, [B]. Never
-    one of weight 0, whatever rounding does.
+    """Returns the index [B] at which the running sum of weights [B, n] passes a share [B] of their total. It never has
+    weight 0, whatever rounding does.
     """
     running = jnp.cumsum(weights, axis=-1)
     passed = (running > uniform[:, None] * running[:, -1:]) & (weights > 0)

@@ -27,7 +27,7 @@ def test_each_turn_is_answered_as_generate_does_and_old_turns_make_room(tiny):
     assert kept[0] == turns[0] and kept[1].role == "user" and len(kept) < len(long)
     assert kept[1:] == long[-len(kept) + 1 :]
     assert "".join(conversation.answer(kept, seed=0)) == gemma_tune.generate(model, [kept], max_new_tokens=12)[0]
-    with pytest.raises(ConfigError, match="together at most 320"):
+    with pytest.raises(ConfigError, match="exceed max_length=320"):
         list(conversation.answer(conversation.trim([Turn("user", "long " * 400)]), seed=0))
     conversation.close()
 

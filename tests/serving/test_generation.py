@@ -6,7 +6,7 @@ import gemma_tune
 from gemma_tune.data import Turn
 from gemma_tune.errors import ModelError
 from gemma_tune.models.sources.tokenizer import tokenizer_of
-from gemma_tune.serving.generation import encode_prompt
+from gemma_tune.serving.prompt_encoder import prompt_encoder_of
 
 QUESTIONS = ["How do I reset it?", "Where is the menu with all the settings for the camera of my phone, please?", "Hi"]
 
@@ -30,7 +30,7 @@ def test_the_prompt_is_the_rendered_conversation(tiny, family):
     model = tiny(family)
     tokenizer = tokenizer_of(model)
     turns = [Turn("system", "S"), Turn("user", "Q"), Turn("model", "A"), Turn("user", "R")]
-    ids = encode_prompt(model, tokenizer, turns)
+    ids = prompt_encoder_of(model).encode(turns)
     start, end = ("<|turn>", "<turn|>") if family == "gemma4" else ("<start_of_turn>", "<end_of_turn>")
     system = f"{start}system\nS{end}\n{start}user\nQ" if family == "gemma4" else f"{start}user\nS\n\nQ"
     wanted = f"{system}{end}\n{start}model\nA{end}\n{start}user\nR{end}\n{start}model\n"

@@ -1,1 +1,1 @@
-"""The serving engine: many requests at once on one model."""
+"""The serving engine: answers many requests at once with one model."""

@@ -1,4 +1,4 @@
-"""One request under way: what was asked, how far its answer is, and what goes to the one who asked."""
+"""The state of one answer, from when its request is queued until its last delta is delivered."""
 
 import queue
 import threading
@@ -14,10 +14,10 @@ Deliver = Callable[[AnswerDelta], None]
 
 
 class AnswerHandle:
-    """What `Engine.submit` returns.
+    """What `Engine.submit` returns: a way to cancel the answer, and to wait for its end.
 
     Attributes:
-        done: Set when the last piece has been delivered.
+        done: Event that is set when the last delta has been delivered.
     """
 
     def __init__(self, wake: Callable[[], None]):
@@ -36,23 +36,26 @@ class AnswerHandle:
 
 
 class Answer:
-    """A request from when it waits until its last piece.
+    """An answer that is queued or being generated.
 
     Attributes:
-        adapter: Index of the adapter.
-        slot, region: Where it is computed, once it is.
-        num_read: Tokens of the prompt whose keys and values are in the cache.
-        num_made: Tokens of the answer.
-        last_token: What the next step reads: the prompt's last token, then each one made.
-        finish_reason: "" until it is done.
+        request: The request that it answers.
+        adapter: Index of the adapter; 0 is the base.
+        handle: Handle that the caller of `Engine.submit` has.
+        cache_slot: Its slot of the KV cache; None while it is queued.
+        seen_row: Its row in the table of seen tokens; -1 while it is queued.
+        num_prefilled: Prompt tokens whose keys and values are in the cache.
+        num_generated: Tokens of the answer so far.
+        last_token: Input of the next decode step: the prompt's last token, then each generated one.
+        finish_reason: Why it has ended; "" while it goes on.
     """
 
     def __init__(
         self, request: Request, adapter: int, deliver: Deliver, handle: AnswerHandle, tokenizer: TextTokenizer
     ):
         self.request, self.adapter, self.handle = request, adapter, handle
-        self.slot, self.num_read, self.num_made = -1, 0, 0
-        self.region: CacheSlot | None = None
+        self.cache_slot: CacheSlot | None = None
+        self.seen_row, self.num_prefilled, self.num_generated = -1, 0, 0
         self.last_token = request.prompt_ids[-1]
         self.finish_reason = ""
         self._deliver, self._tokenizer = deliver, tokenizer
@@ -60,65 +63,64 @@ class Answer:
         self._text = TextStream(tokenizer.decode, request.stop_strings)
 
     @property
-    def is_read(self) -> bool:
-        """Whether all of the prompt is in the cache but its last token, which the first step reads."""
-        return self.num_read == len(self.request.prompt_ids) - 1
+    def is_prefilled(self) -> bool:
+        """Whether the whole prompt is in the cache but its last token, which the first decode step reads."""
+        return self.num_prefilled == len(self.request.prompt_ids) - 1
 
     @property
     def position(self) -> int:
-        """Of the token that the next step reads, in the region."""
-        return len(self.request.prompt_ids) - 1 + self.num_made
+        """Position in the cache slot of the token that the next decode step reads."""
+        return len(self.request.prompt_ids) - 1 + self.num_generated
 
-    def take(self, token: int, chosen: float, top_ids: Sequence[int], top: Sequence[float]) -> None:
-        """Takes the next token of the answer, and delivers what is known of the text. The log-probabilities are read
-        only if they were asked for.
-        """
+    def add_token(self, token: int, logprob: float, top_ids: Sequence[int], top_logprobs: Sequence[float]) -> None:
+        """Adds the next token and delivers its delta. The log-probabilities are read only if they were asked for."""
         if token in self._stop_ids:
             self.end("stop")
             return
-        self.num_made += 1
+        self.num_generated += 1
         self.last_token = token
         text = self._text.push(token)
-        named: dict[str, Any] = {}
+        logprobs: dict[str, Any] = {}
         if count := self.request.num_logprobs:
-            likeliest = zip(top_ids[:count], top[:count], strict=True)
-            named["logprobs"] = (self._logprob(token, chosen),)
-            named["top_logprobs"] = (tuple(self._logprob(*each) for each in likeliest),)
+            most_likely = zip(top_ids[:count], top_logprobs[:count], strict=True)
+            logprobs["logprobs"] = (self._token_logprob(token, logprob),)
+            logprobs["top_logprobs"] = (tuple(self._token_logprob(*each) for each in most_likely),)
         if self._text.stopped:
-            self._finish(AnswerDelta(text, (token,), finish_reason="stop", **named))
-        elif self.num_made == self.request.max_new_tokens:
-            self._finish(AnswerDelta(text + self._text.finish(), (token,), finish_reason="length", **named))
+            self._finish(AnswerDelta(text, (token,), finish_reason="stop", **logprobs))
+        elif self.num_generated == self.request.max_new_tokens:
+            self._finish(AnswerDelta(text + self._text.finish(), (token,), finish_reason="length", **logprobs))
         else:
-            self._send(AnswerDelta(text, (token,), **named))
+            self._send(AnswerDelta(text, (token,), **logprobs))
 
     def end(self, reason: str, error: str = "") -> None:
-        """Delivers the last piece."""
+        """Delivers the last delta."""
         self._finish(AnswerDelta(self._text.finish(), finish_reason=reason, error=error))
 
-    def _finish(self, piece: AnswerDelta) -> None:
-        self.finish_reason = "stop" if self._text.stopped and piece.finish_reason == "length" else piece.finish_reason
-        self._send(piece._replace(finish_reason=self.finish_reason))
+    def _finish(self, delta: AnswerDelta) -> None:
+        # The text held back until the last token may complete a stop string.
+        self.finish_reason = "stop" if self._text.stopped and delta.finish_reason == "length" else delta.finish_reason
+        self._send(delta._replace(finish_reason=self.finish_reason))
         self.handle.done.set()
 
-    def _send(self, piece: AnswerDelta) -> None:
+    def _send(self, delta: AnswerDelta) -> None:
         try:
-            self._deliver(piece)
-        except Exception:  # Whoever asked is gone; the others' answers go on.
+            self._deliver(delta)
+        except Exception:  # The receiver is gone; the other answers go on.
             self.handle.cancel()
 
-    def _logprob(self, token: int, logprob: float) -> TokenLogprob:
+    def _token_logprob(self, token: int, logprob: float) -> TokenLogprob:
         return TokenLogprob(int(token), self._tokenizer.decode([int(token)]), float(logprob))
 
 
 def stream_deltas(submit: Callable[[Request, Deliver], AnswerHandle], request: Request) -> Iterator[AnswerDelta]:
-    """Yields the pieces of one answer as they come. Leaving the iterator cancels it."""
-    pieces: queue.SimpleQueue[AnswerDelta] = queue.SimpleQueue()
-    handle = submit(request, pieces.put)
+    """Yields the deltas of one answer as they come. Closing the iterator cancels the answer."""
+    deltas: queue.SimpleQueue[AnswerDelta] = queue.SimpleQueue()
+    handle = submit(request, deltas.put)
     try:
         while True:
-            piece = pieces.get()
-            yield piece
-            if piece.finish_reason:
+            delta = deltas.get()
+            yield delta
+            if delta.finish_reason:
                 return
     finally:
         handle.cancel()

@@ -1,4 +1,4 @@
-"""What the programs of an engine compute with: a model's arrays, some in another form, and how its layers take them."""
+"""Prepares a model's arrays for the engine's programs, and computes linear layers with them row by row."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from gemma_tune.errors import ModelError
 from gemma_tune.models.blocks import replaced_calls
 from gemma_tune.models.functional import hidden_states, parameters
 from gemma_tune.models.layers import linear_layers
+from gemma_tune.models.quantized.fake_quant_layers import FakeQuantEinsumDense
 from gemma_tune.models.quantized.layers import QuantizedEinsumDense
 from gemma_tune.models.quantized.product import quantized_product
 from gemma_tune.models.quantized.qat import rounded_params
@@ -18,30 +19,32 @@ from gemma_tune.serving.engine.adapters import StackedFactors, apply_row_factors
 from gemma_tune.serving.engine.matmul import (
     MatmulWeights,
     einsum_matmul,
-    is_fake_quantized,
     kernel_matmul_weights,
     lm_head_matmul_weights,
 )
 
 
 class EngineParams(NamedTuple):
-    """What the programs compute with.
+    """The arrays that the programs take as arguments.
 
-    params: The model's arrays by variable path, but for kernels that are in `matrices`. matrices: Layer path -> the
-        kernel as it is multiplied with. head: The same of the tied embedding, or None. factors: Layer path -> LoRA.
+    Attributes:
+        variables: Variable path -> array of the model, without the kernels that are in `matrices`.
+        matrices: Layer path -> kernel in the form that `matmul` multiplies with.
+        lm_head: Tied embedding in that form; None: its own product is used.
+        factors: Layer path -> LoRA factors of all adapters.
     """
 
-    params: dict[str, Any]
+    variables: dict[str, Any]
     matrices: dict[str, MatmulWeights]
-    head: MatmulWeights | None
+    lm_head: MatmulWeights | None
     factors: dict[str, StackedFactors]
 
 
 def called_linear_layers(model: keras.Model) -> dict[str, Any]:
-    """Returns path -> linear layer of those that are called. Gemma 4's blocks take some layers' kernels instead."""
+    """Returns path -> linear layer that a forward pass calls. Of some layers, Gemma 4 uses only the kernel."""
     called = {}
 
-    def noticed(layer: Any) -> Callable:
+    def recording(layer: Any) -> Callable:
         def call(inputs: Any, training: Any = None) -> Any:
             called[layer.path] = layer
             return type(layer).call(layer, inputs)
@@ -49,7 +52,7 @@ def called_linear_layers(model: keras.Model) -> dict[str, Any]:
         return call
 
     tokens = jnp.ones((1, 2), jnp.int32)
-    with replaced_calls([(layer, noticed(layer)) for layer in linear_layers(model.backbone)]):
+    with replaced_calls([(layer, recording(layer)) for layer in linear_layers(model.backbone)]):
         jax.eval_shape(lambda: hidden_states(model.backbone, tokens, tokens, tokens))
     return called
 
@@ -57,7 +60,15 @@ def called_linear_layers(model: keras.Model) -> dict[str, Any]:
 def linear_call(
     layer: Any, matrix: MatmulWeights | None, factors: StackedFactors | None, adapters: Any, one: Any
 ) -> Callable:
-    """What a linear layer computes for rows of several adapters."""
+    """Returns the `call` of a linear layer for rows with different adapters.
+
+    Args:
+        layer: An EinsumDense.
+        matrix: Its kernel from `EngineParams.matrices`; None: the layer's own is used.
+        factors: LoRA factors of all adapters on the layer, or None.
+        adapters: [B] int32, index of each row's adapter.
+        one: int32 1 that the compiler doesn't know, as for `matmul`.
+    """
 
     def call(inputs: Any, training: Any = None) -> Any:
         del training
@@ -82,28 +93,44 @@ def _kernel_shape(layer: Any) -> tuple[int, ...]:
 
 
 def engine_params(model: keras.Model, layers: dict[str, Any], factors: dict[str, StackedFactors]) -> EngineParams:
-    """Returns what the programs compute with, for a model, its called layers, and the factors of its adapters."""
+    """Returns the arrays of a model as the programs take them.
+
+    Args:
+        model: A CausalLM.
+        layers: Its linear layers, from `called_linear_layers`.
+        factors: Layer path -> LoRA factors of all adapters.
+
+    Raises:
+        ModelError: An adapter has factors on a kernel that can't differ between rows.
+    """
     groups = parameters(model)
-    params = rounded_params(model, {**groups.trainable, **groups.frozen})
+    variables = rounded_params(model, {**groups.trainable, **groups.frozen})
     matrices = {}
     for path, layer in layers.items():
-        kernel = None if isinstance(layer, QuantizedEinsumDense) else params[layer._kernel.path]
+        kernel = None if isinstance(layer, QuantizedEinsumDense) else variables[layer._kernel.path]
         matrix = kernel_matmul_weights(layer, kernel)
         if matrix is not None:
             matrices[path] = matrix
     embedding = model.backbone.token_embedding
-    head = lm_head_matmul_weights(embedding, params.get(embedding._embeddings.path))
-    kept = {path: value for path, value in params.items() if not _is_elsewhere(path, layers, matrices)}
-    by_row = {path: each for path, each in factors.items() if path in layers and not is_fake_quantized(layers[path])}
-    inside = [path for path in factors if path not in layers and factors[path].a.shape[0] > 1]
-    if inside:
+    lm_head = lm_head_matmul_weights(embedding, variables.get(embedding._embeddings.path))
+    kept = {path: value for path, value in variables.items() if not _is_replaced(path, layers, matrices)}
+    # Fake-quantized kernels have LoRA inside: it is part of what is rounded.
+    by_row = {
+        path: each
+        for path, each in factors.items()
+        if path in layers and not isinstance(layers[path], FakeQuantEinsumDense)
+    }
+    not_by_row = [path for path in factors if path not in layers and factors[path].a.shape[0] > 1]
+    if not_by_row:
         raise ModelError(
-            f"An adapter has factors on {inside[0]}, which {type(model.backbone).__name__} computes with in a way that "
-            "rows can't differ in. Merge it into the base (gemma-tune merge), and serve the merged model."
+            f"An adapter has factors on {not_by_row[0]}, whose kernel {type(model.backbone).__name__} uses in a way "
+            "that can't differ between requests. Merge the adapter into the base (gemma-tune merge), and serve the "
+            "merged model."
         )
-    return EngineParams(kept, matrices, head, by_row)
+    return EngineParams(kept, matrices, lm_head, by_row)
 
 
-def _is_elsewhere(path: str, layers: dict[str, Any], matrices: dict[str, MatmulWeights]) -> bool:
+def _is_replaced(path: str, layers: dict[str, Any], matrices: dict[str, MatmulWeights]) -> bool:
+    """Whether a variable is a kernel that is among the matrices."""
     layer = path.rsplit("/", 1)[0]
     return layer in matrices and layer in layers and not path.endswith("/bias")

@@ -1,8 +1,8 @@
-"""The compiled programs of a serving engine: reading a piece of a prompt, and one step of all answers.
+"""The compiled programs of a serving engine: prefill of a part of a prompt, and one decode step of all answers.
 
-They run KerasHub's own layers, with attention to the shared cache (`cached_attention`), products in the forms that are
-fast for few tokens (`products`) and each row's adapter (`adapters`) in their named places. Every shape is fixed when
-the engine starts; what changes from step to step is in small arrays.
+They run KerasHub's own layers with three replacements: attention reads the shared cache (`cached_attention`), matrix
+products take the form that is fast for few tokens (`matmul`), and each row has its own adapter (`adapters`). All shapes
+are fixed when the engine starts; what changes from step to step is in small arrays.
 """
 
 import contextlib
@@ -25,38 +25,61 @@ from gemma_tune.serving.engine.matmul import lm_head_logits, opaque_one
 from gemma_tune.serving.engine.parameters import EngineParams, called_linear_layers, engine_params, linear_call
 from gemma_tune.serving.sampling import MAX_LOGPROBS, Logprobs, RowSampling, log_probabilities, sample
 
-PREFILL_CHUNK = 64  # Tokens of a prompt that are read at once.
-_TAILS = (16, 32, PREFILL_CHUNK)  # What the last of them are filled up to.
-_SHORTEST_LENGTH = 128
-_LENGTH_FACTOR = 2
+PREFILL_CHUNK = 64  # Prompt tokens that are prefilled at once.
+_PREFILL_SIZES = (16, 32, PREFILL_CHUNK)  # A prompt's last chunk is padded to the next of these.
+_MIN_ATTENTION_LENGTH = 128
+_ATTENTION_LENGTH_FACTOR = 2
 
 
 class DecodeBatch(NamedTuple):
-    """One step's rows, as arrays [B] of int32, `seed` uint32 and four float32.
+    """The inputs of a decode step with B rows: int32 arrays [B], and the sampling settings.
 
-    tokens: The last of each answer or prompt. starts, positions: Where they stand: of the region, and in it. slots:
-    Which row of `seen`. adapters: Index. wants_logprobs: 0 or 1. sampling: RowSampling's fields.
+    Attributes:
+        token_ids: Last token of each prompt or answer.
+        slot_starts: First position of each row's cache slot.
+        positions: Position of the token in its slot.
+        seen_rows: Each row's row in the table of seen tokens.
+        adapters: Index of each row's adapter.
+        wants_logprobs: 1 where log-probabilities are asked for, else 0.
+        sampling: Sampling settings of each row.
     """
 
-    tokens: Any
-    starts: Any
+    token_ids: Any
+    slot_starts: Any
     positions: Any
-    slots: Any
+    seen_rows: Any
     adapters: Any
     wants_logprobs: Any
     sampling: RowSampling
 
 
 class DecodeOutput(NamedTuple):
-    """What a step made: tokens [B], whether each row's logits were numbers [B], and Logprobs, where asked for."""
+    """What a decode step returns.
 
-    tokens: Any
+    Attributes:
+        token_ids: [B] int32, the next token of each row.
+        are_finite: [B] bool, whether the row's logits are finite.
+        logprobs: Log-probabilities where they are asked for, else zeros.
+    """
+
+    token_ids: Any
     are_finite: Any
     logprobs: Logprobs
 
 
 class Programs:
-    """Compiled functions of one model, with the cache that they read and write."""
+    """Compiled functions of one model, with the KV cache that they read and write.
+
+    Args:
+        model: A CausalLM.
+        factors: Layer path -> LoRA factors of all adapters.
+        num_positions: Size of the cache, in positions.
+        max_length: Longest prompt and answer together, in tokens.
+        max_concurrent: Answers that run at once.
+
+    Attributes:
+        vocabulary_size: Number of tokens, V.
+    """
 
     def __init__(
         self,
@@ -64,37 +87,37 @@ class Programs:
         factors: dict[str, StackedFactors],
         num_positions: int,
         max_length: int,
-        num_slots: int,
+        max_concurrent: int,
     ):
         self._model = model
         self._layers = called_linear_layers(model)
-        self._arrays = engine_params(model, self._layers, factors)
-        self._lengths = _lengths_up_to(max_length)
-        # One chunk that rows without a request write to, and as many positions as a look from the last one may see.
-        self._unused_start = num_positions
-        self._cache = empty_cache(model.backbone, num_positions + PREFILL_CHUNK + self._lengths[-1])
-        self._num_slots = num_slots
+        self._params = engine_params(model, self._layers, factors)
+        self._attention_lengths = _attention_lengths(max_length)
+        # Behind the slots: a chunk that padding rows write to, and as many positions as attention may read from there.
+        self._padding_start = num_positions
+        self._cache = empty_cache(model.backbone, num_positions + PREFILL_CHUNK + self._attention_lengths[-1])
+        self._padding_seen_row = max_concurrent
         self.vocabulary_size: int = model.backbone.token_embedding.input_dim
-        self._seen = jnp.zeros((num_slots + 1, self.vocabulary_size), bool)
+        self._seen = jnp.zeros((max_concurrent + 1, self.vocabulary_size), bool)
         self._decode = jax.jit(self._decode_fn, donate_argnums=(1, 2))
         self._prefill = jax.jit(self._prefill_fn, donate_argnums=(1,))
         self._copy = jax.jit(_copy_chunks, donate_argnums=(0,))
-        self._mark = jax.jit(lambda seen, slot, row: seen.at[slot].set(row), donate_argnums=(0,))
+        self._mark = jax.jit(lambda seen, row, tokens: seen.at[row].set(tokens), donate_argnums=(0,))
 
-    def start(self, row_counts: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles everything, by running it once.
+    def start(self, batch_sizes: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
+        """Compiles all programs by running each of them once.
 
         Args:
-            row_counts: How many rows a step may have.
-            progress: Called with how many programs are ready, and how many there are.
+            batch_sizes: Numbers of rows that a decode step may have.
+            progress: Function called with the number of programs that are ready, and the number of all.
         """
         todo: list[Callable[[], Any]] = []
-        for size in _TAILS:
-            todo.append(functools.partial(self.prefill, [0] * size, self._unused_start, 0, 0))
-        for count in row_counts:
-            todo.append(functools.partial(self.decode, self.empty_batch(count)))
-        todo.append(functools.partial(self.copy, self._unused_start, self._unused_start, 1))
-        todo.append(functools.partial(self.mark_seen, self._num_slots, ()))
+        for size in _PREFILL_SIZES:
+            todo.append(functools.partial(self.prefill, [0] * size, self._padding_start, 0, 0))
+        for size in batch_sizes:
+            todo.append(functools.partial(self.decode, self.empty_batch(size)))
+        todo.append(functools.partial(self.copy, self._padding_start, self._padding_start, 1))
+        todo.append(functools.partial(self.mark_seen, self._padding_seen_row, ()))
         for done, run in enumerate(todo):
             if progress:
                 progress(done, len(todo))
@@ -103,65 +126,72 @@ class Programs:
         if progress:
             progress(len(todo), len(todo))
 
-    def prefill(self, token_ids: Sequence[int], start: int, first: int, adapter: int) -> None:
-        """Reads up to CHUNK tokens of a prompt, from position `first` of the region at `start` on."""
-        size = next(size for size in _TAILS if size >= len(token_ids))
+    def prefill(self, token_ids: Sequence[int], slot_start: int, position: int, adapter: int) -> None:
+        """Writes the keys and values of up to PREFILL_CHUNK prompt tokens to a slot, from `position` on."""
+        size = next(size for size in _PREFILL_SIZES if size >= len(token_ids))
         padded = np.zeros((1, size), np.int32)
         padded[0, : len(token_ids)] = token_ids
-        place = np.array([start, first, adapter], np.int32)
-        self._cache = self._prefill(self._arrays, self._cache, padded, place)
+        where = np.array([slot_start, position, adapter], np.int32)
+        self._cache = self._prefill(self._params, self._cache, padded, where)
 
-    def decode(self, rows: DecodeBatch) -> DecodeOutput:
-        """Makes each row's next token. Rows beyond the requests come from `empty_batch`."""
-        self._cache, self._seen, made = self._decode(self._arrays, self._cache, self._seen, rows)
-        return jax.device_get(made)
+    def decode(self, batch: DecodeBatch) -> DecodeOutput:
+        """Returns each row's next token. Rows beyond the answers come from `empty_batch`."""
+        self._cache, self._seen, output = self._decode(self._params, self._cache, self._seen, batch)
+        return jax.device_get(output)
 
     def copy(self, source: int, target: int, num_chunks: int) -> None:
-        """Copies whole chunks of the cache from one place to another."""
+        """Copies whole chunks of the cache from one position to another."""
         self._cache = self._copy(self._cache, np.array([source, target, num_chunks], np.int32))
 
-    def mark_seen(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Says which tokens a slot's repetition penalty is for, until now."""
-        row = np.zeros(self._seen.shape[1], bool)
-        row[list(token_ids)] = True
-        self._seen = self._mark(self._seen, np.int32(slot), row)
+    def mark_seen(self, seen_row: int, token_ids: Sequence[int]) -> None:
+        """Sets which tokens an answer's repetition penalty applies to, before its first step."""
+        tokens = np.zeros(self._seen.shape[1], bool)
+        tokens[list(token_ids)] = True
+        self._seen = self._mark(self._seen, np.int32(seen_row), tokens)
 
-    def empty_batch(self, count: int) -> DecodeBatch:
-        """Returns rows that nothing is asked of: greedy, and written where nothing is read."""
-        zeros = np.zeros(count, np.int32)
+    def empty_batch(self, size: int) -> DecodeBatch:
+        """Returns padding rows: greedy, and written where nothing is read."""
+        zeros = np.zeros(size, np.int32)
         sampling = RowSampling(
-            temperature=np.zeros(count, np.float32),
+            temperature=np.zeros(size, np.float32),
             top_k=zeros.copy(),
-            top_p=np.ones(count, np.float32),
-            min_p=np.zeros(count, np.float32),
-            repetition_penalty=np.ones(count, np.float32),
-            seed=np.zeros(count, np.uint32),
+            top_p=np.ones(size, np.float32),
+            min_p=np.zeros(size, np.float32),
+            repetition_penalty=np.ones(size, np.float32),
+            seed=np.zeros(size, np.uint32),
             index=zeros.copy(),
         )
-        starts, slots = np.full(count, self._unused_start, np.int32), np.full(count, self._num_slots, np.int32)
-        return DecodeBatch(zeros.copy(), starts, zeros.copy(), slots, zeros.copy(), zeros.copy(), sampling)
+        return DecodeBatch(
+            token_ids=zeros.copy(),
+            slot_starts=np.full(size, self._padding_start, np.int32),
+            positions=zeros.copy(),
+            seen_rows=np.full(size, self._padding_seen_row, np.int32),
+            adapters=zeros.copy(),
+            wants_logprobs=zeros.copy(),
+            sampling=sampling,
+        )
 
     def _prefill_fn(
-        self, arrays: EngineParams, cache: list[LayerCache], token_ids: Any, place: Any
+        self, params: EngineParams, cache: list[LayerCache], token_ids: Any, where: Any
     ) -> list[LayerCache]:
-        where = CacheIndex(place[:1], place[1:2], self._lengths)
-        with self._running(arrays, cache, where, place[2:]) as updated:
+        index = CacheIndex(where[:1], where[1:2], self._attention_lengths)
+        with self._replacements(params, cache, index, where[2:]) as updated:
             self._hidden(token_ids)
         return updated
 
     def _decode_fn(
-        self, arrays: EngineParams, cache: list[LayerCache], seen: Any, rows: DecodeBatch
+        self, params: EngineParams, cache: list[LayerCache], seen: Any, batch: DecodeBatch
     ) -> tuple[Any, Any, DecodeOutput]:
-        seen = seen.at[rows.slots, rows.tokens].set(True)
-        with self._running(
-            arrays, cache, CacheIndex(rows.starts, rows.positions, self._lengths), rows.adapters
-        ) as updated:
-            hidden = self._hidden(rows.tokens[:, None])[:, 0]
-            logits = lm_head_logits(self._model.backbone.token_embedding, arrays.head, hidden, opaque_one(rows.starts))
-        penalized = jnp.any(rows.sampling.repetition_penalty != 1)
-        seen_here = lax.cond(penalized, lambda: seen[rows.slots], lambda: jnp.zeros(logits.shape, bool))
-        tokens = sample(logits, rows.sampling, seen_here)
-        logprobs = lax.cond(jnp.any(rows.wants_logprobs > 0), log_probabilities, _no_logprobs, logits, tokens)
+        seen = seen.at[batch.seen_rows, batch.token_ids].set(True)
+        index = CacheIndex(batch.slot_starts, batch.positions, self._attention_lengths)
+        with self._replacements(params, cache, index, batch.adapters) as updated:
+            hidden = self._hidden(batch.token_ids[:, None])[:, 0]
+            embedding, one = self._model.backbone.token_embedding, opaque_one(batch.slot_starts)
+            logits = lm_head_logits(embedding, params.lm_head, hidden, one)
+        is_penalized = jnp.any(batch.sampling.repetition_penalty != 1)
+        seen_by_row = lax.cond(is_penalized, lambda: seen[batch.seen_rows], lambda: jnp.zeros(logits.shape, bool))
+        tokens = sample(logits, batch.sampling, seen_by_row)
+        logprobs = lax.cond(jnp.any(batch.wants_logprobs > 0), log_probabilities, _no_logprobs, logits, tokens)
         return updated, seen, DecodeOutput(tokens, jnp.isfinite(jnp.max(logits, axis=-1)), logprobs)
 
     def _hidden(self, token_ids: Any) -> jax.Array:
@@ -170,27 +200,29 @@ class Programs:
         return hidden_states(self._model.backbone, token_ids, ones, positions)
 
     @contextlib.contextmanager
-    def _running(
-        self, arrays: EngineParams, cache: list[LayerCache], place: CacheIndex, adapters: Any
-    ) -> Iterator[list]:
-        """Within it, the backbone computes with `arrays`; yields the cache that it leaves."""
-        one = opaque_one(place.starts)
+    def _replacements(
+        self, params: EngineParams, cache: list[LayerCache], index: CacheIndex, adapters: Any
+    ) -> Iterator[list[LayerCache]]:
+        """A context in which the backbone computes with `params`. Yields the list that becomes the new cache."""
+        one = opaque_one(index.slot_starts)
         swaps = [
-            (layer, linear_call(layer, arrays.matrices.get(path), arrays.factors.get(path), adapters, one))
+            (layer, linear_call(layer, params.matrices.get(path), params.factors.get(path), adapters, one))
             for path, layer in self._layers.items()
-            if path in arrays.matrices or path in arrays.factors
+            if path in params.matrices or path in params.factors
         ]
-        computing = params_scope(self._model, arrays.params), weights_are_rounded(), replaced_calls(swaps)
-        with contextlib.ExitStack() as stack:
-            for each in computing:
-                stack.enter_context(each)
-            yield stack.enter_context(attention_over_cache(cache, self._model.backbone, place))
+        with (
+            params_scope(self._model, params.variables),
+            weights_are_rounded(),
+            replaced_calls(swaps),
+            attention_over_cache(cache, self._model.backbone, index) as updated,
+        ):
+            yield updated
 
 
 def _no_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
     num_rows = logits.shape[0]
-    some = jnp.zeros((num_rows, MAX_LOGPROBS))
-    return Logprobs(jnp.zeros(num_rows), some.astype(jnp.int32), some)
+    zeros = jnp.zeros((num_rows, MAX_LOGPROBS))
+    return Logprobs(jnp.zeros(num_rows), zeros.astype(jnp.int32), zeros)
 
 
 def _copy_chunks(cache: list[LayerCache], numbers: jax.Array) -> list[LayerCache]:
@@ -206,8 +238,9 @@ def _copy_chunks(cache: list[LayerCache], numbers: jax.Array) -> list[LayerCache
     return lax.fori_loop(0, num_chunks, copy_chunk, cache)
 
 
-def _lengths_up_to(max_length: int) -> tuple[int, ...]:
-    lengths = [_SHORTEST_LENGTH]
+def _attention_lengths(max_length: int) -> tuple[int, ...]:
+    """Returns the numbers of positions that attention may read, ascending up to the longest request."""
+    lengths = [_MIN_ATTENTION_LENGTH]
     while lengths[-1] < max_length:
-        lengths.append(min(lengths[-1] * _LENGTH_FACTOR, -(-max_length // PREFILL_CHUNK) * PREFILL_CHUNK))
+        lengths.append(min(lengths[-1] * _ATTENTION_LENGTH_FACTOR, -(-max_length // PREFILL_CHUNK) * PREFILL_CHUNK))
     return tuple(lengths)

@@ -1,24 +1,26 @@
-"""What is asked of a serving engine, and what comes back: the values between `serving/engine/engine.py` and its callers."""
+"""The values that go into a serving engine and come out of it: requests, and the answers' text delta by delta."""
 
 from typing import NamedTuple
 
 from gemma_tune.serving.sampling import GREEDY, Sampling
 
-BASE = ""  # The adapter's name that stands for the model as it was loaded.
+BASE = ""  # As an adapter's name: the model as it was loaded.
 
 
 class Request(NamedTuple):
-    """One answer that is asked for.
+    """A request for one answer.
 
     Attributes:
         prompt_ids: Token ids up to where the answer begins, `<bos>` included.
         max_new_tokens: Longest answer, in tokens.
-        sampling: How tokens are picked.
-        seed: Of the sampling. The same request with the same seed gets the same answer, whatever else is asked.
-        stop_ids: The answer ends before the first of these tokens.
-        stop_strings: And before the first of these texts, also where one begins in one token and ends in another.
-        adapter: Which of the engine's LoRA adapters answers; `BASE`: none.
-        num_logprobs: How many of the likeliest tokens come with each token; 0: none, and no log-probability either.
+        sampling: Sampling settings.
+        seed: Random seed of the sampling. The same request with the same seed gets the same answer, whatever else is
+            asked.
+        stop_ids: Tokens before the first of which the answer ends.
+        stop_strings: Texts before the first of which the answer ends, also where one spans several tokens.
+        adapter: Name of the engine's LoRA adapter that answers, or `BASE`.
+        num_logprobs: Number of most likely tokens to return with each token. 0: none, and no log-probability of the
+            token itself either.
     """
 
     prompt_ids: tuple[int, ...]
@@ -32,7 +34,13 @@ class Request(NamedTuple):
 
 
 class TokenLogprob(NamedTuple):
-    """A token, its text, and its log-probability under the model, before temperature and filters."""
+    """A token with its log-probability under the model.
+
+    Attributes:
+        token_id: Id in the vocabulary.
+        text: Text that the token decodes to by itself.
+        logprob: Log-probability before temperature and filters.
+    """
 
     token_id: int
     text: str
@@ -40,16 +48,16 @@ class TokenLogprob(NamedTuple):
 
 
 class AnswerDelta(NamedTuple):
-    """The next piece of an answer. All `text` together is the answer.
+    """What is new in an answer. The `text` of all its deltas together is the answer.
 
     Attributes:
-        text: May be empty, while a character or a possible stop string is not complete.
-        token_ids: Made since the last piece.
-        logprobs: Of each of `token_ids`; empty unless asked for.
-        top_logprobs: The likeliest tokens at each of `token_ids`; empty unless asked for.
+        text: New text. Empty while a character or a possible stop string is incomplete.
+        token_ids: Tokens generated since the last delta.
+        logprobs: Log-probabilities of `token_ids`; empty unless asked for.
+        top_logprobs: The most likely tokens at each of `token_ids`; empty unless asked for.
         finish_reason: "" while the answer goes on; then `stop` (a stop token or string), `length` (max_new_tokens),
             `cancelled`, or `error`.
-        error: What went wrong, with `error`.
+        error: What went wrong, if finish_reason is `error`.
     """
 
     text: str

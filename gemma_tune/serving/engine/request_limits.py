@@ -1,4 +1,4 @@
-"""Which requests an engine can answer at all."""
+"""Checks a request against what an engine can answer at all."""
 
 from collections.abc import Sequence
 
@@ -9,31 +9,32 @@ from gemma_tune.serving.sampling import MAX_LOGPROBS, Sampling
 
 
 def check_request(request: Request, adapters: Sequence[str], max_length: int, vocabulary_size: int) -> None:
-    """Raises ConfigError for a request that can't be answered whenever it is asked; says why.
+    """Raises ConfigError for a request that can never be answered, with the reason.
 
     Args:
-        request: What is asked.
-        adapters: Names of those there are.
+        request: Request to check.
+        adapters: Names of the engine's adapters.
         max_length: Longest prompt and answer together, in tokens.
-        vocabulary_size: V.
+        vocabulary_size: Number of tokens, V.
     """
-    if not request.prompt_ids or request.max_new_tokens < 1:
-        raise ConfigError("A request needs a token of a prompt at least, and one of an answer.")
+    if not request.prompt_ids:
+        raise ConfigError("The prompt is empty. It must have at least one token.")
+    if request.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}.")
     if len(request.prompt_ids) + request.max_new_tokens > max_length:
         raise ConfigError(
-            f"The prompt has {len(request.prompt_ids)} tokens and the answer may have {request.max_new_tokens}; "
-            f"together at most {max_length} (max_length)."
+            f"The request is too long: {len(request.prompt_ids)} prompt tokens and max_new_tokens="
+            f"{request.max_new_tokens} exceed max_length={max_length}."
         )
     if request.adapter != BASE and request.adapter not in adapters:
         hint = did_you_mean(request.adapter, adapters)
         raise ConfigError(f"There is no adapter {request.adapter!r}.{hint} Adapters: {', '.join(adapters) or 'none'}.")
-    if not all(0 <= token < vocabulary_size for token in request.prompt_ids):
-        raise ConfigError(f"The prompt has a token that is none of the vocabulary's {vocabulary_size}.")
+    outside = [token for token in request.prompt_ids if not 0 <= token < vocabulary_size]
+    if outside:
+        raise ConfigError(f"Token id {outside[0]} is outside the vocabulary of {vocabulary_size} tokens.")
     _check_sampling(request.sampling)
     if not 0 <= request.num_logprobs <= MAX_LOGPROBS:
-        raise ConfigError(
-            f"At most {MAX_LOGPROBS} log-probabilities of each token can be had, got {request.num_logprobs}."
-        )
+        raise ConfigError(f"num_logprobs must be from 0 to {MAX_LOGPROBS}, got {request.num_logprobs}.")
 
 
 def _check_sampling(sampling: Sampling) -> None:
@@ -45,6 +46,6 @@ def _check_sampling(sampling: Sampling) -> None:
         "min_p": (0 <= sampling.min_p <= 1, "from 0 to 1"),
         "repetition_penalty": (0 < sampling.repetition_penalty < infinity, "above 0"),
     }
-    for name, (is_right, must) in bounds.items():
-        if not is_right:
-            raise ConfigError(f"{name} must be {must}, got {getattr(sampling, name)}.")
+    for name, (is_valid, expected) in bounds.items():
+        if not is_valid:
+            raise ConfigError(f"{name} must be {expected}, got {getattr(sampling, name)}.")

@@ -1,4 +1,4 @@
-"""What an engine has done, and how many programs this process has compiled."""
+"""Counts what an engine has done, and the programs that this process has compiled."""
 
 from typing import NamedTuple
 
@@ -23,23 +23,32 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 class EngineStats(NamedTuple):
-    """What the engine is doing, and has done since it was made.
+    """What an engine is doing, and has done since it was made.
 
-    slots, slots_in_use: Requests that can be, and are being, answered at once. queued: Requests that wait.
-    positions, positions_in_use: Of the cache. requests: Finish reason -> how many. prompt_tokens: Asked with.
-    reused_tokens: Of these, those whose keys and values were there already. generated_tokens: Made. steps: Of all
-    answers under way together. seconds_computing: In steps and prompts. compilations_since_start: In this process.
+    Attributes:
+        max_running: Requests that can be answered at once.
+        running: Requests that are being answered.
+        queued: Requests that wait.
+        cache_positions: Size of the KV cache, in token positions.
+        cache_positions_in_use: Positions in the slots of running requests.
+        finish_reasons: Finish reason -> number of requests.
+        prompt_tokens: Tokens of all prompts.
+        reused_tokens: Prompt tokens whose keys and values were in the cache already.
+        generated_tokens: Tokens of all answers.
+        decode_steps: Steps, each of which adds a token to all running answers.
+        computing_seconds: Time spent in prefill and decode steps.
+        compilations_since_start: Programs compiled in this process since the engine was started.
     """
 
-    slots: int
+    max_running: int
     running: int
     queued: int
-    positions: int
-    positions_in_use: int
-    requests: dict[str, int]
+    cache_positions: int
+    cache_positions_in_use: int
+    finish_reasons: dict[str, int]
     prompt_tokens: int
     reused_tokens: int
     generated_tokens: int
-    steps: int
-    seconds_computing: float
+    decode_steps: int
+    computing_seconds: float
     compilations_since_start: int

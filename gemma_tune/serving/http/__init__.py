@@ -1,6 +1,6 @@
-"""An engine behind HTTP: OpenAI's API, metrics, and a page to chat on. Needs `pip install 'gemma-tune[serve]'`.
+"""Serves an engine over HTTP: OpenAI's API, metrics, and a chat page. Needs `pip install 'gemma-tune[serve]'`.
 
-`service` says what is served, `schema` and `replies` what is asked and answered, `prompts` goes from the one to the
-engine's requests and `answers` from its pieces to the other, `gates` keeps out what must not come in, and `app` puts
-them together.
+A request passes `access_control`, is parsed by `request_schema`, and becomes requests to the engine in
+`engine_requests`. `pending_answers` brings the answers' deltas from the engine's thread, and `reply_builder` makes the
+reply of them, whole or as an event stream. `served_models` says what is served, and `app` puts everything together.
 """

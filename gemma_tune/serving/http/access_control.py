@@ -1,6 +1,6 @@
-"""What a request must get past before anything reads it: the name it asks for, its key, its length, its time.
+"""Decides which requests are let in: by host name, API key, and the length and time of their body.
 
-ASGI middleware, so that a body is neither kept nor read from who may not send it.
+It is ASGI middleware, so that no body is read from clients that may not send one.
 """
 
 import asyncio
@@ -17,15 +17,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gemma_tune.errors import ConfigError
 from gemma_tune.serving.http.api_errors import ApiError
 
-_SECONDS_FOR_A_BODY = 30.0
-_FORGOTTEN_BODIES = 10  # As long as so many of the longest that is let in.
+_BODY_TIMEOUT_SECONDS = 30.0
+_MAX_DISCARDED_BODIES = 10  # Of a refused body, at most this many times the longest allowed one is received.
 
 
 def read_keys(path: str | Path) -> tuple[str, ...]:
-    """Returns the keys in a file: one a line; empty lines and those that begin with # don't count.
+    """Returns the API keys in a file, which has one on each line. Empty lines and lines that begin with # are skipped.
 
     Raises:
-        ConfigError: It can't be read, or holds no key.
+        ConfigError: The file can't be read, or holds no key.
     """
     path = Path(path).expanduser()
     try:
@@ -34,19 +34,19 @@ def read_keys(path: str | Path) -> tuple[str, ...]:
         raise ConfigError(f"--api_key_file={path} can't be read: {error}.") from error
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
-        raise ConfigError(f"--api_key_file={path} holds no key. Write one on each line.")
+        raise ConfigError(f"--api_key_file={path} contains no key. Write one key on each line.")
     return keys
 
 
 class AccessControl:
-    """Lets in what asks for an allowed name, brings a key where one is needed, and is not too long.
+    """Middleware that answers a request with an error unless its host name, key and body are allowed.
 
     Args:
-        app: What is behind.
-        keys: Of which a request must bring one; empty: none is needed.
-        open_paths: Where none is needed in any case; one that ends with a slash: all below it too.
-        hosts: Names by which the server may be addressed; empty: any.
-        max_body_bytes: Longest body.
+        app: ASGI application to protect.
+        keys: API keys, one of which a request must send; empty: no key is needed.
+        open_paths: Paths that need no key. One that ends with a slash includes all paths below it.
+        hosts: Allowed host names of the server; empty: any.
+        max_body_bytes: Longest allowed body.
     """
 
     def __init__(
@@ -57,27 +57,27 @@ class AccessControl:
         self._open_paths, self._hosts, self._max_body_bytes = open_paths, frozenset(hosts), max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers with what keeps it out."""
+        """Passes a request on, or refuses it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        if error := self._reason(scope, headers):
-            await self._forget(receive)
+        if error := self._refusal(scope, headers):
+            await self._discard_body(receive)
             await error.response()(scope, receive, send)
             return
-        await self._app(scope, self._limited(receive), send)
+        await self._app(scope, self._with_limits(receive), send)
 
-    def _reason(self, scope: Scope, headers: Headers) -> ApiError | None:
-        """Returns why a request is kept out; None: it isn't."""
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        """Returns the error to refuse a request with; None: it is allowed."""
         if self._hosts and _without_port(headers.get("host", "")) not in self._hosts:
             return ApiError(
-                403, f"The server isn't to be addressed as {headers.get('host', '')[:100]!r}. See --allowed_hosts.",
+                403, f"The host name {headers.get('host', '')[:100]!r} is not allowed. See --allowed_hosts.",
                 code="host_not_allowed",
             )  # fmt: skip
         if self._keys and not self._is_open(scope["path"]) and not self._has_key(headers):
             return ApiError(
-                401, "A key is needed, as Authorization: Bearer KEY, and there was none, or a wrong one.",
+                401, "The API key is missing or wrong. Send it as Authorization: Bearer KEY.",
                 code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
         length = headers.get("content-length", "0")
@@ -85,14 +85,14 @@ class AccessControl:
             return ApiError(413, self._too_long, code="body_too_large", headers={"Connection": "close"})
         return None
 
-    async def _forget(self, receive: Receive) -> None:
-        """Receives the rest of a body that isn't wanted, as far as it is not absurd: a client that still sends
-        when the connection is closed would not see the reply.
+    async def _discard_body(self, receive: Receive) -> None:
+        """Receives the rest of a refused body, up to a limit: a client that is still sending when the connection is
+        closed would not see the reply.
         """
         received = 0
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_SECONDS_FOR_A_BODY):
-                while received < _FORGOTTEN_BODIES * self._max_body_bytes:
+            async with asyncio.timeout(_BODY_TIMEOUT_SECONDS):
+                while received < _MAX_DISCARDED_BODIES * self._max_body_bytes:
                     message = await receive()
                     received += len(message.get("body", b""))
                     if not message.get("more_body", False):
@@ -104,31 +104,33 @@ class AccessControl:
         )
 
     def _has_key(self, headers: Headers) -> bool:
-        """Compares digests, all of them and each whole, so that time tells nothing of the keys."""
+        """Compares digests, all of them and each whole, so that timing reveals nothing about the keys."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.strip().encode("latin-1", "replace"))
         found = [hmac.compare_digest(digest, known) for known in self._keys]
         return scheme.lower() == "bearer" and any(found)
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Returns a `receive` that ends when the body is too long or doesn't come."""
-        received, is_whole = 0, False
-        deadline = asyncio.get_running_loop().time() + _SECONDS_FOR_A_BODY
+    def _with_limits(self, receive: Receive) -> Receive:
+        """Returns a `receive` that raises when the body is too long or takes too long."""
+        received, is_complete = 0, False
+        deadline = asyncio.get_running_loop().time() + _BODY_TIMEOUT_SECONDS
 
         async def limited() -> Message:
-            nonlocal received, is_whole
-            if is_whole:  # What is waited for now is the client's leaving.
+            nonlocal received, is_complete
+            if is_complete:  # From now on only a disconnect can come.
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"the body took longer than {_SECONDS_FOR_A_BODY:g} seconds") from None
+                raise HTTPException(
+                    408, f"the body was not complete within {_BODY_TIMEOUT_SECONDS:g} seconds"
+                ) from None
             received += len(message.get("body", b""))
-            is_whole = not message.get("more_body", False)
+            is_complete = not message.get("more_body", False)
             if received > self._max_body_bytes:
-                if not is_whole:
-                    await self._forget(receive)
+                if not is_complete:
+                    await self._discard_body(receive)
                 raise HTTPException(413, self._too_long.rstrip("."), headers={"Connection": "close"})
             return message
 
@@ -136,7 +138,7 @@ class AccessControl:
 
     @property
     def _too_long(self) -> str:
-        return f"A body may have {self._max_body_bytes:,} bytes; this one has more."
+        return f"The request body is longer than {self._max_body_bytes:,} bytes."
 
 
 def _digest(key: bytes) -> bytes:

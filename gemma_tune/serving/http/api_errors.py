@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API writes them: `{"error": {"message", "type", "param", "code"}}`, whatever went wrong."""
+"""The server's errors, all in the form of OpenAI's API: `{"error": {"message", "type", "param", "code"}}`."""
 
 import logging
 from collections.abc import Mapping
@@ -26,7 +26,16 @@ _CODES = {
 
 
 class ApiError(Exception):
-    """An error with its HTTP status and what OpenAI's error body holds."""
+    """An error with its HTTP status and the fields of OpenAI's error body.
+
+    Args:
+        status: HTTP status code.
+        message: Message for people.
+        kind: Type of the error, as OpenAI names it.
+        param: Name of the wrong parameter, if there is one.
+        code: Code for programs.
+        headers: HTTP headers of the response.
+    """
 
     def __init__(
         self,
@@ -45,24 +54,24 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The body of the response."""
+        """The response's body."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The whole response."""
+        """Returns the HTTP response."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
 def _printable(text: str) -> str:
-    """Escapes half surrogate pairs, which names in a request may hold and no reply can."""
+    """Escapes lone surrogates, which names in a request may contain and no reply can."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def queue_full() -> ApiError:
-    """As many answers wait as may."""
+    """Returns the error for a request that finds the queue full."""
     return ApiError(
         429,
-        "The server is busy: as many requests wait as may. Try again a little later.",
+        "The request queue is full. Try again later.",
         kind=RATE,
         code="rate_limit_exceeded",
         headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
@@ -70,7 +79,7 @@ def queue_full() -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    """The server is about to stop."""
+    """Returns the error for a request that comes while the server stops."""
     return ApiError(
         503,
         "The server is shutting down.",
@@ -81,11 +90,11 @@ def shutting_down() -> ApiError:
 
 
 def timed_out(seconds: float) -> ApiError:
-    """The answer took longer than a request may."""
-    # The header keeps OpenAI's clients from asking for the same again.
+    """Returns the error for a request that took longer than is allowed."""
+    # The header keeps OpenAI's clients from sending the same request again.
     return ApiError(
         504,
-        f"The answer took longer than {seconds:g} seconds. Ask for fewer tokens (max_tokens).",
+        f"The answer was not complete within {seconds:g} seconds. Ask for fewer tokens (max_tokens).",
         kind=SERVER,
         code="timeout",
         headers={"x-should-retry": "false"},
@@ -93,12 +102,12 @@ def timed_out(seconds: float) -> ApiError:
 
 
 def server_failed(message: str = "") -> ApiError:
-    """Something that is no fault of the request."""
-    return ApiError(500, message or "The server failed. Its log says why.", kind=SERVER, code="server_error")
+    """Returns the error for a failure that is no fault of the request."""
+    return ApiError(500, message or "Internal server error. See the server's log.", kind=SERVER, code="server_error")
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Makes every error of an app look like this."""
+    """Makes an application answer all errors in this form."""
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -106,7 +115,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _of_validation(error).response()
+        return _validation_error(error).response()
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -115,31 +124,31 @@ def install_error_handlers(app: FastAPI) -> None:
         return found.response()
 
     @app.exception_handler(GemmaTuneError)
-    async def on_own_error(request: Request, error: GemmaTuneError) -> JSONResponse:
+    async def on_package_error(request: Request, error: GemmaTuneError) -> JSONResponse:
         _LOG.error("%s %s: %s", request.method, request.url.path, error)
         return server_failed(str(error)).response()
 
     @app.exception_handler(Exception)
-    async def on_defect(request: Request, error: Exception) -> JSONResponse:
-        return server_failed().response()  # Starlette raises it again, so that it is logged with its traceback.
+    async def on_bug(request: Request, error: Exception) -> JSONResponse:
+        return server_failed().response()  # Starlette raises it again, so that its traceback is logged.
 
 
-def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body, named as a reader of the JSON would: `messages[0].content`."""
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """Returns the first problem with a body, with its place in the JSON, such as `messages[0].content`."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return ApiError(400, f"The body is no JSON: {first['ctx']['error']}.", code="invalid_json")
+        return ApiError(400, f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
     place = ""
     for part in first["loc"][1:]:
         if isinstance(part, int):
             place += f"[{part}]"
-        elif not part.startswith("<"):  # Which of several types was meant.
+        elif not part.startswith("<"):  # Else it names one of several types.
             place += f".{part}" if place else part
     message = str(first["msg"])
     if not place and first["type"] in ("model_attributes_type", "dict_type", "model_type"):
-        message = "The body must be a JSON object, with Content-Type: application/json"
+        message = "The body must be a JSON object with Content-Type: application/json"
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{place}: there is no such argument.", param=place, code="unknown_parameter")
+        return ApiError(400, f"{place}: there is no such parameter.", param=place, code="unknown_parameter")
     if first["type"] == "missing":
         what = place or "A JSON body with Content-Type: application/json"
         return ApiError(400, f"{what} is missing.", param=place or None, code="missing_required_parameter")

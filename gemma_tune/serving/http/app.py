@@ -1,4 +1,4 @@
-"""The server's paths."""
+"""The server's ASGI application: OpenAI's API, health and metrics, and the chat page."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,8 +37,8 @@ _OPEN_PATHS = frozenset({"/", "/page/", "/health", "/openapi.json", "/favicon.ic
 _COUNTED_PATHS = frozenset(
     {"/", "/health", "/metrics", "/feedback", "/page-settings", "/v1/chat/completions", "/v1/completions", "/v1/models"}
 )
-_CLIENT_LEFT = 499  # As nginx calls it. Nobody receives it; it is counted.
-_ANSWERING = documented_responses(400, 401, 404, 408, 413, 415, 429, 500, 503, 504, events=True)
+_CLIENT_CLOSED_REQUEST = 499  # nginx's status. Nobody receives it, but the metrics count it.
+_GENERATION_RESPONSES = documented_responses(400, 401, 404, 408, 413, 415, 429, 500, 503, 504, events=True)
 
 
 def make_app(
@@ -53,20 +53,20 @@ def make_app(
     """Returns the server's ASGI application.
 
     Args:
-        service: What it serves.
-        settings: Its limits.
-        keys: Of which a request must bring one; empty: none is needed.
-        hosts: Names by which it may be addressed; empty: any.
-        store: Where the page's feedback goes; None: nowhere.
-        log: Called with a line for each request.
+        service: Models and engine to serve.
+        settings: Limits of requests.
+        keys: API keys, one of which a request must send; empty: no key is needed.
+        hosts: Allowed host names of the server; empty: any.
+        store: Store for the page's feedback; None: the page doesn't ask for any.
+        log: Function called with a line for each request.
     """
-    metrics = Metrics(lambda: _now(service))
+    metrics = Metrics(lambda: _gauges(service))
     app = FastAPI(title="gemma_tune", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.include_router(_openai_routes(service, settings, metrics), dependencies=[Depends(HTTPBearer(auto_error=False))])
     app.include_router(_operation_routes(service, metrics))
     app.include_router(page_routes(service, store))
     errors.install_error_handlers(app)
-    _describe_errors_as_they_are(app)
+    _remove_unused_errors(app)
     app.add_middleware(
         AccessControl, keys=keys, open_paths=_OPEN_PATHS, hosts=hosts, max_body_bytes=settings.max_body_bytes
     )
@@ -78,7 +78,7 @@ def make_app(
     return app
 
 
-def _now(service: Service) -> tuple[float, float, float]:
+def _gauges(service: Service) -> tuple[float, float, float]:
     stats = service.engine.stats
     return stats.running, stats.queued, stats.compilations_since_start
 
@@ -88,35 +88,35 @@ def _openai_routes(service: Service, settings: ServeConfig, metrics: Metrics) ->
 
     async def reply(
         http: HttpRequest,
-        asked: GenerationRequest,
+        body: GenerationRequest,
         kind: CompletionKind,
         num_top: int | None,
         make_requests: Callable[[Service, Any, int], list[Request]],
     ) -> Response:
-        # Tokenizing a long text takes a while, in which others are to be answered.
-        requests = await run_in_threadpool(make_requests, service, asked, settings.max_answers)
-        made = ReplyBuilder(kind, service.model(asked.model), requests, num_top, service.tokenizer)
-        answers = PendingAnswers(service.engine, requests, settings.request_timeout_seconds, metrics, asked.model)
-        if asked.stream:
-            options = asked.stream_options
-            return EventStream(made.events(answers, bool(options and options.include_usage)), answers)
+        # Tokenizing a long text takes a while, which must not block other requests.
+        requests = await run_in_threadpool(make_requests, service, body, settings.max_answers)
+        builder = ReplyBuilder(kind, service.model(body.model), requests, num_top, service.encoder.tokenizer)
+        answers = PendingAnswers(service.engine, requests, settings.request_timeout_seconds, metrics, body.model)
+        if body.stream:
+            options = body.stream_options
+            return EventStream(builder.events(answers, bool(options and options.include_usage)), answers)
         try:
-            return JSONResponse(await unless_disconnected(http, made.whole(answers)))
+            return JSONResponse(await unless_disconnected(http, builder.whole(answers)))
         except ClientDisconnected:
-            return Response(status_code=_CLIENT_LEFT)
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
         finally:
             answers.close()
 
-    @router.post("/chat/completions", response_model=ChatReply, responses=_ANSWERING)
-    async def chat_completions(http: HttpRequest, asked: ChatRequest) -> Response:
+    @router.post("/chat/completions", response_model=ChatReply, responses=_GENERATION_RESPONSES)
+    async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response:
         """Answers a conversation."""
-        num_top = (asked.top_logprobs or 0) if asked.logprobs else None
-        return await reply(http, asked, CHAT, num_top, chat_requests)
+        num_top = (body.top_logprobs or 0) if body.logprobs else None
+        return await reply(http, body, CHAT, num_top, chat_requests)
 
-    @router.post("/completions", response_model=CompletionReply, responses=_ANSWERING)
-    async def completions(http: HttpRequest, asked: CompletionRequest) -> Response:
-        """Goes on with a text."""
-        return await reply(http, asked, TEXT, asked.logprobs, completion_requests)
+    @router.post("/completions", response_model=CompletionReply, responses=_GENERATION_RESPONSES)
+    async def completions(http: HttpRequest, body: CompletionRequest) -> Response:
+        """Continues a text."""
+        return await reply(http, body, TEXT, body.logprobs, completion_requests)
 
     @router.get("/models", response_model=ModelList, responses=documented_responses(401))
     async def models() -> Any:
@@ -125,7 +125,7 @@ def _openai_routes(service: Service, settings: ServeConfig, metrics: Metrics) ->
 
     @router.get("/models/{name:path}", response_model=ModelReply, responses=documented_responses(401, 404))
     async def model(name: str) -> Any:
-        """Returns one of them."""
+        """Describes a model that requests can name."""
         return service.describe(service.model(name))
 
     return router
@@ -136,7 +136,7 @@ def _operation_routes(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.get("/health", response_model=HealthReply, responses=documented_responses(503))
     async def health() -> Any:
-        """Says whether requests are taken."""
+        """Says whether the server takes requests."""
         stats = service.engine.stats
         if not service.engine.is_open:
             raise errors.shutting_down()
@@ -153,14 +153,14 @@ def _operation_routes(service: Service, metrics: Metrics) -> APIRouter:
         responses={200: {"content": {"text/plain": {}}}, **documented_responses(401)},
     )
     async def prometheus() -> Response:
-        """Returns the server's counts, as Prometheus reads them."""
+        """Returns the server's metrics in Prometheus's text format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 
 
-def _describe_errors_as_they_are(app: FastAPI) -> None:
-    """Takes 422, which isn't used here, out of the OpenAPI document."""
+def _remove_unused_errors(app: FastAPI) -> None:
+    """Removes status 422, which this server doesn't use, from the OpenAPI document."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The chat page's paths: its files, what it must know, and where feedback goes."""
+"""The chat page's paths: its files, its settings, and the feedback that it sends."""
 
 from typing import Any
 
@@ -17,7 +17,12 @@ from gemma_tune.serving.http.served_models import Service
 
 
 def page_routes(service: Service, store: FeedbackStore | None) -> APIRouter:
-    """Returns the routes. store: Where feedback goes; None: the page doesn't ask."""
+    """Returns the routes of the chat page.
+
+    Args:
+        service: Models that the page offers.
+        store: Store for feedback; None: the page doesn't ask for any.
+    """
     router, page = APIRouter(), Page()
 
     @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
@@ -40,27 +45,29 @@ def page_routes(service: Service, store: FeedbackStore | None) -> APIRouter:
     @router.post(
         "/feedback", response_model=FeedbackStored, responses=documented_responses(400, 401, 404, 408, 413, 415, 500)
     )
-    def feedback(said: FeedbackBody) -> Any:  # No coroutine: it waits for the disk.
-        """Stores what a user says of answers."""
+    def feedback(body: FeedbackBody) -> Any:  # Not a coroutine, since it waits for the disk.
+        """Stores a user's feedback on answers."""
         if store is None:
-            raise ApiError(404, "This server stores no feedback. Start it with --feedback_db=FILE.", code="no_feedback")
-        exchange = _exchange(said)
+            raise ApiError(
+                404, "This server doesn't store feedback. Start it with --feedback_db=FILE.", code="no_feedback"
+            )
+        exchange = _exchange(body)
         store.write(exchange)
         return {"stored": exchange.has_feedback}
 
     return router
 
 
-def _exchange(said: FeedbackBody) -> Exchange:
+def _exchange(body: FeedbackBody) -> Exchange:
     return Exchange(
-        id=said.id,
-        turns=tuple(Turn("model" if turn.role == "assistant" else turn.role, turn.content) for turn in said.messages),
+        id=body.id,
+        turns=tuple(Turn("model" if turn.role == "assistant" else turn.role, turn.content) for turn in body.messages),
         answers=tuple(
             RatedAnswer(answer.model, answer.version, answer.text, answer.verdict or "", answer.correction or "")
-            for answer in said.answers
+            for answer in body.answers
         ),
-        choice=said.choice,
-        sampling=said.sampling,
+        choice=body.choice,
+        sampling=body.sampling,
     )
 
 

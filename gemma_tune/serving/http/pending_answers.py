@@ -1,4 +1,4 @@
-"""Answers under way: from the engine's thread to the server's loop, with an end for each that nobody waits for."""
+"""Brings answers from the engine's thread to the server's event loop, and cancels those that nobody waits for."""
 
 import asyncio
 import contextlib
@@ -16,36 +16,41 @@ from gemma_tune.serving.http.prometheus import Metrics
 from gemma_tune.serving.http.served_models import Cancellable, RunningEngine
 
 Result = TypeVar("Result")
-_SECONDS_OF_SILENCE = 15.0  # Proxies close connections over which nothing comes for long.
+_KEEP_ALIVE_SECONDS = 15.0  # Proxies close connections that are silent for long.
 
 
 class IndexedDelta(NamedTuple):
-    """A piece, and of which of the requests, counted from 0. None: nothing came for a while."""
+    """A delta, and which answer it belongs to.
 
-    number: int
-    piece: AnswerDelta | None
+    Attributes:
+        index: Index of the answer's request.
+        delta: The delta; None: nothing came for a while, and the connection should be kept alive.
+    """
+
+    index: int
+    delta: AnswerDelta | None
 
 
 class PendingAnswers:
-    """The answers to some requests, all accepted by the engine or none, as an asynchronous iterator of `IndexedDelta`.
+    """The answers to the requests of one client, as an asynchronous iterator of `IndexedDelta`.
 
-    Must be closed: what is still under way then is cancelled, and its place in the engine is free.
+    The engine accepts all of them or none. They must be closed: those that are not complete then are cancelled.
 
     Args:
-        engine: Started.
-        requests: Of one client.
-        seconds: How long they may take together.
-        metrics: Counts tokens and waiting.
-        model: The name it counts them under.
+        engine: Engine, started.
+        requests: Requests of one client.
+        timeout_seconds: Time that all answers may take together.
+        metrics: Metrics that count tokens and times.
+        model: Model name that tokens are counted under.
 
     Raises:
-        ApiError: The engine takes no more; or, while iterating, an answer failed or took too long.
+        ApiError: The engine accepts no more requests; or, while iterating, an answer failed or timed out.
     """
 
     def __init__(
-        self, engine: RunningEngine, requests: Sequence[Request], seconds: float, metrics: Metrics, model: str
+        self, engine: RunningEngine, requests: Sequence[Request], timeout_seconds: float, metrics: Metrics, model: str
     ):
-        self._seconds, self._metrics, self._model = seconds, metrics, model
+        self._timeout_seconds, self._metrics, self._model = timeout_seconds, metrics, model
         self._started = time.monotonic()
         self._queue: asyncio.Queue[IndexedDelta] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -59,7 +64,7 @@ class PendingAnswers:
         except EngineClosed:
             self.close()
             raise shutting_down() from None
-        except ConfigError as error:  # It can't be answered, whenever it is asked.
+        except ConfigError as error:  # The request can never be answered.
             self.close()
             raise ApiError(400, str(error), code="invalid_value") from None
         except BaseException:
@@ -69,7 +74,7 @@ class PendingAnswers:
         metrics.prompt_tokens.labels(model).inc(num_prompt_tokens)
 
     def close(self) -> None:
-        """Cancels what is still under way."""
+        """Cancels the answers that are not complete."""
         if self._unfinished:
             self._metrics.cancelled.inc(len(self._unfinished))
         for handle in self._unfinished.values():
@@ -77,66 +82,70 @@ class PendingAnswers:
         self._unfinished.clear()
 
     async def __aiter__(self) -> AsyncIterator[IndexedDelta]:
-        """Yields pieces as they come, until all answers are whole."""
+        """Yields deltas as they come, until all answers are complete."""
         is_first = True
         while self._unfinished:
-            delivered = await self._next()
-            piece = delivered.piece
-            if piece is not None:
-                if is_first and piece.token_ids:
+            indexed = await self._next()
+            delta = indexed.delta
+            if delta is not None:
+                if is_first and delta.token_ids:
                     self._metrics.first_token_seconds.observe(time.monotonic() - self._started)
                     is_first = False
-                self._metrics.generated_tokens.labels(self._model).inc(len(piece.token_ids))
-                if piece.finish_reason:
-                    self._unfinished.pop(delivered.number, None)
-                if piece.finish_reason == "error":
-                    raise server_failed(piece.error)
-                if piece.finish_reason == "cancelled":
-                    raise shutting_down()  # Only the engine's own end does so while somebody still reads.
-            yield delivered
+                self._metrics.generated_tokens.labels(self._model).inc(len(delta.token_ids))
+                if delta.finish_reason:
+                    self._unfinished.pop(indexed.index, None)
+                if delta.finish_reason == "error":
+                    raise server_failed(delta.error)
+                if delta.finish_reason == "cancelled":
+                    raise shutting_down()  # While the client still reads, only a closing engine cancels.
+            yield indexed
 
     async def _next(self) -> IndexedDelta:
-        """Waits for a piece, or for as long as may be silence."""
-        left = self._seconds - (time.monotonic() - self._started)
-        if left <= 0:
-            raise timed_out(self._seconds)
+        """Waits for a delta, or until the connection should be kept alive.
+
+        Raises:
+            ApiError: The request timed out.
+        """
+        remaining = self._timeout_seconds - (time.monotonic() - self._started)
+        if remaining <= 0:
+            raise timed_out(self._timeout_seconds)
         try:
-            async with asyncio.timeout(min(left, _SECONDS_OF_SILENCE)):
+            async with asyncio.timeout(min(remaining, _KEEP_ALIVE_SECONDS)):
                 return await self._queue.get()
         except TimeoutError:
             return IndexedDelta(0, None)
 
     def _deliver(self, index: int):
-        """Returns what the engine calls, from its thread, with each piece of an answer."""
+        """Returns the function that the engine calls, from its thread, with each delta of an answer."""
 
-        def deliver(piece: AnswerDelta) -> None:
-            with contextlib.suppress(RuntimeError):  # The loop is closed: the server is gone.
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, IndexedDelta(index, piece))
+        def deliver(delta: AnswerDelta) -> None:
+            with contextlib.suppress(RuntimeError):  # The loop is closed when the server has stopped.
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, IndexedDelta(index, delta))
 
         return deliver
 
 
 class ClientDisconnected(Exception):
-    """Nobody waits for the reply any more."""
+    """The client has closed its connection before its reply was complete."""
 
 
 async def unless_disconnected(request: HttpRequest, work: Awaitable[Result]) -> Result:
-    """Awaits something, and stops it when the client closes its connection.
+    """Returns the result of some work, which is cancelled when the client closes its connection.
 
     Raises:
-        ClientLeft: It did.
+        ClientDisconnected: The client has closed its connection.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(wait_for_disconnect(request.receive))
+    disconnecting = asyncio.ensure_future(wait_for_disconnect(request.receive))
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, disconnecting), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         raise ClientDisconnected
     finally:
-        for future in (working, leaving):
+        for future in (working, disconnecting):
             future.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await asyncio.gather(working, disconnecting, return_exceptions=True)
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

@@ -1,4 +1,4 @@
-"""Counts for Prometheus, and what every request goes through to be counted."""
+"""Prometheus metrics of the server, and the middleware that counts and times requests."""
 
 import functools
 import time
@@ -7,76 +7,88 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_WHOLE = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_REQUEST_BUCKETS = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """The server's counts, in a registry of their own.
+    """The server's metrics, in a registry of their own.
 
     Args:
-        now: Called for what changes by itself: answers that are written, answers that wait, and compilations since the
-            start, of which there should be none.
+        gauges: Function that returns the current numbers of running answers, of queued answers, and of compilations
+            since the start, which should stay 0.
     """
 
-    def __init__(self, now: Callable[[], tuple[float, float, float]]):
+    def __init__(self, gauges: Callable[[], tuple[float, float, float]]):
         self.registry = here = CollectorRegistry()
         self.requests = Counter(
             "gemma_tune_requests", "Requests by path and status.", ["path", "status"], registry=here
         )
         self.request_seconds = Histogram(
             "gemma_tune_request_seconds",
-            "From a request to the end of its reply.",
+            "Seconds from a request to the end of its reply.",
             ["path"],
-            buckets=_WHOLE,
+            buckets=_REQUEST_BUCKETS,
             registry=here,
         )
         self.first_token_seconds = Histogram(
-            "gemma_tune_first_token_seconds", "From a request to its first token.", buckets=_FIRST_TOKEN, registry=here
+            "gemma_tune_first_token_seconds",
+            "Seconds from a request to its first token.",
+            buckets=_FIRST_TOKEN_BUCKETS,
+            registry=here,
         )
-        self.prompt_tokens = Counter("gemma_tune_prompt_tokens", "Tokens of prompts.", ["model"], registry=here)
-        self.generated_tokens = Counter("gemma_tune_generated_tokens", "Tokens of answers.", ["model"], registry=here)
+        self.prompt_tokens = Counter("gemma_tune_prompt_tokens", "Prompt tokens.", ["model"], registry=here)
+        self.generated_tokens = Counter("gemma_tune_generated_tokens", "Generated tokens.", ["model"], registry=here)
         self.cancelled = Counter(
-            "gemma_tune_cancelled_answers", "Answers that ended early: the client left, or time was up.", registry=here
+            "gemma_tune_cancelled_answers",
+            "Answers that were cancelled: the client disconnected, or the request timed out.",
+            registry=here,
         )
         for index, (name, text) in enumerate(
             (
-                ("gemma_tune_running_answers", "Answers that are written."),
-                ("gemma_tune_queued_answers", "Answers that wait."),
-                ("gemma_tune_compilations_since_start", "Programs compiled since the server was ready."),
+                ("gemma_tune_running_answers", "Answers that are being generated."),
+                ("gemma_tune_queued_answers", "Answers that wait in the queue."),
+                ("gemma_tune_compilations_since_start", "Programs compiled since the server was ready; should be 0."),
             )
         ):
-            Gauge(name, text, registry=here).set_function(functools.partial(lambda at: now()[at], index))
+            Gauge(name, text, registry=here).set_function(functools.partial(lambda at: gauges()[at], index))
 
     def text(self) -> bytes:
-        """Returns all of it as Prometheus reads it."""
+        """Returns all metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
 
 class MetricsMiddleware:
-    """ASGI middleware: counts and times requests, and calls `log` with a line for each."""
+    """ASGI middleware that counts and times requests.
+
+    Args:
+        app: ASGI application.
+        metrics: Metrics to update.
+        paths: Paths that are counted by their name; all others are counted together.
+        log: Function called with a line for each request, or None.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str], log: Callable[[str], None] | None):
         self._app, self._metrics, self._paths, self._log = app, metrics, paths, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on."""
+        """Passes a request on and records its status and time."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started, status = time.monotonic(), 500
 
-        async def send_and_see(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, send_and_see)
+            await self._app(scope, receive, send_and_record)
         finally:
             seconds = time.monotonic() - started
-            path = scope["path"] if scope["path"] in self._paths else "other"  # Not as many as clients can think of.
+            path = scope["path"] if scope["path"] in self._paths else "other"  # Clients can invent any number of paths.
             self._metrics.requests.labels(path, status).inc()
             self._metrics.request_seconds.labels(path).observe(seconds)
             if self._log is not None:

@@ -1,4 +1,4 @@
-"""From the engine's pieces to replies as OpenAI's API writes them, whole or as events."""
+"""Builds replies in the form of OpenAI's API from the engine's deltas, whole or as events."""
 
 import time
 import uuid
@@ -14,7 +14,13 @@ from gemma_tune.serving.http.streaming import DONE, KEEP_ALIVE, event
 
 
 class CompletionKind(NamedTuple):
-    """What a kind of reply is called: at the beginning of its id, whole, and in pieces."""
+    """The names that OpenAI's API uses for a kind of reply.
+
+    Attributes:
+        prefix: Beginning of its id.
+        whole: Object type of a whole reply.
+        chunk: Object type of a chunk of a stream.
+    """
 
     prefix: str
     whole: str
@@ -31,14 +37,14 @@ TEXT = CompletionKind("cmpl", "text_completion", "text_completion")
 
 
 class ReplyBuilder:
-    """A reply that is being made.
+    """Builds one reply.
 
     Args:
         kind: CHAT or TEXT.
-        model: That answers.
-        requests: Of the engine, in the order of the choices.
-        num_top: Likeliest tokens to show at each place; None: no log-probabilities.
-        tokenizer: Of the model.
+        model: Model that answers.
+        requests: Requests to the engine, in the order of the reply's choices.
+        num_top: Number of most likely tokens to show at each position; None: no log-probabilities.
+        tokenizer: Tokenizer of the model.
     """
 
     def __init__(
@@ -56,22 +62,27 @@ class ReplyBuilder:
             "model": model.name,
             "system_fingerprint": model.version,
         }
-        # Answers to one prompt count it once.
+        # A prompt with several answers counts once.
         self._num_prompt_tokens = sum(len(prompt) for prompt in {request.prompt_ids for request in requests})
 
     async def whole(self, answers: PendingAnswers) -> dict[str, Any]:
-        """Waits for all answers, and returns the reply."""
-        pieces: list[list[AnswerDelta]] = [[] for _ in range(self._num_answers)]
-        async for index, piece in answers:
-            if piece is not None:
-                pieces[index].append(piece)
-        texts = [_joined(each) for each in pieces]
-        choices = [self._choice(index, piece) for index, piece in enumerate(texts)]
-        usage = self._usage(sum(len(piece.token_ids) for piece in texts))
+        """Waits until all answers are complete, and returns the reply."""
+        deltas: list[list[AnswerDelta]] = [[] for _ in range(self._num_answers)]
+        async for index, delta in answers:
+            if delta is not None:
+                deltas[index].append(delta)
+        complete = [_joined(each) for each in deltas]
+        choices = [self._choice(index, answer) for index, answer in enumerate(complete)]
+        usage = self._usage(sum(len(answer.token_ids) for answer in complete))
         return {**self._head, "object": self._kind.whole, "choices": choices, "usage": usage}
 
     async def events(self, answers: PendingAnswers, with_usage: bool) -> AsyncIterator[bytes]:
-        """Yields the reply in events, as the answers are made. with_usage: The last says how many tokens it took."""
+        """Yields the reply as events while the answers are generated.
+
+        Args:
+            answers: Pending answers to the requests.
+            with_usage: Whether the last event has the numbers of tokens.
+        """
         unknown = {"usage": None} if with_usage else {}
 
         def chunk(choice: dict[str, Any]) -> bytes:
@@ -79,41 +90,42 @@ class ReplyBuilder:
 
         if self._kind.is_chat:
             for index in range(self._num_answers):
-                delta = {"role": "assistant", "content": "", "refusal": None}
-                yield chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+                first = {"role": "assistant", "content": "", "refusal": None}
+                yield chunk({"index": index, "delta": first, "logprobs": None, "finish_reason": None})
         num_generated, offsets = 0, [0] * self._num_answers
-        async for index, piece in answers:
-            if piece is None:
+        async for index, delta in answers:
+            if delta is None:
                 yield KEEP_ALIVE
                 continue
-            num_generated += len(piece.token_ids)
-            if piece.text or piece.finish_reason or piece.logprobs:
-                yield chunk(self._part(index, piece, offsets[index]))
-                offsets[index] += sum(len(token.text) for token in piece.logprobs)
+            num_generated += len(delta.token_ids)
+            if delta.text or delta.finish_reason or delta.logprobs:
+                yield chunk(self._chunk_choice(index, delta, offsets[index]))
+                offsets[index] += sum(len(token.text) for token in delta.logprobs)
         if with_usage:
             head = {**self._head, "object": self._kind.chunk}
             yield event({**head, "choices": [], "usage": self._usage(num_generated)})
         yield DONE
 
-    def _choice(self, index: int, piece: AnswerDelta) -> dict[str, Any]:
-        content: dict[str, Any] = {"text": piece.text}
+    def _choice(self, index: int, answer: AnswerDelta) -> dict[str, Any]:
+        content: dict[str, Any] = {"text": answer.text}
         if self._kind.is_chat:
-            content = {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
-        return {"index": index, **content, "logprobs": self._logprobs(piece, 0), "finish_reason": piece.finish_reason}
+            content = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+        logprobs = self._logprobs(answer, 0)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": answer.finish_reason}
 
-    def _part(self, index: int, piece: AnswerDelta, offset: int) -> dict[str, Any]:
-        content: dict[str, Any] = {"text": piece.text}
+    def _chunk_choice(self, index: int, delta: AnswerDelta, offset: int) -> dict[str, Any]:
+        content: dict[str, Any] = {"text": delta.text}
         if self._kind.is_chat:
-            content = {"delta": {"content": piece.text} if piece.text else {}}
-        logprobs = self._logprobs(piece, offset) if piece.logprobs else None
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": piece.finish_reason or None}
+            content = {"delta": {"content": delta.text} if delta.text else {}}
+        logprobs = self._logprobs(delta, offset) if delta.logprobs else None
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": delta.finish_reason or None}
 
-    def _logprobs(self, piece: AnswerDelta, offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, delta: AnswerDelta, offset: int) -> dict[str, Any] | None:
         if self._num_top is None:
             return None
         if self._kind.is_chat:
-            return chat_logprobs(piece, self._num_top, self._tokenizer)
-        return text_logprobs(piece, self._num_top, offset)
+            return chat_logprobs(delta, self._num_top, self._tokenizer)
+        return text_logprobs(delta, self._num_top, offset)
 
     def _usage(self, num_generated: int) -> dict[str, int]:
         return {
@@ -123,12 +135,12 @@ class ReplyBuilder:
         }
 
 
-def _joined(pieces: Sequence[AnswerDelta]) -> AnswerDelta:
-    """Returns an answer as one piece."""
+def _joined(deltas: Sequence[AnswerDelta]) -> AnswerDelta:
+    """Returns a complete answer as one delta."""
     return AnswerDelta(
-        text="".join(piece.text for piece in pieces),
-        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
-        logprobs=tuple(token for piece in pieces for token in piece.logprobs),
-        top_logprobs=tuple(top for piece in pieces for top in piece.top_logprobs),
-        finish_reason=pieces[-1].finish_reason,
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        logprobs=tuple(token for delta in deltas for token in delta.logprobs),
+        top_logprobs=tuple(top for delta in deltas for top in delta.top_logprobs),
+        finish_reason=deltas[-1].finish_reason,
     )

@@ -1,6 +1,6 @@
-"""What may be asked, as OpenAI's API reference has it, with top_k, min_p and repetition_penalty besides.
+"""The requests that clients may send: those of OpenAI's API, with top_k, min_p and repetition_penalty in addition.
 
-What this server can't do is refused by name; what would change nothing is let through.
+Parameters that this server doesn't support are refused by name, unless their value asks for nothing.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from pydantic_core import PydanticCustomError
 from gemma_tune.config_checks import MOST_CANDIDATES
 from gemma_tune.serving.sampling import MAX_LOGPROBS
 
-_MAX_CHARACTERS_OF_STOP = 256
-# What is known but can't be done -> the values that ask for nothing.
+_MAX_STOP_CHARACTERS = 256
+# Known parameter that isn't supported -> values that ask for nothing.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -39,22 +39,22 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def _whole(text: str) -> str:
-    """JSON can hold half a surrogate pair, which is no text."""
+def _without_lone_surrogates(text: str) -> str:
+    """Returns the text if it is valid Unicode. JSON can spell lone surrogates."""
     if text.isascii():
         return text
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise PydanticCustomError("value", "holds half a surrogate pair, which no text has") from None
+        raise PydanticCustomError("value", "must be valid Unicode, but contains a lone surrogate") from None
     return text
 
 
-Unicode = Annotated[str, AfterValidator(_whole)]
+Unicode = Annotated[str, AfterValidator(_without_lone_surrogates)]
 
 
 class StrictBody(BaseModel):
-    """Nothing is guessed: "1" is no number, and an argument that doesn't exist is an error."""
+    """A body without guesses: "1" is not a number, and a parameter that doesn't exist is an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -68,12 +68,12 @@ class StrictBody(BaseModel):
             if name in cls.model_fields or name not in _UNSUPPORTED:
                 kept[name] = value
             elif value not in _UNSUPPORTED[name]:
-                raise PydanticCustomError("unsupported", "can't be used with this server", {"param": name})
+                raise PydanticCustomError("unsupported", "is not supported by this server", {"param": name})
         return kept
 
 
 class TextPart(StrictBody):
-    """A part of a message. There are only texts."""
+    """A part of a message. Only text is supported."""
 
     type: Literal["text"]
     text: Unicode
@@ -83,7 +83,7 @@ class TextPart(StrictBody):
     def _only_text(cls, values: Any) -> Any:
         kind = values.get("type") if isinstance(values, dict) else None
         if isinstance(kind, str) and kind != "text":
-            raise PydanticCustomError("unsupported", "a part of type {kind} can't be read, only text", {"kind": kind})
+            raise PydanticCustomError("unsupported", "only text is supported, not {kind}", {"kind": kind})
         return values
 
 
@@ -95,7 +95,7 @@ Content = Annotated[
     Annotated[Unicode, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1), Tag("<list>")],
     Discriminator(_kind_of),
 ]
-Text = Annotated[Unicode, Field(min_length=1, max_length=_MAX_CHARACTERS_OF_STOP)]
+Text = Annotated[Unicode, Field(min_length=1, max_length=_MAX_STOP_CHARACTERS)]
 StopStrings = Annotated[
     Annotated[Text, Tag("<text>")] | Annotated[list[Text], Field(max_length=16), Tag("<list>")],
     Discriminator(_kind_of),
@@ -103,40 +103,40 @@ StopStrings = Annotated[
 
 
 class Message(StrictBody):
-    """A turn of a conversation."""
+    """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
 
     @property
     def text(self) -> str:
-        """All of what it says."""
+        """The whole text of the message."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class StreamOptions(StrictBody):
-    """Of an answer in pieces."""
+    """Options of a streamed reply."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class GenerationRequest(StrictBody):
-    """What both kinds of completions may ask. None: as the server was started."""
+    """The parameters that chats and completions share. None means the server's default."""
 
     model: Unicode = Field(examples=["gemma"])
     n: int | None = Field(None, ge=1, le=128)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=MOST_CANDIDATES, description="0 and -1: all tokens.")
+    top_k: int | None = Field(None, ge=-1, le=MOST_CANDIDATES, description="0 and -1 mean all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopStrings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # What doesn't bear on the answer.
+    # Accepted, but without influence on the answer.
     user: Unicode | None = None
     metadata: dict[str, Unicode] | None = None
     safety_identifier: Unicode | None = None
@@ -145,13 +145,13 @@ class GenerationRequest(StrictBody):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The texts before which an answer ends."""
+        """The texts before the first of which an answer ends."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @model_validator(mode="after")
-    def _options_of_a_stream(self) -> "GenerationRequest":
+    def _check_stream_options(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("value", "only with stream=true", {"param": "stream_options"})
+            raise PydanticCustomError("value", "requires stream=true", {"param": "stream_options"})
         return self
 
 
@@ -164,9 +164,9 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     @model_validator(mode="after")
-    def _logprobs_first(self) -> "ChatRequest":
+    def _check_top_logprobs(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError("value", "only with logprobs=true", {"param": "top_logprobs"})
+            raise PydanticCustomError("value", "requires logprobs=true", {"param": "top_logprobs"})
         return self
 
 
@@ -198,7 +198,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class RatedAnswerBody(StrictBody):
-    """An answer, and what is said of it."""
+    """An answer with the user's feedback on it."""
 
     model: Unicode = Field(max_length=1000)
     version: Unicode = Field(max_length=1000)
@@ -208,14 +208,14 @@ class RatedAnswerBody(StrictBody):
 
 
 class TurnBody(StrictBody):
-    """A turn of the conversation that is judged."""
+    """A message of the conversation that the feedback is about."""
 
     role: Literal["system", "user", "assistant"]
     content: Unicode
 
 
 class FeedbackBody(StrictBody):
-    """Body of POST /feedback. The same id again replaces what was said; one that says nothing takes it back."""
+    """Body of POST /feedback. It replaces earlier feedback with the same id; if it contains none, it deletes that."""
 
     id: Unicode = Field(min_length=8, max_length=64, pattern=r"^[A-Za-z0-9-]+$")
     messages: list[TurnBody] = Field(min_length=1)
@@ -224,7 +224,7 @@ class FeedbackBody(StrictBody):
     sampling: dict[str, float | int | Unicode | None] = {}
 
     @model_validator(mode="after")
-    def _chooses_one(self) -> "FeedbackBody":
+    def _check_choice(self) -> "FeedbackBody":
         if self.choice is not None and self.choice >= len(self.answers):
-            raise PydanticCustomError("value", "there is no such answer", {"param": "choice"})
+            raise PydanticCustomError("value", "there is no answer with this index", {"param": "choice"})
         return self

@@ -1,4 +1,4 @@
-"""What is answered, described for the OpenAPI document. The replies themselves are plain dicts."""
+"""Describes the server's responses for the OpenAPI document. The replies themselves are plain dicts."""
 
 from typing import Any, Literal
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, where, and a word for programs."""
+    """What went wrong: a message, the type, the parameter, and a code for programs."""
 
     message: str
     type: str
@@ -15,13 +15,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Body of every reply that isn't 200."""
+    """Body of every response whose status is not 200."""
 
     error: ErrorDetail
 
 
 class TokenUsage(BaseModel):
-    """Tokens of a request."""
+    """Numbers of tokens of a request and its answers."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -29,7 +29,7 @@ class TokenUsage(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """The model's turn."""
+    """The message of the model."""
 
     role: Literal["assistant"]
     content: str
@@ -37,7 +37,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer."""
+    """One answer to a conversation."""
 
     index: int
     message: ChatMessage
@@ -46,7 +46,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatReply(BaseModel):
-    """Reply of POST /v1/chat/completions. With stream=true, events whose data are pieces of it."""
+    """Reply of POST /v1/chat/completions. With stream=true it comes as events, each with a chunk of it."""
 
     id: str
     object: Literal["chat.completion"]
@@ -58,7 +58,7 @@ class ChatReply(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One text."""
+    """One continuation of a text."""
 
     index: int
     text: str
@@ -67,7 +67,7 @@ class CompletionChoice(BaseModel):
 
 
 class CompletionReply(BaseModel):
-    """Reply of POST /v1/completions. With stream=true, events whose data are pieces of it."""
+    """Reply of POST /v1/completions. With stream=true it comes as events, each with a chunk of it."""
 
     id: str
     object: Literal["text_completion"]
@@ -79,7 +79,7 @@ class CompletionReply(BaseModel):
 
 
 class ModelReply(BaseModel):
-    """A model that can be named in requests. parent: the one under an adapter. version: of its weights."""
+    """A model that requests can name, with its base model if it is an adapter, and the version of its weights."""
 
     id: str
     object: Literal["model"]
@@ -98,7 +98,7 @@ class ModelList(BaseModel):
 
 
 class HealthReply(BaseModel):
-    """Reply of GET /health. Answers that are written, and that wait."""
+    """Reply of GET /health, with the numbers of answers that are being generated and that wait."""
 
     status: Literal["ok"]
     models: list[str]
@@ -113,26 +113,31 @@ class FeedbackStored(BaseModel):
 
 
 _ERRORS = {
-    400: "Something in the request is wrong",
-    401: "No key, or a wrong one",
+    400: "The request is invalid",
+    401: "The API key is missing or wrong",
     404: "There is no such model",
-    408: "The body didn't come in time",
-    413: "The body is too long",
-    415: "The body is no JSON",
-    429: "The server is busy",
-    500: "The server failed",
+    408: "The request body was not complete in time",
+    413: "The request body is too long",
+    415: "The request body is not JSON",
+    429: "The request queue is full",
+    500: "Internal server error",
     503: "The server is shutting down",
     504: "The answer took too long",
 }
 _EVENT = {
     "type": "object",
-    "properties": {"data": {"type": "string", "description": "JSON of a piece or an error; [DONE] at the end."}},
+    "properties": {"data": {"type": "string", "description": "JSON of a chunk or an error; [DONE] at the end."}},
     "required": ["data"],
 }
 
 
 def documented_responses(*statuses: int, events: bool = False) -> dict[int | str, dict[str, Any]]:
-    """Returns a route's `responses`: these errors, and events beside the JSON of a reply if it can be streamed."""
+    """Returns the `responses` of a route for the OpenAPI document.
+
+    Args:
+        statuses: HTTP status codes of the errors it may answer with.
+        events: Whether its reply can be streamed as events.
+    """
     found: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses
     }

@@ -1,25 +1,24 @@
-"""What is served: an engine, the models that its adapters make of it, and what a request gets that doesn't say."""
+"""The models that a server offers, the engine behind them, and the defaults of requests."""
 
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from gemma_tune.data.chat_template import ChatTemplate
 from gemma_tune.errors import did_you_mean
-from gemma_tune.models.sources.tokenizer import TextTokenizer
 from gemma_tune.serving.engine.request import AnswerDelta, Request
 from gemma_tune.serving.http.api_errors import ApiError
+from gemma_tune.serving.prompt_encoder import PromptEncoder
 from gemma_tune.serving.sampling import Sampling
 
 
 class Cancellable(Protocol):
-    """An answer under way."""
+    """An answer that can be cancelled."""
 
     def cancel(self) -> None: ...
 
 
 class RunningEngine(Protocol):
-    """What is asked of `serving.engine.Engine` here."""
+    """What the server needs of an `Engine`."""
 
     def submit(self, request: Request, deliver: Callable[[AnswerDelta], None]) -> Cancellable: ...
 
@@ -38,10 +37,10 @@ class ServedModel(NamedTuple):
     """A model that requests can name.
 
     Attributes:
-        name: In requests.
-        adapter: Of the engine; `BASE` for the model as it was loaded.
-        parent: Name of the model under the adapter; '' for that one itself.
-        version: Of its weights, so that what is said of an answer can be traced.
+        name: Name in requests.
+        adapter: Name of the engine's adapter; `BASE` for the base model itself.
+        parent: Name of the base model under the adapter; "" for the base model itself.
+        version: Version of the weights, by which feedback on an answer can be traced.
     """
 
     name: str
@@ -51,45 +50,48 @@ class ServedModel(NamedTuple):
 
 
 class RequestDefaults(NamedTuple):
-    """What a request gets that doesn't say."""
+    """The settings of requests that don't set them.
+
+    Attributes:
+        max_new_tokens: Longest answer, in tokens.
+        sampling: Sampling settings.
+    """
 
     max_new_tokens: int
     sampling: Sampling
 
 
 class Service(NamedTuple):
-    """What is served.
+    """Everything that a server serves.
 
     Attributes:
-        engine: Started.
-        models: By name; the first is the one to try first.
-        tokenizer, template, stop_ids: Of all of them.
+        engine: Engine, started.
+        models: Name -> model; the first is the one that the chat page selects.
+        encoder: Prompt encoder of all models.
         max_length: Longest prompt with its answer, in tokens.
-        defaults: What a request gets that doesn't say.
-        created: When it was started, in seconds since 1970.
+        defaults: Settings of requests that don't set them.
+        created: Start time, in seconds since 1970.
     """
 
     engine: RunningEngine
     models: Mapping[str, ServedModel]
-    tokenizer: TextTokenizer
-    template: ChatTemplate
-    stop_ids: tuple[int, ...]
+    encoder: PromptEncoder
     max_length: int
     defaults: RequestDefaults
     created: int = int(time.time())
 
     def model(self, name: str) -> ServedModel:
-        """Returns the model of a name.
+        """Returns the model with a name.
 
         Raises:
-            ApiError: There is none; says which there are.
+            ApiError: There is no such model; lists those that there are.
         """
         if name in self.models:
             return self.models[name]
         names = ", ".join(self.models)
         raise ApiError(
             404,
-            f"There is no model {name[:100]!r}.{did_you_mean(name[:100], self.models)} Models: {names}.",
+            f"There is no model {name[:100]!r}.{did_you_mean(name[:100], self.models)} Available: {names}.",
             param="model",
             code="model_not_found",
         )

@@ -1,4 +1,4 @@
-"""The process that serves: the socket, and an end in which what is under way may finish."""
+"""Runs the server: binds its socket, and shuts it down so that running answers can finish."""
 
 import asyncio
 import signal
@@ -12,15 +12,15 @@ import uvicorn
 from gemma_tune.errors import ConfigError
 from gemma_tune.serving.http.served_models import RunningEngine
 
-_SECONDS_TO_SAY_SO = 5.0  # For the last words to clients whose answers didn't end in time.
+_FAREWELL_SECONDS = 5.0  # Time to tell clients that their answers were cancelled.
 _BACKLOG = 2048
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Binds a port without listening yet, so that one in use is known before a model is loaded.
+    """Binds a port without listening yet, so that a port in use is noticed before a model is loaded.
 
     Raises:
-        ConfigError: It can't be bound.
+        ConfigError: The port can't be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
@@ -30,8 +30,8 @@ def open_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise ConfigError(
-            f"--host={host} --port={port} can't be used: {error.strerror or error}. Another program may have it: take "
-            "another --port, or 0 for a free one."
+            f"--host={host} --port={port} can't be used: {error.strerror or error}. Another program may be using "
+            "the port: choose another --port, or 0 for any free one."
         ) from error
     return bound
 
@@ -39,15 +39,15 @@ def open_socket(host: str, port: int) -> socket.socket:
 def serve(
     app: Any, engine: RunningEngine, bound: socket.socket, drain_seconds: float, ready: Callable[[], None]
 ) -> None:
-    """Answers requests until SIGTERM or Ctrl-C, then ends: no new ones, those under way have drain_seconds, and what
-    isn't done then is told so. Raises the signal again at the end.
+    """Serves until SIGTERM or Ctrl-C, then shuts down: it takes no more requests, and gives those it has drain_seconds
+    to finish. Answers that aren't complete then end with an error. At the end it raises the signal again.
 
     Args:
-        app: From `make_app`.
-        engine: Behind it.
-        bound: From `open_socket`.
-        drain_seconds: A second Ctrl-C cuts it short.
-        ready: Called when requests are taken.
+        app: Application from `make_app`.
+        engine: Engine behind it.
+        bound: Socket from `open_socket`.
+        drain_seconds: Time for running answers; a second Ctrl-C ends it.
+        ready: Function called when requests are taken.
     """
     config = uvicorn.Config(
         app,
@@ -55,16 +55,16 @@ def serve(
         access_log=False,
         server_header=False,
         backlog=_BACKLOG,
-        timeout_graceful_shutdown=int(drain_seconds + _SECONDS_TO_SAY_SO),
+        timeout_graceful_shutdown=int(drain_seconds + _FAREWELL_SECONDS),
     )
     server = _DrainingServer(config, engine, drain_seconds, ready)
     server.run(sockets=[bound])
-    if server.ended_by is not None:  # uvicorn has raised it within its event loop, and that came to nothing.
+    if server.ended_by is not None:  # uvicorn has raised it within its event loop, where it had no effect.
         signal.raise_signal(server.ended_by)
 
 
 class _DrainingServer(uvicorn.Server):
-    """Ends the engine's answers while uvicorn ends its connections."""
+    """A uvicorn server that drains and closes the engine while it shuts down."""
 
     def __init__(self, config: uvicorn.Config, engine: RunningEngine, seconds: float, ready: Callable[[], None]):
         super().__init__(config)
@@ -72,23 +72,23 @@ class _DrainingServer(uvicorn.Server):
         self.ended_by: int | None = None
 
     def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
-        """Begins to end."""
+        """Remembers the signal, and begins to shut down."""
         self.ended_by = sig
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to listen."""
+        """Begins to listen, and says so."""
         await super().startup(sockets)
         if self.started:
             self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends."""
-        ending = asyncio.ensure_future(self._end_answers())
+        """Shuts down the connections and the engine together."""
+        closing = asyncio.ensure_future(self._close_engine())
         await super().shutdown(sockets)
-        await ending
+        await closing
 
-    async def _end_answers(self) -> None:
+    async def _close_engine(self) -> None:
         draining = asyncio.ensure_future(asyncio.to_thread(self._engine.drain, self._seconds))
         while not draining.done() and not self.force_exit:
             await asyncio.sleep(0.05)

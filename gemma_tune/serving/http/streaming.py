@@ -1,4 +1,4 @@
-"""A reply in pieces: server-sent events, for as long as the client listens."""
+"""Streams a reply as server-sent events, for as long as the client is connected."""
 
 import asyncio
 import json
@@ -16,16 +16,16 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(value: Mapping[str, Any]) -> bytes:
-    """Returns one event."""
+    """Returns a value as one event."""
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):
-    """Sends events until they end, fail or nobody listens; then closes the answers that they are made of.
+    """A response that sends events until they end or fail, or the client disconnects; then it closes the answers.
 
     Args:
-        events: Whole events. An ApiError among them becomes the last event, since the status has been sent.
-        answers: What they are made of.
+        events: Complete events. An ApiError that they raise becomes the last event, since the status has been sent.
+        answers: Pending answers that the events are made of.
     """
 
     media_type = "text/event-stream"
@@ -38,15 +38,15 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the reply."""
         sending = asyncio.ensure_future(self._send(send))
-        leaving = asyncio.ensure_future(wait_for_disconnect(receive))
+        disconnecting = asyncio.ensure_future(wait_for_disconnect(receive))
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sending, disconnecting), return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
         finally:
-            for future in (sending, leaving):
+            for future in (sending, disconnecting):
                 future.cancel()
-            await asyncio.gather(sending, leaving, return_exceptions=True)
+            await asyncio.gather(sending, disconnecting, return_exceptions=True)
             self._answers.close()
 
     async def _send(self, send: Send) -> None:

@@ -124,6 +124,7 @@ def scripted():
     from gemma_tune.models.load import load_tokenizer
     from gemma_tune.serving.http.app import make_app
     from gemma_tune.serving.http.served_models import RequestDefaults, ServedModel, Service
+    from gemma_tune.serving.prompt_encoder import PromptEncoder
     from gemma_tune.serving.sampling import Sampling
 
     tokenizer, family = load_tokenizer("tiny")
@@ -131,15 +132,8 @@ def scripted():
     def make(keys=(), hosts=(), store=None, log=None, max_length=64, **settings):
         engine = ScriptedEngine()
         models = {"m": ServedModel("m", "", "", "v1"), "t": ServedModel("t", "t", "m", "v1+a")}
-        service = Service(
-            engine,
-            models,
-            tokenizer,
-            template_for(family),
-            (106, 1),
-            max_length,
-            RequestDefaults(8, Sampling(temperature=0.5)),
-        )
+        encoder = PromptEncoder(tokenizer, template_for(family))
+        service = Service(engine, models, encoder, max_length, RequestDefaults(8, Sampling(temperature=0.5)))
         app = make_app(service, ServeConfig(**settings), keys=keys, hosts=hosts, store=store, log=log)
         client = TestClient(app, raise_server_exceptions=False)
         client.engine, client.asgi = engine, app

@@ -63,7 +63,7 @@ def test_keys_are_compared_whole_all_of_them_and_in_constant_time(scripted, monk
 def test_a_file_of_keys(write):
     assert read_keys(write("keys.txt", "# of the shop\nabc\n\n  d#f  \r\n")) == ("abc", "d#f")
     for content in ("", "\n# none\n"):
-        with pytest.raises(ConfigError, match="holds no key"):
+        with pytest.raises(ConfigError, match="contains no key"):
             read_keys(write("empty.txt", content))
     with pytest.raises(ConfigError, match="can't be read"):
         read_keys(write("binary.txt", b"\xff\xfe"))
@@ -121,7 +121,7 @@ def test_a_client_that_sends_much_too_much_still_sees_why_it_is_refused(scripted
 def test_a_body_that_does_not_come_is_408(scripted, listen, monkeypatch):
     import socket
 
-    monkeypatch.setattr("gemma_tune.serving.http.access_control._SECONDS_FOR_A_BODY", 0.2)
+    monkeypatch.setattr("gemma_tune.serving.http.access_control._BODY_TIMEOUT_SECONDS", 0.2)
     with listen(scripted().asgi) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=5) as slow:

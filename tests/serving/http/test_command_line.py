@@ -163,25 +163,25 @@ def test_a_run_is_its_base_and_an_adapter_held_as_it_was_trained(tmp_path):
 
 def test_where_others_reach_it_without_a_key_a_warning_is_printed(capfd):
     from gemma_tune.cli.output import Output
-    from gemma_tune.cli.serve import _about, _is_loopback, _say
+    from gemma_tune.cli.server_address import announce, is_loopback, server_address
 
     for host, has_keys, warns in (("0.0.0.0", False, True), ("0.0.0.0", True, False), ("127.0.0.1", False, False)):
-        _say(Output(False), _about(host, 8000, ["m"], has_keys), _is_loopback(host))
-        printed = capfd.readouterr().out
-        assert ("no key is needed" in printed) == warns, host
+        announce(server_address(host, 8000, ["m"], has_keys), Output(False))
+        printed = " ".join(capfd.readouterr().out.split())
+        assert ("no API key is needed" in printed) == warns, host
         assert "http://127.0.0.1:8000/v1/chat/completions" in printed
         assert ("Bearer KEY" in printed) == has_keys
-    assert [_is_loopback(host) for host in ("::1", "localhost", "127.8.0.1", "::", "example.com")] == [True] * 3 + [
+    assert [is_loopback(host) for host in ("::1", "localhost", "127.8.0.1", "::", "example.com")] == [True] * 3 + [
         False
     ] * 2
 
 
 def test_a_server_for_this_machine_alone_is_addressed_as_such_unless_it_asks_for_keys():
-    from gemma_tune.cli.serve import _allowed_hosts
+    from gemma_tune.cli.server_address import allowed_hosts
 
-    assert set(_allowed_hosts(ServeConfig(host="127.0.0.2"), False)) == {"localhost", "127.0.0.1", "[::1]", "127.0.0.2"}
-    assert _allowed_hosts(ServeConfig(), True) == _allowed_hosts(ServeConfig(host="0.0.0.0"), False) == ()
-    assert _allowed_hosts(ServeConfig(allowed_hosts="chat.example"), True) == ("chat.example",)
+    assert set(allowed_hosts(ServeConfig(host="127.0.0.2"), False)) == {"localhost", "127.0.0.1", "[::1]", "127.0.0.2"}
+    assert allowed_hosts(ServeConfig(), True) == allowed_hosts(ServeConfig(host="0.0.0.0"), False) == ()
+    assert allowed_hosts(ServeConfig(allowed_hosts="chat.example"), True) == ("chat.example",)
 
 
 def test_settings_that_are_lists_are_given_with_commas():

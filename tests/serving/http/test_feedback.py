@@ -80,7 +80,7 @@ def test_what_is_no_file_of_feedback_is_refused_and_left_alone(tmp_path):
     with sqlite3.connect(other) as connection:
         connection.execute("create table mine (a)")
     connection.close()
-    with pytest.raises(DataError, match="none of feedback of version 1"):
+    with pytest.raises(DataError, match="not a feedback file of version 1"):
         FeedbackStore(other)
     with pytest.raises(DataError, match="can't be used"):
         FeedbackStore(tmp_path)
@@ -137,4 +137,4 @@ def test_a_disk_that_fails_is_said(scripted, store, tmp_path):
     (tmp_path / "made" / "feedback.db").unlink()
     (tmp_path / "made" / "feedback.db").mkdir()
     reply = client.post("/feedback", json=body())
-    assert reply.status_code == 500 and "can't be used as a file of feedback" in reply.json()["error"]["message"]
+    assert reply.status_code == 500 and "can't be used as a feedback file" in reply.json()["error"]["message"]

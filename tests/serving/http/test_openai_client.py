@@ -119,21 +119,19 @@ def test_log_probabilities_are_the_model_s(client, service):
     import jax
     import numpy as np
 
-    from gemma_tune.data import Turn
     from gemma_tune.serving.engine.request import Request
-    from gemma_tune.serving.generation import encode_prompt
 
     reply = client.chat.completions.create(
         model=BASE, messages=USER, temperature=0, max_tokens=4, logprobs=True, top_logprobs=3
     )
     model = load_model("tiny:gemma3")
-    prompt = encode_prompt(model, service.tokenizer, [Turn("user", QUESTION)])
-    made = [token for piece in service.engine.stream(Request(tuple(prompt), 4)) for token in piece.token_ids]
+    prompt = service.encoder.encode(QUESTION)
+    made = [token for delta in service.engine.stream(Request(tuple(prompt), 4)) for token in delta.token_ids]
     ids = np.array([[*prompt, *made[:-1]]])
     logits = model({"token_ids": ids, "padding_mask": np.ones_like(ids)})[0, -4:]
     logprobs = np.asarray(jax.nn.log_softmax(np.asarray(logits, np.float32)))
     content = reply.choices[0].logprobs.content
-    assert [entry.token for entry in content] == [service.tokenizer.decode([token]) for token in made]
+    assert [entry.token for entry in content] == [service.encoder.tokenizer.decode([token]) for token in made]
     for entry, token, row in zip(content, made, logprobs, strict=True):
         # float32 through two programs that add in different orders.
         assert entry.logprob == pytest.approx(float(row[token]), abs=2e-4)
@@ -148,9 +146,9 @@ def test_errors_are_the_client_s_own(client):
     with pytest.raises(openai.NotFoundError) as error:
         client.chat.completions.create(model="gpt-4o", messages=USER)
     assert (error.value.code, error.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.BadRequestError, match="together they may have 160"):
+    with pytest.raises(openai.BadRequestError, match="together may have at most 160"):
         client.chat.completions.create(model=BASE, messages=USER, max_tokens=1000)
-    with pytest.raises(openai.BadRequestError, match="tools: can't be used with this server"):
+    with pytest.raises(openai.BadRequestError, match="tools: is not supported by this server"):
         client.chat.completions.create(
             model=BASE, messages=USER, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}]
         )
@@ -192,8 +190,8 @@ def test_clients_that_leave_free_their_places(service, client):
     deadline = time.monotonic() + 5
     while (stats := service.engine.stats).running + stats.queued and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert (stats.running, stats.queued, stats.positions_in_use) == (0, 0, 0)
-    assert stats.requests["cancelled"] >= 1
+    assert (stats.running, stats.queued, stats.cache_positions_in_use) == (0, 0, 0)
+    assert stats.finish_reasons["cancelled"] >= 1
 
 
 def test_what_the_server_prints_of_itself_works(url, wanted, capfd):
@@ -203,9 +201,9 @@ def test_what_the_server_prints_of_itself_works(url, wanted, capfd):
     import subprocess
 
     from gemma_tune.cli.output import Output
-    from gemma_tune.cli.serve import _about, _say
+    from gemma_tune.cli.server_address import announce, server_address
 
-    _say(Output(False), _about("127.0.0.1", int(url.rsplit(":", 1)[1]), [TUNED, BASE], False), True)
+    announce(server_address("127.0.0.1", int(url.rsplit(":", 1)[1]), [TUNED, BASE], False), Output(False))
     lines = dict(line.split(maxsplit=1) for line in capfd.readouterr().out.splitlines() if line.startswith("  "))
     reply = eval(lines["Python"].replace("…", json.dumps(USER[0])), {"openai": openai})
     assert reply.choices[0].message.content.strip() == wanted[TUNED]

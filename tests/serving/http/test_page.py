@@ -240,7 +240,7 @@ def test_errors_are_said_where_the_answer_would_be(scripted, open_page):
     client = scripted()
     opened = open_page(client.asgi)
     ask(opened, "word " * 200, expected="That didn't work.")
-    expect(opened.locator(".error")).to_contain_text("together they may have 64")
+    expect(opened.locator(".error")).to_contain_text("together may have at most 64")
 
 
 @pytest.mark.browser

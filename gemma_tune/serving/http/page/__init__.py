@@ -1,4 +1,4 @@
-"""The chat page: an HTML file with its style and scripts, served as they are. Nothing is fetched from elsewhere."""
+"""The files of the chat page: HTML, style sheet and scripts, served as they are. Nothing is fetched from elsewhere."""
 
 import hashlib
 from importlib import resources
@@ -6,31 +6,33 @@ from importlib import resources
 from starlette.requests import Request
 from starlette.responses import Response
 
-_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-# Scripts and styles from files of this server alone, so that nothing a model writes can be run.
-_POLICY = (
+_MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+# Scripts and styles only from this server's files, so that nothing a model writes can run.
+_CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'self'"
 )
 _HEADERS = {
     "Cache-Control": "no-cache",
-    "Content-Security-Policy": _POLICY,
+    "Content-Security-Policy": _CONTENT_SECURITY_POLICY,
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
 
 
 class Page:
-    """The page's files, in memory, by name."""
+    """The page's files, held in memory."""
 
     def __init__(self) -> None:
         folder = resources.files(__package__)
         self._files = {
-            file.name: file.read_bytes() for file in folder.iterdir() if file.name[file.name.rfind(".") :] in _TYPES
+            file.name: file.read_bytes()
+            for file in folder.iterdir()
+            if file.name[file.name.rfind(".") :] in _MEDIA_TYPES
         }
 
     def response(self, request: Request, name: str) -> Response | None:
-        """Returns a file, or that it is what the browser has; None: there is no such file."""
+        """Returns a response with a file, or with status 304 if the browser has it; None: there is no such file."""
         if name not in self._files:
             return None
         content = self._files[name]
@@ -38,4 +40,4 @@ class Page:
         headers = {"ETag": tag, **_HEADERS}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
-        return Response(content, media_type=_TYPES[name[name.rfind(".") :]], headers=headers)
+        return Response(content, media_type=_MEDIA_TYPES[name[name.rfind(".") :]], headers=headers)
