@@ -1,6 +1,6 @@
-"""Step 7: take a model to where people are. Formats that other programs read, each with a model card.
+"""Step 7, deploy: exports models in formats that other programs read, each with a model card.
 
-Imported lazily, since Keras takes seconds.
+Names are imported when they are first used, since Keras takes seconds to import.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The formats that a model can be exported to."""
+"""Lists the formats to which a model can be exported."""
 
 import importlib
 from collections.abc import Callable
@@ -10,30 +10,33 @@ from gemma_tune.export.options import ExportOptions, WrittenExport
 
 
 class ExportFormat(NamedTuple):
-    """One format.
+    """An export format.
 
     Attributes:
-        what: What it holds, and who reads it.
-        writer: `module:function` in this package; imported when it is needed. It is called with (model, an empty
-            folder, Options) and returns Written.
-        lora: `merged`: it holds weights alone. `either`. `alone`: it holds nothing but LoRA factors.
-        estimate: As writer; of (model, Options), about how many bytes it takes.
-        library: The model card's `library_name`.
+        writer: `module:function` in this package, imported when needed. The function is called with the model, an empty
+            folder and the options, and returns WrittenExport.
+        lora: `merged`: it holds weights only. `either`. `alone`: it holds LoRA factors only.
+        estimator: `module:function` in this package. The function is called with the model and the options, and returns
+            the approximate size in bytes.
+        library: `library_name` in the model card's metadata.
     """
 
-    what: str
     writer: str
     lora: str
-    estimate: str
+    estimator: str
     library: str
 
     def write(self, model: Any, folder: Path, options: ExportOptions) -> WrittenExport:
-        """Writes a model."""
+        """Writes a model into an empty folder."""
         return _function(self.writer)(model, folder, options)
 
-    def num_bytes(self, model: Any, options: ExportOptions) -> int:
-        """Returns about how many bytes it will take; raises what writing would, as far as that is known before."""
-        return _function(self.estimate)(model, options)
+    def estimate_bytes(self, model: Any, options: ExportOptions) -> int:
+        """Returns the approximate size of the export.
+
+        Raises:
+            ModelError: The format can't hold the model, as far as is known before it is written.
+        """
+        return _function(self.estimator)(model, options)
 
 
 def _function(place: str) -> Callable[..., Any]:
@@ -42,30 +45,24 @@ def _function(place: str) -> Callable[..., Any]:
 
 
 EXPORT_FORMATS = {
-    "keras": ExportFormat("KerasHub preset, for Keras", "keras_preset:write_keras", "either", "keras_preset:held_bytes",
-        "keras-hub",),
-    "hf": ExportFormat(
-        "safetensors with config and tokenizer, for transformers and vLLM", "hf.directory:write_hf", "merged",
-        "hf.directory:float_bytes", "transformers",
-    ),
-    "peft": ExportFormat(
-        "LoRA factors alone, for peft and vLLM", "writers:write_peft", "alone", "writers:peft_bytes", "peft",
-    ),
-    "gguf": ExportFormat(
-        "one file, for llama.cpp, Ollama and LM Studio", "writers:write_gguf_folder", "merged", "writers:gguf_bytes",
-        "gguf",
-    ),
-    "litert": ExportFormat(
-        "TensorFlow Lite, for phones", "writers:write_litert_folder", "merged", "writers:litert_bytes", "litert",
-    ),
-}  # fmt: skip
+    # A KerasHub preset, for Keras.
+    "keras": ExportFormat("keras_preset:write_keras", "either", "keras_preset:keras_bytes", "keras-hub"),
+    # safetensors with config and tokenizer, for transformers and vLLM.
+    "hf": ExportFormat("hf.directory:write_hf", "merged", "hf.directory:hf_bytes", "transformers"),
+    # LoRA factors alone, for PEFT and vLLM.
+    "peft": ExportFormat("writers:write_peft", "alone", "writers:peft_bytes", "peft"),
+    # One file, for llama.cpp, Ollama and LM Studio.
+    "gguf": ExportFormat("writers:write_gguf_folder", "merged", "writers:gguf_bytes", "gguf"),
+    # TensorFlow Lite, for phones.
+    "litert": ExportFormat("writers:write_litert_folder", "merged", "writers:litert_bytes", "litert"),
+}
 
 
 def find_format(name: str) -> ExportFormat:
     """Returns a format by its name.
 
     Raises:
-        ConfigError: There is none; suggests the nearest.
+        ConfigError: The name is unknown; suggests the nearest.
     """
     if name not in EXPORT_FORMATS:
         raise ConfigError(

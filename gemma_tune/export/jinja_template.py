@@ -1,7 +1,7 @@
-"""The chat templates of data/chat_template.py in Jinja, for programs that render conversations themselves.
+"""Writes the chat templates of data/chat_template.py in Jinja, for programs that render conversations themselves.
 
-They are made from the same control tokens. Besides `model`, a turn may say `assistant`, as everywhere else; content may
-be a text, or a list of parts of type `text`.
+In these, the role `assistant` means `model`, as in most programs, and a turn's content may be a text or a list of parts
+of type `text`.
 """
 
 from gemma_tune.data.chat_template import ChatTemplate
@@ -42,6 +42,6 @@ _OWN_TURN = "  {%- if true -%}"
 
 
 def jinja_template(template: ChatTemplate) -> str:
-    """Returns the Jinja text that renders what `template.render` does."""
+    """Returns a Jinja template that renders conversations as `template.render` does."""
     body = _BODY.replace("SYSTEM", _OWN_TURN if template.system_has_turn else _KEPT)
     return _CONTENT + body.replace("START", template.start_of_turn).replace("END", template.end_of_turn)

@@ -20,22 +20,22 @@ def write_keras(model: Any, folder: Path, options: ExportOptions) -> WrittenExpo
         folder: Empty folder.
         options: Export options, of which base_name is used.
     """
-    notes, kind = [], "keras"
+    notes, usage = [], "keras"
     base = model
     if lora_layers(model.backbone):
-        base, kind = shared_copy(model, with_lora=False), "keras, with an adapter"
+        base, usage = shared_copy(model, with_lora=False), "keras, with an adapter"
         notes.append(f"LoRA isn't merged: {ADAPTER_FOLDER}/ holds it, and the weights are those of the base model.")
     save_preset(base, folder)
     if base is not model:
         save_adapter(model, folder / ADAPTER_FOLDER, base_model=options.base_name)
     if quantized_layers(base.backbone):
-        kind = kind if base is not model else "keras, quantized"
+        usage = usage if base is not model else "keras, quantized"
         notes.append("The weights are quantized: gemma_tune loads them, KerasHub alone doesn't.")
     # The class itself, since keras_hub.models.CausalLM takes Gemma 4's preset for that of its assistant and fails.
-    return WrittenExport(notes, kind, {"CAUSAL_LM": type(model).__name__})
+    return WrittenExport(notes, usage, {"CAUSAL_LM": type(model).__name__})
 
 
-def held_bytes(model: Any, options: ExportOptions) -> int:
+def keras_bytes(model: Any, options: ExportOptions) -> int:
     """Returns the size of the model's arrays in bytes."""
     del options
     return sum(variable.value.nbytes for variable in model.backbone.variables)

@@ -1,4 +1,4 @@
-"""Exports a model: loads it, puts LoRA where the format wants it, writes it whole, with a model card."""
+"""Exports a model: loads it, merges LoRA if asked, and writes the format's files with a model card."""
 
 import dataclasses
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import ConfigError, ModelError
-from gemma_tune.export.card.model_card import check_words, write_card
+from gemma_tune.export.card.model_card import check_card_metadata, write_card
 from gemma_tune.export.card.provenance import Provenance, read_provenance
 from gemma_tune.export.card.sections import About
 from gemma_tune.export.card.usage import next_command
@@ -24,21 +24,21 @@ from gemma_tune.runtime.atomic_folder import atomic_folder, check_disk_space, ch
 from gemma_tune.runtime.backend import keras
 from gemma_tune.version import __version__
 
-_SPARE_BYTES = 50_000_000  # Tokenizer, card and the like.
+_SPARE_BYTES = 50_000_000  # Disk space for the tokenizer, the model card and other small files.
 
 
 @dataclasses.dataclass
 class Export:
-    """What an export came to.
+    """Result of an export.
 
     Attributes:
-        output: The folder.
-        format: Its name.
-        next: The command that one would try it with.
-        bytes: Of all files.
-        files: Their names.
-        notes: What is to be said of it, as sentences.
-        seconds: It took.
+        output: Folder of the export.
+        format: Name of its format.
+        next: Command with which to try it.
+        bytes: Size of all files together.
+        files: Names of the files.
+        notes: Sentences about the export that its users should read.
+        seconds: Duration of the export.
     """
 
     output: Path
@@ -67,32 +67,29 @@ def export_model(
     provenance: str = "",
     options: ExportOptions = DEFAULT_OPTIONS,
 ) -> Export:
-    """Writes a model in a format that other programs read.
+    """Exports a model in a format that other programs read, with a model card.
 
     Args:
-        model: A source as in `load_model`, or a CausalLM, which stays as it is.
+        model: Source as in `load_model`; or a CausalLM, which isn't changed.
         format: A key of EXPORT_FORMATS.
-        output: A folder that doesn't exist, or is empty.
-        adapter: A LoRA adapter to put on a source.
-        merge: Whether LoRA goes into the weights. None: as the format does usually.
-        overwrite: An export that is there already is replaced, once the new one is whole.
-        precision: To load a source in.
-        seed: Of a tiny model's weights.
-        provenance: Of a CausalLM: the workdir or source that it comes from, of which the model card then tells.
-        options: Of the format.
-
-    Returns:
-        What was written.
+        output: Folder that doesn't exist or is empty.
+        adapter: LoRA adapter to put on the model of a source.
+        merge: Whether LoRA is merged into the weights. None: as is usual for the format.
+        overwrite: Whether an earlier export is replaced, once the new one is complete.
+        precision: Precision in which a source is loaded.
+        seed: Random seed of a tiny model's weights.
+        provenance: Workdir or source that a CausalLM comes from, for its model card.
+        options: Options of the format.
 
     Raises:
-        ConfigError: There is no such format, or it can't hold LoRA that way.
-        ModelError: The output exists, the model or adapter can't be read or is of another base, the disk is too small,
-            or the format can't hold this model; says why.
+        ConfigError: The format is unknown, or can't hold LoRA as asked.
+        ModelError: The output exists; the model or adapter can't be read, or the adapter is of another base; the disk
+            is too small; or the format can't represent the model.
     """
     start = time.perf_counter()
     chosen = find_format(format)
-    merges = _merges(format, chosen, merge)
-    check_words(options.languages, options.dataset_names)
+    merges = _is_merged(format, chosen, merge)
+    check_card_metadata(options.languages, options.dataset_names)
     path = check_output(output, overwrite, EXPORT_MARKER)
     known = read_provenance(model if isinstance(model, str) else provenance, adapter)
     options = dataclasses.replace(options, base_name=options.base_name or known.base)
@@ -100,57 +97,68 @@ def export_model(
         loaded = load_model(model, precision=precision, as_trained=not merges, adapter=adapter, seed=seed)
     else:
         loaded = shared_copy(model)
-    notes = _put_lora(loaded, format, chosen, merges, known)
-    check_disk_space(path, chosen.num_bytes(loaded, options) + _SPARE_BYTES)
+    notes = _prepare_lora(loaded, format, chosen, merges, known)
+    check_disk_space(path, chosen.estimate_bytes(loaded, options) + _SPARE_BYTES)
     with disk_errors_as(ModelError, path), atomic_folder(path, replace=True) as folder:
         written = chosen.write(loaded, folder, options)
         notes += written.notes
         write_card(folder, _about(loaded, path.name, chosen, written._replace(notes=notes), options), known)
-        mark = {"format": format, "gemma_tune": __version__, "notes": notes, "provenance": known.to_dict()}
-        write_json(folder / EXPORT_MARKER, mark)
+        marker = {"format": format, "gemma_tune": __version__, "notes": notes, "provenance": known.to_dict()}
+        write_json(folder / EXPORT_MARKER, marker)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    names = [file.relative_to(path).as_posix() for file in files]
-    num_bytes = sum(file.stat().st_size for file in files)
-    following = next_command(written.kind, str(path), written.words)
-    return Export(path, format, following, num_bytes, names, notes, time.perf_counter() - start)
+    return Export(
+        output=path,
+        format=format,
+        next=next_command(written.usage, str(path), written.placeholders),
+        bytes=sum(file.stat().st_size for file in files),
+        files=[file.relative_to(path).as_posix() for file in files],
+        notes=notes,
+        seconds=time.perf_counter() - start,
+    )
 
 
-def _put_lora(model: Any, name: str, chosen: ExportFormat, merges: bool, known: Provenance) -> list[str]:
-    """Merges LoRA, if it is to be, and returns what is to be said of that."""
+def _prepare_lora(model: Any, name: str, chosen: ExportFormat, merges: bool, known: Provenance) -> list[str]:
+    """Merges LoRA into the weights if asked, and returns notes on that.
+
+    Raises:
+        ConfigError: The format holds LoRA factors, and the model has none.
+    """
     if not lora_layers(model.backbone):
         if chosen.lora == "alone":
-            raise ConfigError(f"There is no LoRA for --format={name}. Name a run that trained it, or an --adapter.")
+            raise ConfigError(
+                f"The model has no LoRA for --format={name}. Name a run that trained it, or an --adapter."
+            )
         return []
     if not merges:
         return []
     merge_lora(model.backbone)
     if not known.scheme:
         return []
-    return [f"The run trained on a base held in {known.scheme}; its LoRA is merged into the floats of that base."]
+    return [f"LoRA was trained on a base in {known.scheme}; it is merged into the float weights of that base."]
 
 
 def _about(model: Any, name: str, chosen: ExportFormat, written: WrittenExport, options: ExportOptions) -> About:
     return About(
         name=name,
-        kind=written.kind,
+        usage=written.usage,
         library=chosen.library,
         notes=written.notes,
         family=family_of(model),
         num_params=num_weights(model),
-        words=written.words,
+        placeholders=written.placeholders,
         languages=options.languages,
         datasets=options.dataset_names,
     )
 
 
-def _merges(name: str, chosen: ExportFormat, merge: bool | None) -> bool:
-    """Whether LoRA is merged.
+def _is_merged(name: str, chosen: ExportFormat, merge: bool | None) -> bool:
+    """Returns whether LoRA is to be merged.
 
     Raises:
-        ConfigError: The format can't hold it as asked.
+        ConfigError: The format can't hold LoRA as asked.
     """
     if chosen.lora == "merged" and merge is False:
         raise ConfigError(f"--format={name} holds LoRA merged into the weights. --format=peft holds the factors alone.")
     if chosen.lora == "alone" and merge:
-        raise ConfigError(f"--format={name} holds LoRA factors alone: there is nothing to merge them into.")
+        raise ConfigError(f"--format={name} holds LoRA factors alone: there are no weights to merge them into.")
     return chosen.lora != "alone" and merge is not False

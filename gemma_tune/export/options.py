@@ -1,4 +1,4 @@
-"""What can be chosen of an export, with its defaults."""
+"""Defines the options of an export, and what a writer reports about what it wrote."""
 
 import dataclasses
 import types
@@ -14,17 +14,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """How a model is written.
+    """Options of an export. Each format uses some of them.
 
     Attributes:
-        scheme: Number format of `gguf` (a key of gguf_types.SCHEMES) or `litert` (one of litert.WEIGHTS). Empty: f16,
-            float32.
-        cache_length: Tokens that a conversation may have in `litert`; 0: litert.DEFAULTS.
-        dtype: Of the weights of `hf`.
-        max_shard_size: No file of `hf` gets larger, unless one tensor alone is: `5GB`, `500MB`.
-        base_name: How the base is named, for those who read what was written.
-        language: Of the data, for the model card: codes such as `en` or `en,de`.
-        datasets: Their names on Hugging Face, for the model card, with commas between.
+        scheme: Number format of `gguf` (a key of gguf.tensor_types.GGUF_SCHEMES; empty: f16) or of `litert` (one of
+            litert.model.WEIGHT_FORMATS; empty: float32).
+        cache_length: Most tokens of a conversation in `litert`; 0: that of litert.model.DEFAULT_LENGTHS.
+        dtype: Dtype of the weights in `hf`.
+        max_shard_size: Most bytes of a file of weights in `hf`, such as `5GB`, unless a single tensor is larger.
+        base_name: Name of the base model, for the readers of the export; empty: as it was given for training.
+        language: Languages of the data, for the model card: codes such as `en` or `en,de`.
+        datasets: Names of the data sets on Hugging Face, for the model card, separated by commas.
     """
 
     scheme: str = ""
@@ -45,17 +45,17 @@ class ExportOptions:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """`language` as a list."""
-        return _listed(self.language)
+        """The codes in `language`."""
+        return _split(self.language)
 
     @property
     def dataset_names(self) -> tuple[str, ...]:
-        """`datasets` as a list."""
-        return _listed(self.datasets)
+        """The names in `datasets`."""
+        return _split(self.datasets)
 
     @property
     def max_shard_bytes(self) -> int:
-        """`max_shard_size` as a number."""
+        """`max_shard_size` in bytes."""
         return int(parse_bytes(self.max_shard_size))
 
 
@@ -63,15 +63,18 @@ DEFAULT_OPTIONS = ExportOptions()
 
 
 class WrittenExport(NamedTuple):
-    """What a writer says of what it wrote.
+    """What a writer reports about the files that it wrote.
 
-    notes: Sentences. kind: How it is to be used, as `usage.usage_examples` takes it, and words that it replaces there.
+    Attributes:
+        notes: Sentences for the user and the model card.
+        usage: Key of the usage examples in `card.usage`: the format's name, or that of a variant.
+        placeholders: Further words in capitals in those examples, and what replaces them.
     """
 
     notes: list[str]
-    kind: str
-    words: Mapping[str, str] = types.MappingProxyType({})
+    usage: str
+    placeholders: Mapping[str, str] = types.MappingProxyType({})
 
 
-def _listed(text: str) -> tuple[str, ...]:
+def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -7,8 +7,11 @@ import sys
 import numpy as np
 import pytest
 
+from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError, ModelError
 from gemma_tune.export import export_model
+from gemma_tune.export.card.provenance import Provenance, read_provenance
+from gemma_tune.export.options import EXPORT_MARKER
 from gemma_tune.models.functional import hidden_states, variables_by_path
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
@@ -103,7 +106,7 @@ def test_every_kind_of_lora_is_merged(tiny, rng, ids, tmp_path, way):
 def test_quantized_stays_quantized(tiny, ids, tmp_path):
     model = tiny(quant_spec=QuantSpec("int4", 32))
     done = export_model(model, "keras", tmp_path / "keras")
-    assert done.notes == ["Weights are quantized: gemma_tune reads them, plain KerasHub doesn't."]
+    assert done.notes == ["The weights are quantized: gemma_tune loads them, KerasHub alone doesn't."]
     assert "keras_hub" not in (tmp_path / "keras" / "README.md").read_text()
     again = load_model(str(tmp_path / "keras"))
     for path, variable in variables_by_path(model).items():
@@ -137,7 +140,15 @@ def test_lora_that_a_format_cannot_hold(tmp_path):
 
 
 def test_an_export_says_where_it_comes_from(tmp_path):
+    """Also one of an earlier version, whose marker has the key `origin`."""
     export_model("tiny", "keras", tmp_path / "one")
     export_model(str(tmp_path / "one"), "hf", tmp_path / "two")
-    mark = json.loads((tmp_path / "two" / "export.json").read_text())
-    assert mark["format"] == "hf" and mark["provenance"]["base"] == "tiny"
+    marker = json.loads((tmp_path / "two" / EXPORT_MARKER).read_text())
+    assert marker["format"] == "hf" and marker["provenance"]["base"] == "tiny"
+    wanted = Provenance(
+        "tiny", Config().to_dict(), {"best_step": 3}, {"jax": "0.10"}, {"rank": "4"}, {"a.jsonl": "f00d"}
+    )
+    for key in ("provenance", "origin"):
+        earlier = {"format": "hf", "gemma_tune": "0.0.1", "notes": [], key: {**wanted.to_dict(), "unknown": 1}}
+        (tmp_path / "two" / EXPORT_MARKER).write_text(json.dumps(earlier))
+        assert read_provenance(str(tmp_path / "two")) == wanted

@@ -5,7 +5,7 @@ import pytest
 
 import gemma_tune.export.litert.model as litert
 from gemma_tune.errors import ModelError
-from gemma_tune.export.litert.cache_layout import cache_parts
+from gemma_tune.export.litert.cache_arrays import cache_parts
 from gemma_tune.export.litert.model import Lengths, write_litert
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.runtime.backend import jax
@@ -14,9 +14,9 @@ from gemma_tune.runtime.backend import jax
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ({}, {"weights": "int4"}, "must be one of float32, int8; got 'int4'"),
+        ({}, {"weight_format": "int4"}, "must be one of float32, int8; got 'int4'"),
         ({}, {"lengths": Lengths(64, 64)}, "prefill must be at least 1 and below cache"),
-        ({"precision": "bfloat16"}, {}, "takes a model in float32; this is in bfloat16"),
+        ({"precision": "bfloat16"}, {}, "needs a model in float32, but this one is in bfloat16"),
         ({"quant_spec": QuantSpec("int8")}, {}, "A quantized model can't be exported to LiteRT"),
     ],
 )
@@ -27,8 +27,8 @@ def test_what_cannot_be_written_is_refused(tiny, tmp_path, arguments, options, m
 
 
 def test_a_model_beyond_a_flatbuffer_is_refused(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(litert, "_MOST_BYTES", 10**6)
-    with pytest.raises(ModelError, match=r"takes 0.0 GB in float32, and a .tflite file holds 2 GB at most"):
+    monkeypatch.setattr(litert, "MAX_FLATBUFFER_BYTES", 10**6)
+    with pytest.raises(ModelError, match=r"has 0\.0 GB of float32 weights, but a \.tflite file holds 2 GB at most"):
         write_litert(tiny("gemma3"), tmp_path)
 
 

@@ -13,7 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from gemma_tune.config import Config, DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from gemma_tune.errors import ConfigError
-from gemma_tune.export.card.model_card import check_words, model_card, write_card
+from gemma_tune.export.card.model_card import check_card_metadata, model_card, write_card
 from gemma_tune.export.card.provenance import Provenance, hugging_face_name, read_provenance
 from gemma_tune.export.card.sections import About
 from gemma_tune.models.sources.preset_catalog import presets
@@ -22,7 +22,7 @@ ABOUT = About("mine", "hf", "transformers", [], "gemma3", 268_098_176)
 NASTY = "Why \"a: b\" | c\\d\n--- 'x' # <b>{{ e }}</b> ```"
 
 
-def run_origin(source="questions: and | answers.jsonl"):
+def run_provenance(source="questions: and | answers.jsonl"):
     config = Config(
         model=ModelConfig(source="gemma3_instruct_270m"), data=DataConfig(source=source), lora=LoraConfig(rank=8),
         training=TrainingConfig(method="qlora"),
@@ -41,7 +41,7 @@ def run_origin(source="questions: and | answers.jsonl"):
 
 
 def test_the_library_reads_it_back():
-    card = ModelCard(model_card(ABOUT, run_origin()))
+    card = ModelCard(model_card(ABOUT, run_provenance()))
     data = card.data
     assert (data.license, data.base_model, data.library_name) == ("gemma", "google/gemma-3-270m-it", "transformers")
     assert data.pipeline_tag == "text-generation" and "qlora" in data.tags and "gemma3" in data.tags
@@ -63,7 +63,7 @@ def test_the_library_reads_it_back():
 
 
 def test_it_says_all_that_is_known():
-    text = ModelCard(model_card(ABOUT._replace(notes=["A note."]), run_origin())).text
+    text = ModelCard(model_card(ABOUT._replace(notes=["A note."]), run_provenance())).text
     for known in (
         "google/gemma-3-270m-it", "Gemma Terms of Use", "prohibited_use_policy", "`f00d`", "`abcd`", "lora.rank | 8", "nf4",
         "0.0005", "330", "66", "17 of 20", "12,345", "A note.", "AutoModelForCausalLM", "vllm serve mine", "may do worse",
@@ -74,18 +74,18 @@ def test_it_says_all_that_is_known():
     assert text.count("```") == 2 * 3 + 3  # Three programs; and three cells, where they are no fence.
 
 
-@pytest.mark.parametrize("kind", ["keras", "keras, with an adapter", "hf", "peft", "gguf", "litert"])
-def test_programs_of_every_format_are_programs(kind):
-    words = {"BASE": "google/gemma-3-270m", "NAMED": "demo", "MOST": "8", "FILE": "model-f16.gguf"}
-    text = ModelCard(model_card(ABOUT._replace(kind=kind, words=words), run_origin())).text
+@pytest.mark.parametrize("usage", ["keras", "keras, with an adapter", "hf", "peft", "gguf", "litert"])
+def test_programs_of_every_format_are_programs(usage):
+    placeholders = {"BASE": "google/gemma-3-270m", "NAMED": "demo", "MAX_RANK": "8", "FILE": "model-f16.gguf"}
+    text = ModelCard(model_card(ABOUT._replace(usage=usage, placeholders=placeholders), run_provenance())).text
     for program in text.split("```python\n")[1:]:
         compile(program.split("\n```")[0], "card", "exec")
-    assert not any(word in text for word in (*words, "FOLDER", "END_OF_TURN", "QUESTION"))
+    assert not any(word in text for word in (*placeholders, "FOLDER", "END_OF_TURN", "QUESTION"))
 
 
 def test_code_in_it_is_code():
     """A question with quotes and braces doesn't break the programs."""
-    text = ModelCard(model_card(ABOUT, run_origin())).text
+    text = ModelCard(model_card(ABOUT, run_provenance())).text
     programs = text.split("```python\n")[1:]
     assert len(programs) == 2
     for program in programs:
@@ -102,7 +102,8 @@ def test_a_model_that_is_no_run_says_what_is_not_known():
         and card.data.base_model == "google/gemma-3-1b-pt"
     )
     card = ModelCard(model_card(ABOUT, Provenance()))
-    assert card.text.count("Not known") == 4 and card.data.base_model is None and card.data.license == "gemma"
+    assert card.text.count("Not known") == 3 and "The base model is not known." in card.text
+    assert card.data.base_model is None and card.data.license == "gemma"
     assert ModelCard(model_card(ABOUT._replace(family="gemma4"), Provenance("gemma4_2b"))).data.license == "apache-2.0"
 
 
@@ -126,7 +127,7 @@ def test_words_of_the_user():
     assert (data.language, data.datasets) == (["en", "de"], ["me/support"])
     for languages, datasets in ((("english",), ()), ((), ("a b",)), (("en", "../x"), ())):
         with pytest.raises(ConfigError):
-            check_words(languages, datasets)
+            check_card_metadata(languages, datasets)
 
 
 def test_names_on_hugging_face():

@@ -73,7 +73,7 @@ def test_int8_is_smaller_and_near(tiny, tmp_path):
     model = tiny("gemma3")
     (tmp_path / "float").mkdir()
     whole = write_litert(model, tmp_path / "float", lengths=Lengths(8, 64)).stat().st_size
-    small = write_litert(model, tmp_path, lengths=Lengths(8, 64), weights="int8").stat().st_size
+    small = write_litert(model, tmp_path, lengths=Lengths(8, 64), weight_format="int8").stat().st_size
     assert small < whole
     _, logits = answer(tmp_path, PROMPT, 1)
     wanted = full_logits(model, PROMPT)[-1]

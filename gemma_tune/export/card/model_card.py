@@ -1,4 +1,4 @@
-"""A model card (arXiv:1810.03993) as Hugging Face reads it: README.md with metadata in front, of what is known."""
+"""Writes model cards (arXiv:1810.03993) in Hugging Face's format: README.md, with metadata before the text."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from gemma_tune.data.sources.tfds import TFDS
 from gemma_tune.errors import ConfigError
-from gemma_tune.export.card import sections as sections
+from gemma_tune.export.card import sections
 from gemma_tune.export.card.provenance import Provenance
 from gemma_tune.export.card.sections import About
 from gemma_tune.runtime.atomic_files import write_text
@@ -17,14 +17,14 @@ _DATASET = r"[\w.-]+/[\w.-]+|[\w.-]+"
 
 
 def write_card(folder: Path, about: About, provenance: Provenance) -> None:
-    """Writes README.md and, of a Gemma under Google's terms, the NOTICE that these ask for."""
+    """Writes README.md and, for a model under Google's Gemma terms, the NOTICE that they require."""
     write_text(folder / CARD, model_card(about, provenance))
     if sections.license_of(about.family, provenance) == "gemma":
         write_text(folder / NOTICE, sections.NOTICE_TEXT)
 
 
 def model_card(about: About, provenance: Provenance) -> str:
-    """Returns the card's text."""
+    """Returns the text of a model card."""
     titled = {
         "Use": sections.use(about, provenance),
         "Base model and terms": sections.base(about, provenance),
@@ -41,8 +41,12 @@ def model_card(about: About, provenance: Provenance) -> str:
     return f"---\n{_metadata(about, provenance).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def check_words(languages: tuple[str, ...], datasets: tuple[str, ...]) -> None:
-    """Raises ConfigError if a language or data set isn't of the form that Hugging Face asks for."""
+def check_card_metadata(languages: tuple[str, ...], datasets: tuple[str, ...]) -> None:
+    """Checks languages and data sets that a user gave for the card.
+
+    Raises:
+        ConfigError: A language or data set is not in Hugging Face's format.
+    """
     for language in languages:
         if not re.fullmatch(_LANGUAGE, language):
             raise ConfigError(f"language must be codes of two or three letters, such as en,de; got {language!r}.")

@@ -1,8 +1,7 @@
-"""Where a model comes from, as far as its files say: its base, and the run that tuned it."""
+"""Reads where a model comes from, as far as its files say: its base model, and the run that fine-tuned it."""
 
 import contextlib
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from gemma_tune.errors import ConfigError, DataError, ModelError
 from gemma_tune.export.options import EXPORT_MARKER
 from gemma_tune.models.lora.adapter import read_adapter_metadata
 from gemma_tune.models.sources.source import parse_source
+from gemma_tune.runtime.json_files import read_json
 
-# KerasHub's presets -> the same models on Hugging Face.
+# Patterns of KerasHub's preset names, and the names of the same models on Hugging Face.
 _ON_HUGGING_FACE = (
     (r"gemma_(\d+b)_en", r"google/gemma-\1"),
     (r"gemma_instruct_(\d+b)_en", r"google/gemma-\1-it"),
@@ -32,7 +32,7 @@ _ON_HUGGING_FACE = (
     (r"gemma4_31b", r"google/gemma-4-31B"),
     (r"gemma4_instruct_31b", r"google/gemma-4-31B-it"),
 )
-_OLD_KEY = "origin"  # The key in exports of earlier versions.
+_OLD_KEY = "origin"  # Key of the provenance in exports of earlier versions.
 
 
 @dataclasses.dataclass
@@ -40,10 +40,10 @@ class Provenance:
     """Where a model comes from. What isn't known is empty.
 
     Attributes:
-        base: The base model, as it was named.
-        config, result, versions: The run's, as its files have them.
-        adapter: What a LoRA adapter says of itself.
-        data_files: File name -> SHA-256, of the run's data as they are now.
+        base: Name of the base model, as it was given.
+        config, result, versions: Contents of the run's files of these names.
+        adapter: Metadata of the LoRA adapter.
+        data_files: SHA-256 of each file of the run's data as it is now, by file name.
     """
 
     base: str = ""
@@ -54,17 +54,17 @@ class Provenance:
     data_files: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, from which `Provenance(**values)` is the same."""
+        """Returns plain values, of which `Provenance(**values)` makes an equal object."""
         return dataclasses.asdict(self)
 
     @property
     def data_source(self) -> str:
-        """The run's data, as it was named."""
+        """Source of the run's data, as it was given."""
         return str(self.config.get("data", {}).get("source", ""))
 
     @property
     def scheme(self) -> str:
-        """In which few bits the run held its base; '' for floats."""
+        """Quantization scheme of the base during the run; '' for floats."""
         quant_spec = Config.from_saved(self.config).quant_spec if self.config else None
         return quant_spec.scheme if quant_spec else ""
 
@@ -75,77 +75,84 @@ class Provenance:
 
     @property
     def hugging_face(self) -> str:
-        """The base's name on Hugging Face; '' if it isn't known to be there."""
+        """Name of the base model on Hugging Face; '' if unknown."""
         return hugging_face_name(self.base)
 
 
 def hugging_face_name(source: str) -> str:
-    """Returns OWNER/NAME of a preset or an `hf://` source, or ''."""
+    """Returns the OWNER/NAME on Hugging Face of a preset or an `hf://` source; '' if unknown."""
     if source.startswith("hf://"):
         return source.removeprefix("hf://")
     name = source.rpartition("/keras/")[2].partition("/")[0] if source.startswith("kaggle://") else source
-    for pattern, there in _ON_HUGGING_FACE:
+    for pattern, hub_name in _ON_HUGGING_FACE:
         if match := re.fullmatch(pattern, name):
-            return match.expand(there)
+            return match.expand(hub_name)
     return ""
 
 
 def read_provenance(source: str, adapter: str = "") -> Provenance:
-    """Reads what a source and an adapter say of themselves. Files that are missing or damaged say nothing.
+    """Returns what the files of a source and an adapter say about their provenance.
+
+    Missing or damaged files count as saying nothing.
 
     Args:
-        source: As in `load_model`; '' for a model that is at hand, of which nothing is known.
-        adapter: On top of it.
+        source: Source as in `load_model`; '' if it is unknown.
+        adapter: LoRA adapter that is put on the source.
     """
     provenance = Provenance(base=source)
     parsed = parse_source(source) if source else None
     folder = Path(parsed.value) if parsed and parsed.kind in ("run", "hf", "keras") else None
     if folder and parsed and parsed.kind == "run":
         provenance = _of_run(folder)
-    elif folder and (before := _of_export(folder)):
-        provenance = before
+    elif folder:
+        provenance = _of_export(folder) or provenance
     if adapter:
         provenance = _with_adapter(provenance, Path(adapter).expanduser())
     return provenance
 
 
 def _of_run(workdir: Path) -> Provenance:
-    config = _json(workdir / "config.json")
-    try:
-        config = Config.from_saved(config).to_dict() if config else {}
-    except ConfigError:  # Of another version.
-        config = {}
+    config = _current_config(_read(workdir / "config.json"))
     provenance = Provenance(
         base=config.get("model", {}).get("source", ""),
         config=config,
-        result=_json(workdir / "result.json") if config else {},
-        versions=_json(workdir / "versions.json"),
+        result=_read(workdir / "result.json") if config else {},
+        versions=_read(workdir / "versions.json"),
     )
     if (workdir / "adapter").exists():
         provenance.adapter = _adapter_metadata(workdir / "adapter")
     if provenance.data_source and not provenance.data_source.startswith(TFDS):
-        with contextlib.suppress(DataError):  # They may be no longer where they were.
+        with contextlib.suppress(DataError):  # The files may have been moved or deleted.
             files = source_fingerprint(provenance.data_source, "")
             provenance.data_files = {Path(path).name: digest for path, digest in files}
     return provenance
 
 
 def _of_export(folder: Path) -> Provenance | None:
-    mark = _json(folder / EXPORT_MARKER)
-    saved = mark.get("provenance", mark.get(_OLD_KEY))
+    marker = _read(folder / EXPORT_MARKER)
+    saved = marker.get("provenance", marker.get(_OLD_KEY))
     if not isinstance(saved, dict):
         return None
     known = {field.name for field in dataclasses.fields(Provenance)}
-    return Provenance(**{name: value for name, value in saved.items() if name in known})
+    provenance = Provenance(**{name: value for name, value in saved.items() if name in known})
+    return dataclasses.replace(provenance, config=_current_config(provenance.config))
 
 
 def _with_adapter(provenance: Provenance, adapter: Path) -> Provenance:
-    """An adapter in its run's workdir has the run beside it."""
+    """Adds what is known of an adapter: all of its run, if it is in a workdir."""
     folder = adapter if adapter.is_dir() else adapter.parent
-    if _json(folder.parent / "config.json").get("training"):
+    if _read(folder.parent / "config.json").get("training"):
         run = _of_run(folder.parent)
         return dataclasses.replace(run, base=provenance.base or run.base)
     return dataclasses.replace(provenance, adapter=_adapter_metadata(adapter))
+
+
+def _current_config(saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns a saved config as this version has it; empty if it can't be read."""
+    try:
+        return Config.from_saved(saved).to_dict() if saved else {}
+    except ConfigError:
+        return {}
 
 
 def _adapter_metadata(path: Path) -> dict[str, str]:
@@ -157,9 +164,8 @@ def _adapter_metadata(path: Path) -> dict[str, str]:
             if name in metadata}  # fmt: skip
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(file)
+    except ModelError:
         return {}
-    return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""The sections of a model card, from what is known of a model."""
+"""Writes the sections of a model card from what is known about a model."""
 
 import types
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from gemma_tune.export.card.usage import usage_examples
 
 TERMS = "https://ai.google.dev/gemma/terms"
 NOTICE_TEXT = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
-# In result.json, as Hugging Face calls the metric, and as people do.
+# Name in result.json, Hugging Face's name of the metric, and title for readers.
 METRICS = (
     ("loss", "loss", "Loss"),
     ("perplexity", "perplexity", "Perplexity"),
     ("token_accuracy", "accuracy", "Token accuracy"),
 )
-_UNKNOWN = "Not known: what was exported says nothing of it."
+_UNKNOWN = "Not known: the files of the exported model don't say."
 _SETTINGS = ("method", "qat", "num_epochs", "num_train_steps", "batch_size", "grad_accum_steps")
 _PACKAGES = ("gemma-tune", "keras-hub", "jax")
 _ALWAYS_COUNTED = ("num_train", "num_heldout")
@@ -27,35 +27,36 @@ _NUM_SAMPLES = 3
 
 
 class About(NamedTuple):
-    """What is to be said of an export.
+    """Facts about an export for its model card.
 
     Attributes:
-        name: Of its folder.
-        kind, words: How it is used, as `usage_examples` takes them.
-        library: The card's `library_name`.
-        notes: Sentences.
-        family, num_params: Of the model.
-        languages, datasets: Of the data, where a user said them.
+        name: Name of its folder.
+        usage, placeholders: Key and placeholders of its usage examples, as for `usage_examples`.
+        library: `library_name` in the card's metadata.
+        notes: Sentences about the export.
+        family: Family of the model.
+        num_params: Number of parameters of the model.
+        languages, datasets: Languages and names of the data, if the user gave them.
     """
 
     name: str
-    kind: str
+    usage: str
     library: str
     notes: list[str]
     family: str
     num_params: int
-    words: Mapping[str, str] = types.MappingProxyType({})
+    placeholders: Mapping[str, str] = types.MappingProxyType({})
     languages: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
 
 
 def license_of(family: str, provenance: Provenance) -> str:
-    """Returns Hugging Face's name of a model's terms. Gemma 4 is under Apache 2.0; tiny models are ours."""
+    """Returns Hugging Face's name of a model's license: Gemma 4 and tiny models are under Apache 2.0."""
     return "apache-2.0" if family == "gemma4" or provenance.is_tiny else "gemma"
 
 
 def summary(about: About, provenance: Provenance) -> str:
-    """Returns what it is, in a sentence or two."""
+    """Returns a summary of the model in a sentence or two, followed by the notes."""
     what = _named_base(provenance)
     if provenance.config:
         what += f", fine-tuned with gemma_tune on `{Path(provenance.data_source).name}`"
@@ -63,25 +64,25 @@ def summary(about: About, provenance: Provenance) -> str:
 
 
 def use(about: About, provenance: Provenance) -> str:
-    """Returns how to load it, program by program."""
+    """Returns the code that loads the model, program by program."""
     samples = provenance.result.get("samples") or []
     question = samples[0]["question"] if samples else _QUESTION
-    usages = usage_examples(about.kind, about.name, question, template_for(about.family), about.words)
-    return "\n\n".join(f"With {one.program}:\n\n```{one.language}\n{one.code}\n```" for one in usages)
+    examples = usage_examples(about.usage, about.name, question, template_for(about.family), about.placeholders)
+    return "\n\n".join(f"With {one.program}:\n\n```{one.language}\n{one.code}\n```" for one in examples)
 
 
 def base(about: About, provenance: Provenance) -> str:
-    """Returns the base model and its terms."""
-    lines = [f"The base model is {_named_base(provenance)}." if provenance.base else f"The base model: {_UNKNOWN}"]
+    """Returns the name of the base model, and its license terms."""
+    lines = [f"The base model is {_named_base(provenance)}." if provenance.base else "The base model is not known."]
     if fingerprint := provenance.adapter.get("base_fingerprint"):
-        lines.append(f"gemma_tune's fingerprint of its weights is `{fingerprint}`.")
+        lines.append(f"The fingerprint of its weights in gemma_tune is `{fingerprint}`.")
     if provenance.is_tiny:
-        lines.append("It has random weights, and is for trying things out.")
+        lines.append("It has random weights, and is only for trying things out.")
     elif license_of(about.family, provenance) == "gemma":
         lines += [
             f"{NOTICE_TEXT.strip()} ([terms]({TERMS})).",
-            "They hold for this model too, and whoever passes it on passes them on, with the "
-            "[prohibited uses](https://ai.google.dev/gemma/prohibited_use_policy).",
+            "These terms and the [prohibited use policy](https://ai.google.dev/gemma/prohibited_use_policy) apply to "
+            "this model too, and must be passed on with it.",
         ]
         if provenance.config:
             lines.append("The weights were modified by fine-tuning.")
@@ -91,7 +92,7 @@ def base(about: About, provenance: Provenance) -> str:
 
 
 def data(provenance: Provenance) -> str:
-    """Returns what it learnt from, counted and hashed."""
+    """Returns a table of the training data: source, counts and hashes."""
     if not provenance.config:
         return _UNKNOWN
     counts = provenance.result.get("data") or {}
@@ -104,13 +105,13 @@ def data(provenance: Provenance) -> str:
     if lengths := counts.get("length_tokens"):
         rows.append(("length in tokens", ", ".join(f"{name} {value:g}" for name, value in lengths.items())))
     if key := provenance.versions.get("data"):
-        rows.append(("hash of the data and of how it was cleaned and split", f"`{key}`"))
-    rows += [(f"SHA-256 of `{name}`, at export", f"`{digest}`") for name, digest in provenance.data_files.items()]
+        rows.append(("hash of the data and its preprocessing", f"`{key}`"))
+    rows += [(f"SHA-256 of `{name}` at export", f"`{digest}`") for name, digest in provenance.data_files.items()]
     return _table(("data", ""), rows)
 
 
 def training(provenance: Provenance) -> str:
-    """Returns method and settings."""
+    """Returns a table of the training method and settings."""
     if not provenance.config:
         return _UNKNOWN
     config, chosen = Config.from_saved(provenance.config), provenance.config["training"]
@@ -120,7 +121,7 @@ def training(provenance: Provenance) -> str:
             (f"lora.{name}", value) for name, value in {**provenance.config["lora"], "alpha": config.lora_alpha}.items()
         ]
     if provenance.scheme:
-        rows.append(("base held in", provenance.scheme))
+        rows.append(("quantization of the base", provenance.scheme))
     optimizer = {**provenance.config["optimizer"], "learning_rate": config.learning_rate}
     rows += [(f"optimizer.{name}", value) for name, value in optimizer.items()]
     rows += [("max_length", config.data.max_length), ("precision", config.model.precision), ("seed", config.seed)]
@@ -129,14 +130,14 @@ def training(provenance: Provenance) -> str:
         rows.append(("trained parameters", f"{provenance.result['num_trainable_parameters']:,}"))
     rows += [(name, provenance.versions[name]) for name in _PACKAGES if name in provenance.versions]
     shown = [(name, ", ".join(value) if isinstance(value, (list, tuple)) else f"{value}") for name, value in rows]
-    return "The loss is of the model's turns alone.\n\n" + _table(("setting", "value"), shown)
+    return "The loss counts the tokens of the model's turns only.\n\n" + _table(("setting", "value"), shown)
 
 
 def results(provenance: Provenance) -> str:
-    """Returns held-out values before and after, and some answers."""
+    """Returns the held-out metrics before and after training, and some answers."""
     before, after = (provenance.result.get(f"heldout_{when}") or {} for when in ("before", "after"))
     if not after:
-        return "Nothing was held out." if provenance.result else _UNKNOWN
+        return "No data was held out." if provenance.result else _UNKNOWN
     rows = [
         (title.lower(), f"{before[name]:.4f}" if name in before else "", f"{after[name]:.4f}")
         for name, _, title in METRICS
@@ -144,35 +145,41 @@ def results(provenance: Provenance) -> str:
     ]
     parts = [_table(("held-out questions", "base model", "tuned model"), rows)]
     if count := provenance.result.get("num_answers_scored"):
-        parts.append(f"{provenance.result['num_answers_right']} of {count} held-out questions got their own answer.")
+        parts.append(
+            f"{provenance.result['num_answers_right']} of {count} held-out questions got an answer whose words are "
+            "closer to the wanted answer than to that of any other question."
+        )
     precision = provenance.config["model"]["precision"] + (
-        f", on a base held in {provenance.scheme}" if provenance.scheme else ""
+        f", on a base in {provenance.scheme}" if provenance.scheme else ""
     )
-    parts.append(f"Measured by gemma_tune at the end of training ({precision}), before the export.")
+    parts.append(f"Measured by gemma_tune after training ({precision}), before the export.")
     samples = [
         (sample["question"], sample["reference"], sample["tuned_answer"])
         for sample in (provenance.result.get("samples") or [])[:_NUM_SAMPLES]
     ]
-    return "\n\n".join([*parts, *([_table(("question", "wanted", "written"), samples)] if samples else [])])
+    if samples:
+        parts.append(_table(("question", "wanted answer", "answer of this model"), samples))
+    return "\n\n".join(parts)
 
 
 def limits(provenance: Provenance) -> str:
-    """Returns what it is for, and what not."""
-    purpose = (
-        "answers like those of its training data, to questions like those" if provenance.config else "writing text"
-    )
-    measured = "It was tuned and measured on these alone: on others it may do worse than its base. "
+    """Returns the intended use and the limits of the model."""
+    if provenance.config:
+        purpose = "It is meant for questions like those of its training data, which it should answer in the same way."
+        measured = " It was trained and measured on such questions only: on others it may do worse than its base model."
+    else:
+        purpose, measured = "It is meant for generating text.", ""
     return (
-        f"Meant for {purpose}. {measured if provenance.config else ''}It can be wrong where it sounds sure. Nothing was "
-        "done to make it safe beyond what its base is, whose limits and biases it has. Try it on your own questions "
-        "before you rely on it, and leave no decision on people to it alone."
+        f"{purpose}{measured} It can be wrong even where it sounds certain. Nothing was done to make it safer than its "
+        "base model, whose limits and biases it shares. Try it on your own questions before you rely on it, and leave "
+        "no decision about people to it alone."
     )
 
 
 def _named_base(provenance: Provenance) -> str:
     if provenance.hugging_face:
         return f"[{provenance.hugging_face}](https://huggingface.co/{provenance.hugging_face})"
-    return f"`{Path(provenance.base).name}`" if provenance.base else "A Gemma"
+    return f"`{Path(provenance.base).name}`" if provenance.base else "A Gemma model"
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:
@@ -181,5 +188,5 @@ def _table(head: tuple[str, ...], rows: list[Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Returns a text in one line that doesn't end a table's cell."""
+    """Returns a text on one line, escaped for a cell of a table."""
     return " ".join(str(text).replace("\\", "\\\\").replace("|", "\\|").split())

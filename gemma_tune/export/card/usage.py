@@ -1,15 +1,23 @@
-"""How what was exported is read in each program, for model cards. Add a format's programs here."""
+"""Writes the code that loads an export in each program, for model cards. A format's programs are listed here."""
 
+import json
+import shlex
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from gemma_tune.data.chat_template import ChatTemplate
 
-_HARMLESS = str.maketrans({"\\": "", "`": "", '"': "”", "'": "’"})  # What ends a text in Python, a shell or Markdown.
+_HARMLESS = str.maketrans({"\\": "", "`": "", '"': "”", "'": "’"})  # These end strings in Python, shells, Markdown.
 
 
 class UsageExample(NamedTuple):
-    """One way to use a folder. language: Of the code, in which some words in capitals are replaced (`usage_examples`)."""
+    """Code that uses an export.
+
+    Attributes:
+        program: Program or library that reads the export.
+        language: Language of the code: `python` or `sh`.
+        code: Source text, in which placeholders are words in capitals.
+    """
 
     program: str
     language: str
@@ -41,9 +49,9 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 answer = model.generate(**inputs, max_new_tokens=128, do_sample=False)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
 _VLLM = """\
-vllm serve FOLDER
+vllm serve FOLDER --served-model-name=mine
 curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-  -d '{"model": "FOLDER", "messages": [{"role": "user", "content": "QUESTION"}]}'"""
+  -d '{"model": "mine", "messages": [{"role": "user", "content": "QUESTION"}]}'"""
 _PEFT = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,13 +61,13 @@ tokenizer = AutoTokenizer.from_pretrained("BASE")
 inputs = tokenizer("START_OF_TURNuser\\nQUESTIONEND_OF_TURN\\nSTART_OF_TURNmodel\\n", return_tensors="pt")
 answer = model.generate(**inputs, max_new_tokens=128, do_sample=False)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
-_VLLM_LORA = "vllm serve BASE --enable-lora --max-lora-rank=MOST --lora-modules mine=FOLDER"
+_VLLM_LORA = "vllm serve BASE --enable-lora --max-lora-rank=MAX_RANK --lora-modules mine=FOLDER"
 _ON_BASE = _GEMMA_TUNE.replace('("FOLDER")', '("NAMED", adapter="FOLDER")')
-_LLAMA_CPP = 'llama-cli -m FOLDER/FILE -p "QUESTION"'
+_LLAMA_CPP = "llama-cli -m FOLDER/FILE -p 'QUESTION'"
 _OLLAMA = """\
 cd FOLDER
 ollama create mine -f Modelfile
-ollama run mine "QUESTION\""""
+ollama run mine 'QUESTION'"""
 _LITERT = """\
 import json
 import numpy as np
@@ -84,7 +92,7 @@ for position in range(settings["cache_length"]):
             break
         answer.append(following)
 print(tokenizer.decode(answer))"""
-_USAGES = {
+_EXAMPLES = {
     "keras": (UsageExample("KerasHub", "python", _KERAS), UsageExample("gemma_tune", "python", _GEMMA_TUNE)),
     "keras, quantized": (UsageExample("gemma_tune", "python", _GEMMA_TUNE),),
     "keras, with an adapter": (UsageExample("gemma_tune", "python", _WITH_ADAPTER),),
@@ -94,7 +102,7 @@ _USAGES = {
         UsageExample("gemma_tune", "python", _GEMMA_TUNE),
     ),
     "peft": (
-        UsageExample("peft", "python", _PEFT),
+        UsageExample("PEFT", "python", _PEFT),
         UsageExample("vLLM", "sh", _VLLM_LORA),
         UsageExample("gemma_tune", "python", _ON_BASE),
     ),
@@ -117,34 +125,42 @@ _NEXT = {
 }
 
 
-def next_command(kind: str, folder: str, words: Mapping[str, str]) -> str:
-    """Returns the command that one would try an export with; arguments as of `usage_examples`."""
-    return _filled(_NEXT[kind], {**words, "FOLDER": folder})
+def next_command(usage: str, folder: str, placeholders: Mapping[str, str]) -> str:
+    """Returns a command to try an export with, quoted for the shell. Arguments as in `usage_examples`."""
+    return _filled(_NEXT[usage], "sh", {**placeholders, "FOLDER": folder})
 
 
 def usage_examples(
-    kind: str, folder: str, question: str, template: ChatTemplate, words: Mapping[str, str]
+    usage: str, folder: str, question: str, template: ChatTemplate, placeholders: Mapping[str, str]
 ) -> list[UsageExample]:
-    """Returns the ways to use an export.
+    """Returns the code that uses an export, for each program that reads it.
 
     Args:
-        kind: A format, or one of the kinds of a format that `_USAGES` knows.
-        folder: The export's name.
-        question: To ask.
-        template: Of the model's family.
-        words: Further ones that the format's programs have, and what to put there.
+        usage: Name of a format, or of one of its variants in `_EXAMPLES`.
+        folder: Name of the export's folder.
+        question: Question that the code asks.
+        template: Chat template of the model's family.
+        placeholders: Further placeholders of the format, and their values.
     """
-    words = {
-        **words,
-        "FOLDER": folder,
+    names = {**placeholders, "FOLDER": folder}
+    texts = {
         "START_OF_TURN": template.start_of_turn,
         "END_OF_TURN": template.end_of_turn,
         "QUESTION": " ".join(question.translate(_HARMLESS).split()),
     }
-    return [usage._replace(code=_filled(usage.code, words)) for usage in _USAGES[kind]]
+    return [
+        example._replace(code=_replaced(_filled(example.code, example.language, names), texts))
+        for example in _EXAMPLES[usage]
+    ]
 
 
-def _filled(code: str, words: Mapping[str, str]) -> str:
-    for word, value in words.items():
-        code = code.replace(word, value)
-    return code
+def _filled(code: str, language: str, names: Mapping[str, str]) -> str:
+    """Returns code with names of files and models, written as the language requires."""
+    quote = shlex.quote if language == "sh" else lambda name: json.dumps(name, ensure_ascii=False)[1:-1]
+    return _replaced(code, {placeholder: quote(name) for placeholder, name in names.items()})
+
+
+def _replaced(text: str, values: Mapping[str, str]) -> str:
+    for placeholder, value in values.items():
+        text = text.replace(placeholder, value)
+    return text

@@ -42,6 +42,6 @@ def write_hf(model: Any, folder: Path, options: ExportOptions) -> WrittenExport:
     return WrittenExport(notes if quantized_layers(model.backbone) else [], "hf")
 
 
-def float_bytes(model: Any, options: ExportOptions) -> int:
+def hf_bytes(model: Any, options: ExportOptions) -> int:
     """Returns the size in bytes of all weights as floats of the options' dtype."""
     return (4 if options.dtype == "float32" else 2) * num_weights(model)

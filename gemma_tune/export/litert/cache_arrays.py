@@ -1,6 +1,6 @@
-"""A family's cache taken apart into one array of keys and one of values for each layer, and put together again.
+"""Splits a model's KV cache into one array of keys and one of values for each layer, and joins them again.
 
-KerasHub holds the cache of Gemma 3 so, and those of the others in one array [B, layers, 2, C, K, H].
+KerasHub has such arrays for Gemma 3, and a single array [B, layers, 2, C, K, H] for the other families.
 """
 
 import inspect
@@ -12,16 +12,18 @@ import jax.numpy as jnp
 
 
 class CacheParts(NamedTuple):
-    """How the cache of one model is taken apart.
+    """The arrays of a model's KV cache.
 
-    shapes: Name -> [1, C, K, H], such as `kv_cache_k_0`. structure: Of the tree that KerasHub takes; None: an array.
+    Attributes:
+        shapes: Name of each array, such as `kv_cache_k_0`, and its shape [1, C, K, H].
+        structure: Tree structure of KerasHub's cache; None for a single array.
     """
 
     shapes: dict[str, tuple[int, ...]]
     structure: Any
 
     def join(self, named: Mapping[str, jax.Array]) -> Any:
-        """Returns the cache as KerasHub takes it."""
+        """Returns KerasHub's cache, made of arrays by name."""
         arrays = [named[name] for name in self.shapes]
         if self.structure is not None:
             return jax.tree.unflatten(self.structure, arrays)
@@ -29,14 +31,14 @@ class CacheParts(NamedTuple):
         return jnp.stack(pairs, axis=1)
 
     def split(self, cache: Any) -> dict[str, jax.Array]:
-        """Returns its arrays by name."""
+        """Returns the arrays of KerasHub's cache by name."""
         if self.structure is not None:
             return dict(zip(self.shapes, jax.tree.leaves(cache), strict=True))
         return {name: cache[:, index // 2, index % 2] for index, name in enumerate(self.shapes)}
 
 
 def cache_parts(model: Any, cache_length: int) -> CacheParts:
-    """Returns how the cache of a CausalLM for one row of so many tokens is taken apart."""
+    """Returns the arrays of a CausalLM's KV cache for one row of `cache_length` tokens."""
     build = model._build_cache
     required = [p for p in inspect.signature(build).parameters.values() if p.default is inspect.Parameter.empty]
     token_ids = jax.ShapeDtypeStruct((1, cache_length), jnp.int32)
