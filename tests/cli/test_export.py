@@ -63,7 +63,7 @@ def test_formats_of_other_programs(call, trained, tmp_path, name, library, says)
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--format=peft"], 2, "There is no LoRA for --format=peft"),
+        (["--format=peft"], 2, "The model has no LoRA for --format=peft"),
         (["--format=peft", "--merge"], 2, "there is nothing to merge them into"),
         (["--format=gguf", "--scheme=q5"], 1, "There is no GGUF scheme 'q5'"),
         (["--format=gguf", "--model=tiny:gemma4"], 1, "not gemma4"),
