@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gemma_tune.cli.flags import apply_overrides, load_config_file
+from gemma_tune.cli.config_resolution import apply_overrides, load_config_file
 from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError
 from gemma_tune.settings import setting_paths

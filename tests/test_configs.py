@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tune.cli.flags import load_config_file
+from gemma_tune.cli.config_resolution import load_config_file
 from gemma_tune.config import Config
 from gemma_tune.models.sources.source import parse_source
 

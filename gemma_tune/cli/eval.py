@@ -1,75 +1,49 @@
-"""`gemma-tune eval`."""
+"""`gemma-tune eval`: scores a tuned model and its base model."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from absl import flags as absl_flags
-from rich import box
-from rich.table import Table
-
-from gemma_tune.cli import flags
-from gemma_tune.cli.output import Output
-
-USAGE = "--model=WORKDIR --data=FILE"
-DESCRIPTION = """Scores a tuned model and its base on a file: loss, perplexity and token accuracy over the answers.
---model is the workdir of a run, or a base model with --adapter. Without --data, a run is scored on what it held
-out."""
-EXAMPLES = (
-    "gemma-tune eval --model=runs/mine",
-    "gemma-tune eval --model=runs/mine --data=other_questions.jsonl",
-    "gemma-tune eval --model=demo --adapter=runs/mine/adapter --data=sample:smartphone_support/heldout",
-)
+from gemma_tune.cli.flags import ADAPTER, setting_flags
+from gemma_tune.cli.verb import Invocation, Verb
+from gemma_tune.runtime.shell import gemma_tune_command
 
 
-_FLAGS = (
-    "model", "data", "max_length", "batch_size", "mesh", "precision", "quantize", "block_size", "on_error", "seed",
-)  # fmt: skip
-
-
-def define_flags(values: absl_flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.define(values, *_FLAGS)
-    absl_flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
-
-
-def run(
-    values: absl_flags.FlagValues, overrides: Sequence[str], positional: Sequence[str], output: Output
-) -> dict[str, Any]:
-    """Prints base and tuned side by side."""
-    del positional
-    config = flags.to_config(values, overrides)
+def _run(invocation: Invocation) -> dict[str, Any]:
+    """Prints the metrics of base and tuned model side by side."""
+    config, adapter = invocation.config(), invocation.flags.adapter
     from gemma_tune import pipeline
+    from gemma_tune.cli.run_result import metrics_table
 
-    data_is_given = bool(values["data"].present or values.config)
-    comparison = pipeline.compare_with_base(config, adapter=values.adapter, data_is_given=data_is_given)
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{comparison.num_examples} examples of {comparison.data_source}",
-        title_justify="left",
+    comparison = pipeline.compare_with_base(config, adapter=adapter, data_is_given=invocation.is_given("data"))
+    models = {"base model": comparison.base, "tuned model": comparison.tuned}
+    title = f"{comparison.num_examples} examples of {comparison.data_source}"
+    invocation.output.console.print(
+        metrics_table(title, {name: metrics for name, metrics in models.items() if metrics})
     )
-    table.add_column("")
-    columns = {
-        name: figures
-        for name, figures in (("base model", comparison.base), ("tuned model", comparison.tuned))
-        if figures
-    }
-    for name in columns:
-        table.add_column(name, justify="right")
-    for key, label, style in (
-        ("loss", "loss", ".4f"),
-        ("perplexity", "perplexity", ".2f"),
-        ("token_accuracy", "token accuracy", ".1%"),
-    ):
-        table.add_row(label, *(format(figures[key], style) for figures in columns.values()))
-    output.console.print(table)
-    command = f"gemma-tune chat --model={config.model.source}" + (
-        f" --adapter={values.adapter}" if values.adapter else ""
-    )
-    output.next(command)
     return {
         "data": comparison.data_source,
         "num_examples": comparison.num_examples,
         "base": comparison.base,
         "tuned": comparison.tuned,
-        "next": [command],
+        "next": [gemma_tune_command("chat", model=config.model.source, adapter=adapter)],
     }
+
+
+VERB = Verb(
+    name="eval",
+    usage="--model=WORKDIR [--data=FILE]",
+    description="""Scores a tuned model and its base model on a file: loss, perplexity and token accuracy of the
+    answers. --model is the workdir of a run, or a base model with --adapter. Without --data, a run is scored on what it
+    held out.""",
+    examples=(
+        "gemma-tune eval --model=runs/mine",
+        "gemma-tune eval --model=runs/mine --data=other_questions.jsonl",
+        "gemma-tune eval --model=demo --adapter=runs/mine/adapter --data=sample:smartphone_support/heldout",
+    ),
+    flags=(
+        *setting_flags("model"),
+        ADAPTER,
+        *setting_flags("data", "max_length", "batch_size", "mesh", "precision", "quantize", "block_size", "on_error",
+                       "seed"),
+    ),
+    run=_run,
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""How much memory a run will take, from its compiled step, and what to change when that is too much."""
+"""Predicts the memory of a run from its compiled training step, and finds settings that need less."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,7 +11,12 @@ from gemma_tune.training.step.compile_once import StepMemory
 
 
 class Proposal(NamedTuple):
-    """Settings to change, and the memory that the run then takes."""
+    """Changed settings, and the memory of a run with them.
+
+    Attributes:
+        changes: Values by the path of the setting.
+        memory: Memory of a training step.
+    """
 
     changes: dict[str, Any]
     memory: StepMemory
@@ -31,18 +36,8 @@ def step_memory(setup: Setup) -> StepMemory:
     return setup.train_step.memory(*shapes)
 
 
-def device_bytes() -> float:
-    """Returns the memory that a run may take on the first device: its limit, or on CPU what is free now."""
-    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return float(stats["bytes_limit"])
-    import psutil
-
-    return float(psutil.virtual_memory().available)
-
-
 def leaner(config: Config) -> Iterator[dict[str, Any]]:
-    """Yields changes of a config that make it need less memory, those that cost least first."""
+    """Yields changed settings with which a run needs less memory, those that cost the least time first."""
     training = config.training
     accumulate = {"training.grad_accum_steps": training.batch_size}
     remat = {"training.remat": "full"}

@@ -1,4 +1,4 @@
-"""Finds the verb, parses its flags, runs it, and turns errors into one message and an exit code."""
+"""Runs a command line: finds the verb, parses its flags, runs it, and turns errors into a message and an exit code."""
 
 import contextlib
 import importlib
@@ -12,32 +12,33 @@ from absl import flags
 
 from gemma_tune.cli import help as help_text
 from gemma_tune.cli.output import Output
+from gemma_tune.cli.verb import Invocation, Verb
 from gemma_tune.errors import ConfigError, GemmaTuneError, did_you_mean
 from gemma_tune.version import __version__
 
 # Verb -> what it does, in the order in which a user meets them.
 VERBS = {
-    "quickstart": "Fine-tune a real Gemma on the shipped support data and see the difference.",
-    "doctor": "Check this machine: devices, memory, packages, tokens.",
+    "quickstart": "Fine-tune a real Gemma on sample data and see the difference.",
+    "doctor": "Check this machine: packages, devices, memory, disk, credentials.",
     "models": "List the Gemma models, and which fit into your memory.",
-    "plan": "Predict memory, time and cost of a run on devices that you don't have yet.",
-    "data": "Look at a data set: rendered examples, lengths, what is dropped and why.",
+    "plan": "Predict memory, time and cost of a run on other devices.",
+    "data": "Look at a data set: rendered examples, lengths, dropped rows.",
     "train": "Fine-tune a model.",
-    "eval": "Compare base and tuned model on held-out data.",
-    "quantize": "Hold a trained model's weights in few bits, with or without calibration.",
-    "merge": "Put LoRA into the weights under it.",
-    "export": "Write a model for Keras, transformers, vLLM and others, with a model card.",
-    "compare": "Put models side by side: what each takes, and what it costs in answers.",
+    "eval": "Score a tuned model and its base model on held-out data.",
+    "quantize": "Quantize a trained model, with or without calibration data.",
+    "merge": "Merge LoRA into the weights of the base model.",
+    "export": "Write a model for Keras, transformers, vLLM, llama.cpp and others.",
+    "compare": "Compare models: memory, speed, loss and answers, side by side.",
     "generate": "Answer questions.",
-    "chat": "Talk to a model.",
-    "serve": "Answer over HTTP: OpenAI's API, and a page to chat on.",
+    "chat": "Chat with a model in the terminal.",
+    "serve": "Serve a model over HTTP: OpenAI's API, and a chat page.",
 }
 _USAGE, _FAILED, _INTERRUPTED, _TERMINATED = 2, 1, 130, 143
-_WHEN_STOPPED = dict.fromkeys(("train", "quickstart"), " What was saved stays: run the same command again to go on.")
+_WHEN_STOPPED = dict.fromkeys(("train", "quickstart"), " Run the same command again to resume it.")
 
 
 class _Terminated(BaseException):
-    """SIGTERM, wherever the program is: what a run was saving is saved, and a verb leaves nothing half done."""
+    """Raised when SIGTERM arrives, so that whatever is being written is finished or removed."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -64,32 +65,18 @@ def run(arguments: Sequence[str]) -> int:
     return _run_verb(verb, rest)
 
 
-def _run_verb(verb: str, arguments: list[str]) -> int:
-    module = importlib.import_module(f"gemma_tune.cli.{verb}")
-    values = flags.FlagValues()
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
-    flags.DEFINE_bool(
-        "json", False, "Print one JSON object on stdout, and everything else on stderr.", flag_values=values
-    )
-    module.define_flags(values)
-    overrides = [a for a in arguments if a.startswith(("--config.", "-config."))]
-    values.set_gnu_getopt(True)
+def _run_verb(name: str, arguments: list[str]) -> int:
+    verb: Verb = importlib.import_module(f"gemma_tune.cli.{name}").VERB
     try:
-        positional = values([f"gemma-tune {verb}", *[a for a in arguments if a not in overrides]])[1:]
+        values, overrides, positional = verb.parse(arguments)
     except flags.Error as error:
-        hint = (
-            did_you_mean(f"{error}".split("'")[1].lstrip("-") if "'" in f"{error}" else "", list(values))
-            if "Unknown" in f"{error}"
-            else ""
-        )
-        text = f"{error}".split(" Did you mean")[0].rstrip(".")
-        print(f"gemma-tune {verb}: {text}.{hint} See `gemma-tune {verb} --help`.", file=sys.stderr)
+        print(f"gemma-tune {name}: {_what_is_wrong(error, verb)} See `gemma-tune {name} --help`.", file=sys.stderr)
         return _USAGE
     if values.help:
-        print(help_text.for_verb(verb, module, values))
+        print(help_text.for_verb(verb))
         return 0
     with Output(values.json) as output, _terminable():
-        code = _guarded(verb, lambda: module.run(values, overrides, positional, output), output)
+        code = _guarded(Invocation(verb, arguments, values, overrides, positional, output))
     if "distributed" in values and values["distributed"].value:
         from gemma_tune.runtime.processes import shutdown_distributed
 
@@ -97,9 +84,17 @@ def _run_verb(verb: str, arguments: list[str]) -> int:
     return code
 
 
+def _what_is_wrong(error: flags.Error, verb: Verb) -> str:
+    """Returns absl's message, with the nearest flag's name where it doesn't know one."""
+    text, quote, rest = f"{error}".split(" Did you mean")[0].rstrip("."), "'", f"{error}".partition("'")[2]
+    if "Unknown" not in text:
+        return f"{text}."
+    return f"{text}.{did_you_mean(rest.partition(quote)[0].lstrip('-'), [flag.name for flag in verb.all_flags])}"
+
+
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Within it SIGTERM raises _Terminated, but where the training loop catches the signal itself."""
+    """Makes SIGTERM raise _Terminated, except where the training loop catches the signal itself."""
 
     def terminate(number: int, frame: object) -> None:
         raise _Terminated
@@ -114,18 +109,22 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _guarded(verb: str, call, output: Output) -> int:
-    """Calls the verb; errors that the user can act on become one message."""
+def _guarded(invocation: Invocation) -> int:
+    """Runs the verb and returns the exit code; errors that the user can act on become one message."""
+    verb, output = invocation.verb, invocation.output
     try:
-        output.result(call())
+        result = verb.run(invocation)
+        if result.get("next") and (output.console.is_terminal or not verb.writes_data):
+            output.print_next(result["next"])
+        output.write_result(result)
         return 0
     except GemmaTuneError as error:
         code = getattr(error, "exit_code", _USAGE if isinstance(error, ConfigError) else _FAILED)
-        output.error(f"gemma-tune {verb}: {error}", code)
+        output.write_error(f"gemma-tune {verb.name}: {error}", code)
         return code
     except (KeyboardInterrupt, _Terminated) as error:
         code = _TERMINATED if isinstance(error, _Terminated) else _INTERRUPTED
-        output.error(f"gemma-tune {verb}: stopped.{_WHEN_STOPPED.get(verb, '')}", code)
+        output.write_error(f"gemma-tune {verb.name}: stopped.{_WHEN_STOPPED.get(verb.name, '')}", code)
         return code
     except BrokenPipeError:  # The reader of stdout went away, as `head` does.
         with contextlib.suppress(OSError):

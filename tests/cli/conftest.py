@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from cli_arguments import FAST, TINY
+from helpers.cli_arguments import FAST, TINY
 
 from gemma_tune.cli.main import run
 

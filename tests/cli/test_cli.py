@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 from helpers.cli_arguments import FAST, TINY
 
+from gemma_tune.cli import eval as evaluate
+from gemma_tune.cli import train
 from gemma_tune.cli.main import VERBS
+from gemma_tune.cli.output import Output
+from gemma_tune.cli.verb import Invocation
 from gemma_tune.models.attention.choice import first_device
 from gemma_tune.models.precision import suitable_precisions
 
@@ -28,11 +32,12 @@ def test_every_verb_has_help_with_examples_that_name_its_flags(call, verb):
     code, out, err = call(verb, "--help")
     assert code == 0 and not err
     assert f"usage: gemma-tune {verb}" in out and "examples:" in out and "--json" in out
-    for line in out.splitlines():
+    examples = out.partition("examples:")[2].partition("flags:")[0].replace("\\\n", " ")
+    for line in examples.splitlines():
         if line.startswith(f"  gemma-tune {verb}"):
             for word in line.split():
                 if word.startswith("--") and not word.startswith("--config."):
-                    assert f"  {word.partition('=')[0]}" in out.partition("flags:")[2], word
+                    assert f"    {word.partition('=')[0]}" in out.partition("flags:")[2].replace("[no]", ""), word
     assert call("help", verb)[1] == out
 
 
@@ -74,7 +79,7 @@ def test_help_is_fast():
         (("train", *TINY, "--max_length=8"), 1, "training examples are too long for data.max_length=8"),
         (("train", "--dry_run", "--memory=lots"), 2, "--memory: 'lots' is not a size such as 16GB"),
         (("models", "--memory=lots"), 2, "--memory: 'lots' is not a size such as 16GB"),
-        (("models", "--family=gemma5"), 2, "--family=gemma5: families are gemma"),
+        (("models", "--family=gemma5"), 2, "--family=gemma5 is unknown. Families: gemma, "),
         (("eval", "--model=tiny", "--adapter=nowhere"), 1, "There is no adapter at nowhere"),
         (("generate", "--model=configs", "Hi"), 1, "configs holds no model: config.json is missing"),
     ],
@@ -102,30 +107,31 @@ def test_config_files_that_are_wrong(call, write):
         assert code in (1, 2) and message in err
 
 
-def test_the_order_of_settings(call, write):
+def test_the_order_of_settings(write):
     """Defaults, then the config file, then flags, then overrides."""
-    from absl import flags as absl_flags
-
-    from gemma_tune.cli import flags, train
-
     file = write(
         "c.py",
         "from gemma_tune import Config\ndef get_config():\n    return Config().replace({'lora.rank': 5, 'lora.alpha': "
         "5.0, 'seed': 5})",
     )
 
-    def resolve(arguments, overrides):
-        values = absl_flags.FlagValues()
-        train.define_flags(values)
-        values(["train", *arguments])
-        return flags.to_config(values, overrides)
+    def resolve(*arguments):
+        return Invocation(train.VERB, arguments, *train.VERB.parse(arguments), Output(False)).config()
 
     config = resolve(
-        [f"--config={file}", "--lora_alpha=6", "--seed=6"], ["--config.seed=7", "--config.lora.target_layers=key,value"]
+        f"--config={file}", "--lora_alpha=6", "--seed=6", "--config.seed=7", "--config.lora.target_layers=key,value"
     )
     assert (config.lora.rank, config.lora.alpha, config.seed, config.data.max_length) == (5, 6.0, 7, 512)
     assert config.lora.target_layers == ("key", "value")
-    assert resolve(["--lora_targets=attention"], []).lora.target_layers == ("attention",)
+    assert resolve("--lora_targets=attention").lora.target_layers == ("attention",)
+
+
+def test_a_flag_of_a_verb_and_a_setting_may_have_one_name():
+    """--adapter of train is the setting model.adapter; eval's is its own, and no setting."""
+    for module, expected in ((train, "runs/mine"), (evaluate, "")):
+        arguments = ["--adapter=runs/mine"]
+        invocation = Invocation(module.VERB, arguments, *module.VERB.parse(arguments), Output(False))
+        assert invocation.flags.adapter == "runs/mine" and invocation.config().model.adapter == expected
 
 
 def test_models(call):
@@ -142,7 +148,7 @@ def test_doctor(call):
     found = json.loads(call("doctor", "--json")[1])
     values = {finding["name"]: finding["value"] for finding in found["findings"]}
     assert {"Python", "jax", "devices", "memory", "disk", "cache", "Kaggle token"} <= values.keys()
-    assert values["precisions that suit"] == ", ".join(suitable_precisions(first_device()))
+    assert values["suitable precisions"] == ", ".join(suitable_precisions(first_device()))
 
 
 def test_data_shows_counts_and_writes_splits(call, write, tmp_path, questions):
@@ -200,8 +206,8 @@ def test_dry_run_proposes_what_to_change_for_a_small_device(call, questions):
     asked = json.loads(call(*arguments, "--json")[1])["memory"]["total_bytes"]
     code, out, _ = call(*arguments, f"--memory={0.9 * asked / 1e6:.3f}MB")
     text = " ".join(out.split())
-    assert code == 0 and "fit, with --config.training.grad_accum_steps=8" in text, text[-2000:]
-    fits = float(re.search(r"([0-9.]+) GB fit", text)[1])
+    assert code == 0 and "GB are enough with --config.training.grad_accum_steps=8" in text, text[-2000:]
+    fits = float(re.search(r"([0-9.]+) GB are enough", text)[1])
     assert fits * 1e9 <= 0.9 * asked + 5e6  # As printed, rounded.
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from cli_arguments import FAST, TINY
+from helpers.cli_arguments import FAST, TINY
 
 from gemma_tune.models.functional import parameters
 from gemma_tune.models.load import load_model

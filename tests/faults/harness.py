@@ -28,7 +28,7 @@ ARGUMENTS = (
 _WRITING = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 _CLOCK = ("step_seconds", "tokens_per_second", "input_wait_seconds", "input_wait_share")
 _PRELOADED = [
-    "gemma_tune.cli.train", "gemma_tune.cli.result", "gemma_tune.pipeline", "gemma_tune.serving.generation", "tensorboardX",
+    "gemma_tune.cli.train", "gemma_tune.cli.run_result", "gemma_tune.pipeline", "gemma_tune.serving.generation", "tensorboardX",
     "matplotlib.pyplot",
 ]  # fmt: skip
 
