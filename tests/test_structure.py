@@ -45,7 +45,7 @@ LAYERS = {
     "models": (
         ("family", "einsum", "layers", "training_memory"),
         ("cpu",),
-        ("functional", "linear", "lm_head"),
+        ("functional", "linear", "lm_head", "restored_layers"),
         ("blocks", "base_fingerprint", "sharding"),
         ("attention", "lora"),
         ("quantized", "precision", "remat"),

@@ -1,28 +1,30 @@
-"""The pipeline's steps in order, from a Config to a tuned model.
+"""The steps of the pipeline in order, from a Config to a tuned model.
 
-The only place, besides the command line, that reads a Config.
+Besides the command line, this is the only place that reads a Config.
 """
 
 from gemma_tune.pipeline.comparison import compare
-from gemma_tune.pipeline.post_training import Quantization, merge, quantize_model
+from gemma_tune.pipeline.merge import merge_model
+from gemma_tune.pipeline.ptq import QuantizationResult, quantize_model
 from gemma_tune.pipeline.scoring import Comparison, compare_with_base, evaluate
 from gemma_tune.pipeline.setup import Setup, prepare_data, read_splits, set_up
-from gemma_tune.pipeline.training_run import RunResult, SampleAnswer, run, train
+from gemma_tune.pipeline.training_result import RunResult, SampleAnswer
+from gemma_tune.pipeline.training_run import run_training, train
 
 __all__ = [
     "Comparison",
-    "Quantization",
+    "QuantizationResult",
     "RunResult",
     "SampleAnswer",
     "Setup",
     "compare",
     "compare_with_base",
     "evaluate",
-    "merge",
+    "merge_model",
     "prepare_data",
     "quantize_model",
     "read_splits",
-    "run",
+    "run_training",
     "set_up",
     "train",
 ]

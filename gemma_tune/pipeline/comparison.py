@@ -32,11 +32,11 @@ from gemma_tune.evaluation.fidelity import (
     reference_quality,
 )
 from gemma_tune.evaluation.measure import (
-    ScoredPositions,
-    ScoredStates,
+    Targets,
+    TargetStates,
     TimedAnswers,
-    scored_positions,
-    scored_states,
+    target_states,
+    targets_of,
     timed_answers,
 )
 from gemma_tune.models.functional import final_soft_cap, lm_head_weights, parameters
@@ -110,7 +110,7 @@ class _Scored(NamedTuple):
     """What all models are run on."""
 
     batches: Sequence[Batch]
-    positions: ScoredPositions
+    positions: Targets
     num_examples: int
     num_tokens_in_data: int
     questions: list[Example]
@@ -122,7 +122,7 @@ class _Measured(NamedTuple):
     name: SchemedSource
     memory_bytes: int
     disk_bytes: int | None
-    states: ScoredStates
+    states: TargetStates
     answers: TimedAnswers
     head: SoftCappedLMHead
 
@@ -191,7 +191,7 @@ def _choose(
     store = TokenStore.of([each for _, each in chosen])
     batches = HeldoutBatches(store, config.training.batch_size, max_length, packing=True)
     questions = choose_questions(kept, num_answers, config.seed)
-    return _Scored(batches, scored_positions(batches), len(chosen), int(counts.sum()), questions)
+    return _Scored(batches, targets_of(batches), len(chosen), int(counts.sum()), questions)
 
 
 def _tokenize(source: str, examples: Sequence[Example], max_length: int) -> list[tuple[Example, TokenizedExample]]:
@@ -238,7 +238,7 @@ def _measure(name: SchemedSource, scored: _Scored, config: Config) -> _Measured:
         _naming(str(name)),
         progress.track_progress(f"{name}: read tokens", len(scored.positions.target_ids)) as advance,
     ):
-        states = scored_states(model, scored.batches, advance)
+        states = target_states(model, scored.batches, advance)
     prompts = [example.turns[:-1] for example in scored.questions]
     with progress.track_progress(f"{name}: answered questions", len(prompts)) as advance:
         answers = timed_answers(model, prompts, config.generation.max_new_tokens, advance)

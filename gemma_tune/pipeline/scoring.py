@@ -1,4 +1,4 @@
-"""Held-out values of a model, and of a tuned model beside its base."""
+"""Held-out metrics of a model, and of a tuned model beside its base."""
 
 import dataclasses
 import functools
@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gemma_tune.config import Config
-from gemma_tune.data import (
-    Example,
-    load_examples,
-    template_for,
-)
+from gemma_tune.data import Example, load_examples, template_for
+from gemma_tune.data.tokenize import tokenize_examples
 from gemma_tune.errors import TrainingError
 from gemma_tune.evaluation import evaluate_batches
 from gemma_tune.models.attention.packing_masks import enable_packing
@@ -19,6 +16,7 @@ from gemma_tune.models.functional import assign, parameters
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_configured, load_model
 from gemma_tune.models.lora.enable import neutral_lora_values
+from gemma_tune.models.restored_layers import restored_layers
 from gemma_tune.models.sharding.layers import enable_mesh_sharding
 from gemma_tune.models.sharding.placement import mesh_sharding_of
 from gemma_tune.models.sources.source import parse_source
@@ -36,34 +34,40 @@ def evaluate(
     """Returns loss, perplexity and token accuracy of a model on examples.
 
     Args:
-        model: From `load_model` or `train`.
-        examples: From `load_examples`.
-        max_length: Longer examples are cut.
-        batch_size: Rows at a time; on a mesh, rounded up to what cuts evenly.
+        model: CausalLM, from `load_model` or `train`. It is left as it is.
+        examples: Examples, from `load_examples`.
+        max_length: Most tokens of an example; longer ones are cut.
+        batch_size: Rows of a batch; on a mesh, rounded up to a multiple of the number of row shards.
 
     Raises:
         TrainingError: No example has an answer to score.
     """
-    from gemma_tune.data.tokenize import tokenize_examples
-
-    enable_packing(model.backbone)
     tokens = tokenize_examples(examples, template_for(family_of(model)), tokenizer_of(model), max_length, "truncate")
     if not tokens.examples:
         raise TrainingError(f"None of {len(examples)} examples has an answer that fits into {max_length} tokens.")
     sharding = mesh_sharding_of(model.backbone)
     num_parts = sharding.shape.num_row_shards if sharding else 1
-    if sharding:
-        enable_mesh_sharding(model.backbone, sharding)
     batches = HeldoutBatches(tokens.examples, -(-batch_size // num_parts) * num_parts, max_length, packing=True)
     groups = parameters(model)
     step = make_eval_step(model, most_targets(batches, num_parts), sharding=sharding)
     scored = OnMesh(batches, sharding) if sharding else batches
-    return evaluate_batches(lambda batch: step(groups.trainable, groups.frozen, batch), scored)
+    with restored_layers(model.backbone):
+        enable_packing(model.backbone)
+        if sharding:
+            enable_mesh_sharding(model.backbone, sharding)
+        return evaluate_batches(lambda batch: step(groups.trainable, groups.frozen, batch), scored)
 
 
 @dataclasses.dataclass
 class Comparison:
-    """Held-out values of a tuned model and its base; `tuned` is empty when there is nothing tuned."""
+    """Held-out metrics of a tuned model and its base.
+
+    Attributes:
+        data_source: Name of the data.
+        num_examples: Number of examples.
+        base: Metrics of the base.
+        tuned: Metrics of the tuned model; empty if nothing is tuned.
+    """
 
     data_source: str
     num_examples: int
@@ -72,12 +76,12 @@ class Comparison:
 
 
 def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comparison:
-    """Scores `config.model.source`, with an adapter if one is named, and the base under it.
+    """Scores `config.model.source`, with an adapter if one is named, and its base.
 
     Args:
-        config: Which model, data, length and batch size.
-        adapter: A LoRA adapter, or ''.
-        data_is_given: False: for the workdir of a run, score what that run held out.
+        config: Settings: model, data, length and batch size.
+        adapter: Path of a LoRA adapter, or ''.
+        data_is_given: Whether `config.data` is scored. False: for the workdir of a run, what that run held out.
     """
     source = config.model.source
     run = run_config(source)
@@ -85,10 +89,8 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
     if run and not data_is_given:
         examples, data_source = heldout_of_run(run)
     else:
-        examples, data_source = (
-            load_examples(config.data.source, config.data.split, config.data.on_error),
-            config.data.source,
-        )
+        data_source = config.data.source
+        examples = load_examples(data_source, config.data.split, config.data.on_error)
     model = load_configured(config, adapter)
     score = functools.partial(
         evaluate, examples=examples, max_length=config.data.max_length, batch_size=config.training.batch_size
@@ -105,11 +107,11 @@ def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comp
 
 
 def run_config(source: str) -> Config | None:
-    """Returns the Config of a run by its workdir, or None if that is another kind of model."""
+    """Returns the Config of a run, or None if the source is no workdir of a run."""
     parsed = parse_source(source)
     return Config.from_saved(read_json(Path(parsed.value) / "config.json")) if parsed.kind == "run" else None
 
 
 def heldout_of_run(config: Config) -> tuple[Sequence[Example], str]:
-    """Returns what a run held out, and how to call it."""
+    """Returns what a run held out, and a name for it."""
     return read_splits(config).heldout, f"{config.data.source} (held out)"

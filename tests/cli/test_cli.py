@@ -248,7 +248,7 @@ def test_train_again_goes_on_or_says_what_differs(call, trained):
     )
     before = json.loads((trained / "result.json").read_text())
     code, out, err = call(*same)
-    assert code == 0 and "Going on from the checkpoint of step 6" in err and err.count("Attention: causal blocks") == 1
+    assert code == 0 and "Resuming from the checkpoint of step 6" in err and err.count("Attention: causal blocks") == 1
     result = json.loads(out)
     assert {key: result[key] for key in before} == before
     assert result["next"][0] == f"gemma-tune chat --model={trained}"

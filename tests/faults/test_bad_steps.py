@@ -46,7 +46,7 @@ def test_a_run_is_repeated_from_its_workdir(wanted, tmp_path):
 def test_changed_versions_and_data_are_said(tmp_path):
     workdir = tmp_path / "w"
     assert run(workdir).code == 0
-    assert "Other than when" not in run(workdir).err  # The run of before, again.
+    assert "Changed since" not in run(workdir).err  # The run of before, again.
     for checkpoint in (workdir / "checkpoints").iterdir():
         file = checkpoint / "about" / "metadata"
         about = json.loads(file.read_text())

@@ -25,7 +25,7 @@ def test_a_run_goes_on_on_another_mesh_and_ends_with_an_adapter(tmp_path, capfd)
     assert run([*command, "--mesh=data:2,fsdp:2,model:2"]) == 0
     assert "Mesh: data:2,fsdp:2,model:2 of 8 × cpu" in said(capfd)
     assert run([*command, "--mesh=fsdp:4"]) == 0
-    assert "Going on from the checkpoint of step 4" in said(capfd)
+    assert "Resuming from the checkpoint of step 4" in said(capfd)
     assert (tmp_path / "adapter/adapter.safetensors").exists()
     capfd.readouterr()
     answers, scores = [], []
@@ -64,7 +64,7 @@ def test_a_dry_run_says_what_each_device_takes(tmp_path, capfd):
 
 def test_without_a_mesh_one_device_is_taken_and_that_is_said(tmp_path, capfd):
     assert run(["train", *FEW, f"--workdir={tmp_path}"]) == 0
-    assert "8 devices; this run takes one. --mesh=auto takes all." in said(capfd)
+    assert "This run uses one of 8 devices. --mesh=auto uses all." in said(capfd)
 
 
 def test_more_devices_than_there_are(tmp_path, capfd):

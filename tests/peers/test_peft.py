@@ -167,7 +167,7 @@ def test_we_read_what_peft_trained_and_it_comes_back(base, tmp_path, family, num
 
 @pytest.mark.parametrize("name", some([("plain",), ("dora",), ("patterns",)], [("dora",)]))
 def test_what_peft_trained_goes_on_training_here(base, tmp_path, name):
-    from gemma_tune.pipeline import run
+    from gemma_tune.pipeline import run_training
 
     folder = base("gemma3", 1)
     trained_by_peft(folder, tmp_path / "theirs", **SETTINGS[name])
@@ -177,7 +177,7 @@ def test_what_peft_trained_goes_on_training_here(base, tmp_path, name):
         "data.max_length": 64, "training.num_train_steps": 3, "training.num_sample_answers": 0, "training.num_scored_answers": 0,
         "optimizer.learning_rate": 0.01, "lora.loraplus_lr_ratio": 2.0,
     })  # fmt: skip
-    result = run(config)
+    result = run_training(config)
     assert lora_specs(result.model.backbone) == lora_specs(before.backbone)
     assert result.num_trainable == sum(
         int(np.prod(variable.shape)) for layer in lora_layers(before.backbone) for variable in layer.trainable_variables

@@ -100,7 +100,7 @@ def test_a_run_s_figures_are_those_of_its_converted_model(tmp_path):
             "optimizer.warmup_steps": 0,
         }
     )
-    result = pipeline.run(config)
+    result = pipeline.run_training(config)
     remembered = Config.from_dict(json.loads((tmp_path / "run" / "config.json").read_text()))
     assert remembered.qat_spec == INT4 and remembered.quant_spec is None
     heldout = read_splits(config).heldout

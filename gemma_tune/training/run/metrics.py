@@ -1,4 +1,4 @@
-"""Writes a run's metrics to `metrics.jsonl` and as TensorBoard events, and reads them back."""
+"""Writes a run's metrics to `metrics.jsonl` and as TensorBoard events, and reads them."""
 
 import contextlib
 import json
@@ -15,29 +15,34 @@ METRICS_FILE, BAD_STEPS_FILE = "metrics.jsonl", "bad_steps.jsonl"
 
 
 class MetricsWriter:
-    """Appends metrics of a run.
+    """Appends the metrics of a run to its files, and keeps them.
 
-    On resuming from step s, lines of later steps, which a killed run may have left, are taken out first, so that each
-    step stands once. Rows that can't be written, as when the disk is full, wait in memory and are tried again with the
-    next one.
+    When a run is resumed at step s, rows of later steps, which a killed run may have left, are removed first, so that
+    each step is there once. Rows that can't be written, as when the disk is full, wait in memory and are tried again
+    with the next one.
 
     Args:
-        workdir: Of the run.
-        resumed_step: Where the run goes on; 0 at its beginning.
+        workdir: Folder of the run.
+        resumed_step: Step at which the run is resumed; 0 at its beginning.
         on_problem: Called with a message when a row can't be written and the one before could.
+
+    Attributes:
+        rows: All rows of the run so far, whether they could be written or not.
     """
 
     def __init__(self, workdir: Path, resumed_step: int, on_problem: Callable[[str], None] = lambda message: None):
         self._path, self._on_problem = workdir / METRICS_FILE, on_problem
-        kept = [row for row in read_metrics(workdir) if row["step"] <= resumed_step] if resumed_step else []
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.rows = [row for row in read_metrics(workdir) if row["step"] <= resumed_step] if resumed_step else []
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._waiting: list[bytes] = []
         self._events = _Events(workdir / "tensorboard", resumed_step)
 
     def write(self, step: int, **values: float) -> None:
         """Writes one row: a step and its named values."""
+        row = {"step": step, **values}
+        self.rows.append(row)
         had_waiting = bool(self._waiting)
-        self._waiting.append((json.dumps({"step": step, **values}) + "\n").encode())
+        self._waiting.append((json.dumps(row) + "\n").encode())
         try:
             self._append()
             self._events.write(step, values)
@@ -59,19 +64,21 @@ class MetricsWriter:
             size = file.tell()
             try:
                 if file.write(text) != len(text):
-                    raise OSError(28, os.strerror(28))  # ENOSPC: room for a part.
+                    raise OSError(28, os.strerror(28))  # ENOSPC: there was room for a part.
             except OSError:
-                file.truncate(size)  # Half a row would spoil the next.
+                file.truncate(size)  # Half a row would spoil the next one.
                 raise
         self._waiting = []
 
     def close(self) -> None:
-        """Tries the waiting rows once more."""
+        """Tries the waiting rows once more, and closes the files."""
         try:
             if self._waiting:
                 self._append()
         except OSError as error:
-            self._on_problem(f"{len(self._waiting)} rows of {self._path} are lost: {error.strerror or error}.")
+            self._on_problem(
+                f"{len(self._waiting)} rows could not be written to {self._path}: {error.strerror or error}."
+            )
         self._events.close()
 
 
@@ -79,7 +86,7 @@ class _Events:
     """Scalars for TensorBoard, written at once: SummaryWriter's thread dies of a full disk, then its queue blocks."""
 
     def __init__(self, folder: Path, resumed_step: int):
-        with hide_packages("torch"):  # 1.4 seconds, for plots of networks.
+        with hide_packages("torch"):  # Importing it takes 1.4 seconds, for plots of networks.
             from tensorboardX import summary
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto import event_pb2
@@ -97,12 +104,12 @@ class _Events:
         self._file.flush()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # The rows are in metrics.jsonl, or were said to be lost.
+        with contextlib.suppress(OSError):  # metrics.jsonl has the same values.
             self._file.close()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the rows written so far, but for lines that are damaged or cut off."""
+    """Returns the rows of `metrics.jsonl`; lines that are damaged or cut off are left out."""
     path = workdir / METRICS_FILE
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
