@@ -1,4 +1,4 @@
-"""Fine-tune Gemma with Keras 3 on JAX.
+"""Fine-tunes Gemma with Keras 3 on JAX.
 
     import gemma_tune
 
@@ -6,7 +6,9 @@
     model = gemma_tune.train(config)
     print(gemma_tune.generate(model, "How do I reset my phone?"))
 
-Everything below is imported at first use, so that `import gemma_tune` costs next to nothing.
+All names are imported at first use, so that `import gemma_tune` takes next to no time. If Keras hasn't been imported
+and the environment variable KERAS_BACKEND isn't set, it is set to `jax`. A backend that the user has set stays, and
+loading a model then raises a ConfigError.
 """
 
 import importlib
@@ -15,8 +17,8 @@ import sys
 
 from gemma_tune.version import __version__
 
-if "keras" not in sys.modules:
-    os.environ["KERAS_BACKEND"] = "jax"  # Keras reads it once, at its import.
+if "keras" not in sys.modules and not os.environ.get("KERAS_BACKEND"):
+    os.environ["KERAS_BACKEND"] = "jax"  # Keras reads it once, when it is imported.
 
 _PUBLIC = {
     "Config": "gemma_tune.config",

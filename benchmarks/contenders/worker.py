@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gemma_tune.runtime.process_memory import peak_memory_bytes
+from gemma_tune.runtime.process_memory import dedicate_process, peak_memory_bytes
 
 _ERROR_LETTERS = 500
 
 
 def run(main: Callable[..., None]) -> None:
     """Calls main with the arguments of the command line."""
+    dedicate_process()
     try:
         main(*sys.argv[1:])
     except Exception as error:

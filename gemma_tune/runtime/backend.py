@@ -1,14 +1,19 @@
-"""Keras and KerasHub on JAX, imported without TensorFlow. Every other module takes them from here.
+"""Imports JAX, and Keras and KerasHub on it, without TensorFlow. Every other module takes them from here.
 
 keras-hub imports TensorFlow where it is installed, which doubles the start-up time (5 s more) and the memory, for
-preprocessing layers that gemma_tune doesn't use. While keras_hub is being imported TensorFlow is hidden from it; the
-user may import TensorFlow before or afterwards. Grain (half a second, 55 MB) waits until it is needed.
+preprocessing layers that gemma_tune doesn't use. While keras_hub is being imported, TensorFlow is hidden from it; the
+user may import TensorFlow before or afterwards. Grain (half a second, 55 MB) is imported when it is needed.
+
+Importing this module changes one setting of the process: JAX keeps compiled programs on disk (see
+`enable_compilation_cache`). In a process that is gemma_tune's alone (`process_memory.dedicate_process`), programs on a
+CPU also run in the thread that calls them.
 """
 
 import contextlib
 import hashlib
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,33 +21,37 @@ import jax
 
 from gemma_tune.errors import ConfigError
 from gemma_tune.runtime.imports import hide_packages
+from gemma_tune.runtime.process_memory import is_dedicated_process, run_cpu_programs_inline
 
-# Programs on CPU then run in the thread that calls them, and take their memory where `keep_freed_memory` has a say. The
-# loop waits for each step anyhow.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
-_WORTH_KEEPING_SECONDS = 0.5
+_MIN_COMPILE_SECONDS = 0.5  # Programs that compile faster aren't kept.
+_MIN_COMPILE_VARIABLE = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
+
+def _check_keras_backend(name: str) -> None:
+    if name != "jax":
+        raise ConfigError(
+            f"gemma_tune needs Keras on the JAX backend, but Keras runs on {name!r}. Set the environment variable "
+            "KERAS_BACKEND=jax, or import gemma_tune before keras, and start Python again."
+        )
+
+
+if "keras" not in sys.modules:  # Checked first, since Keras would import the other backend's package.
+    _check_keras_backend(os.environ.get("KERAS_BACKEND") or "jax")
 
 with hide_packages("tensorflow", "tensorflow_text", "grain"):
     import keras
     import keras_hub
     from keras_hub.src.utils import pipeline_model
 
-pipeline_model.grain = keras.src.utils.module_utils.grain  # Imported once it is used, by `fit` and `generate` on text.
-
-if keras.config.backend() != "jax":
-    raise ConfigError(
-        f"gemma_tune needs Keras on the JAX backend, but Keras runs on {keras.config.backend()!r}. Import gemma_tune "
-        "before "
-        "keras, or set the environment variable KERAS_BACKEND=jax and start Python again."
-    )
+_check_keras_backend(keras.config.backend())
+pipeline_model.grain = keras.src.utils.module_utils.grain  # Imported when `fit` or `generate` first uses it on text.
 
 
 @contextlib.contextmanager
 def without_tensorflow() -> Iterator[None]:
-    """Within it Keras doesn't import TensorFlow, as it does to save a model: five seconds, and messages in C++.
+    """Keeps Keras from importing TensorFlow within the block, as it does to save a model: five seconds, and messages.
 
-    Afterwards Keras looks for it again where it needs it.
+    Afterwards Keras looks for TensorFlow again when it needs it.
     """
     found = keras.src.utils.module_utils.tensorflow
     before = found._available
@@ -54,39 +63,51 @@ def without_tensorflow() -> Iterator[None]:
 
 
 def is_single_cpu() -> bool:
-    """Whether programs are for a CPU that counts as one device. What is written out for XLA's compiler there, no mesh
-    of devices could cut.
+    """Returns whether programs run on a CPU that counts as one device.
+
+    Code that is written for XLA's compiler for CPUs can't be partitioned over a mesh of devices.
     """
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def cache_dir() -> Path:
-    """Folder for what can be made again: compiled programs and tokenizers. `GEMMA_TUNE_CACHE` moves it."""
+    """Returns the folder for compiled programs, prepared data and the demo model; `GEMMA_TUNE_CACHE` moves it."""
     base = os.environ.get("GEMMA_TUNE_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gemma_tune"
     )
     return Path(base)
 
 
-def _keep_compiled_programs() -> None:
-    """Lets JAX keep compiled programs on disk, so that a second run of the same shape starts at once.
+def enable_compilation_cache() -> None:
+    """Makes JAX keep compiled programs in `cache_dir()`, so that a second run of the same shapes starts at once.
 
-    JAX's own variables win.
+    It holds for all programs of the process. JAX's own settings win: with a `JAX_COMPILATION_CACHE_DIR` nothing changes
+    here, `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` decides which programs are kept, and
+    `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
     """
     if getattr(jax.config, "jax_compilation_cache_dir", None):
         return
-    # A home folder may be shared by machines whose CPUs know different instructions; programs of one can crash another.
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / f"xla-{_machine_hash()}"))
+    jax_default = 1.0  # Another value was set by the user's program, and a variable by the user.
+    if jax.config.jax_persistent_cache_min_compile_time_secs == jax_default and _MIN_COMPILE_VARIABLE not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+
+
+def _machine_hash() -> str:
+    """Returns a name for the CPU's instruction sets.
+
+    A home folder may be shared by machines with different CPUs, and a program for one of them can crash another.
+    """
     try:
-        flags = next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
-        )
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         flags = platform.processor()
-    machine = hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:8]
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / f"xla-{machine}"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING_SECONDS)
+    return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:8]
 
 
-_keep_compiled_programs()
+enable_compilation_cache()
+if is_dedicated_process():
+    run_cpu_programs_inline()
 
-__all__ = ["cache_dir", "is_single_cpu", "jax", "keras", "keras_hub", "without_tensorflow"]
+__all__ = ["cache_dir", "enable_compilation_cache", "is_single_cpu", "jax", "keras", "keras_hub", "without_tensorflow"]
