@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 import pytest
-from documents import PAGES, README, ROOT, blocks, commands, inline_codes, name_of
+from helpers.documents import PAGES, README, ROOT, blocks, commands, inline_codes, name_of
 
 from gemma_tune.cli.main import VERBS, run
 from gemma_tune.cli.verb import Invocation, Verb

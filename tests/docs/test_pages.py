@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from documents import DOCS, PAGES, README, ROOT, anchors, blocks, inline_codes, name_of, prose, table_rows
+from helpers.documents import DOCS, PAGES, README, ROOT, anchors, blocks, inline_codes, name_of, prose, table_rows
 
 import gemma_tune
 from gemma_tune.cli.main import VERBS
