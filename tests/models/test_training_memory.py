@@ -1,0 +1,26 @@
+"""The memory that training takes by a rule of thumb, and sizes as a user writes them."""
+
+import pytest
+
+from gemma_tune.models.sources.preset_catalog import presets
+from gemma_tune.models.training_memory import parse_bytes, training_memory
+
+
+def test_memory_grows_with_what_is_trained():
+    for preset in presets():
+        needs = training_memory(preset.num_params)
+        assert needs.full > needs.lora > needs.qlora > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("16GB", 16e9), ("16 gb", 16e9), ("512MB", 5.12e8), ("80GiB", 80 * 2**30), ("24", 24e9), ("1.5g", 1.5e9)],
+)
+def test_sizes(text, value):
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "0"])
+def test_no_sizes(text):
+    with pytest.raises(ValueError):
+        parse_bytes(text)
