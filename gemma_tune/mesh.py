@@ -1,4 +1,4 @@
-"""How a run is spread over devices: how many parts each of the three axes has."""
+"""The shape of a mesh of devices: how many parts each of its three axes has, and how that is written."""
 
 import math
 from typing import NamedTuple
@@ -6,15 +6,18 @@ from typing import NamedTuple
 from gemma_tune.errors import ConfigError, did_you_mean
 
 AUTO_MESH = "auto"
+_HOW = f"Write for example data:2,fsdp:2,model:2, with one or more of the axes, or {AUTO_MESH}."
 
 
 class MeshShape(NamedTuple):
-    """Parts along each axis of a mesh of devices.
+    """The number of parts along each axis of a mesh of devices.
 
-    data: Copies of the weights, each with its own rows of a batch. fsdp: Parts of the weights and of the optimizer's
-        state, each with its own rows too; a layer's parts are gathered where they are needed (ZeRO, arXiv:1910.02054).
-        model: Parts of each product: of the heads, of the feed-forward width, of the vocabulary (Megatron-LM,
-        arXiv:1909.08053).
+    Attributes:
+        data: Copies of the weights, each with rows of a batch of its own.
+        fsdp: Parts of the weights and of the optimizer's state, each with rows of a batch of its own; the parts of a
+            layer are gathered when they are needed (ZeRO, arXiv:1910.02054).
+        model: Parts of each matrix product: of the heads, of the feed-forward width, of the vocabulary (Megatron-LM,
+            arXiv:1909.08053).
     """
 
     data: int = 1
@@ -23,12 +26,12 @@ class MeshShape(NamedTuple):
 
     @property
     def num_devices(self) -> int:
-        """How many devices it takes."""
+        """Number of devices of the mesh."""
         return math.prod(self)
 
     @property
     def num_row_shards(self) -> int:
-        """In how many parts the rows of a batch are cut."""
+        """Number of parts that the rows of a batch are cut into."""
         return self.data * self.fsdp
 
     def __str__(self) -> str:
@@ -36,10 +39,10 @@ class MeshShape(NamedTuple):
 
 
 def parse_mesh(text: str) -> MeshShape:
-    """Reads `data:2,fsdp:2,model:2`. Axes that are not named have one part.
+    """Reads a mesh shape such as `data:2,fsdp:2,model:2`. Axes that are not named have one part.
 
     Raises:
-        ConfigError: It is written otherwise; says how.
+        ConfigError: The text has another form; the message says how to write it.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -54,14 +57,11 @@ def parse_mesh(text: str) -> MeshShape:
 
 
 def fitting_mesh(num_devices: int, num_rows: int) -> MeshShape:
-    """Returns what `auto` stands for: as many parts for fsdp as the rows allow, and the rest of the devices for model.
+    """Returns the mesh shape that `auto` stands for: fsdp over as many devices as the rows allow, model over the rest.
 
     Args:
-        num_devices: All of them are used.
-        num_rows: That go through the model at a time.
+        num_devices: Number of devices, all of which are used.
+        num_rows: Rows of a micro-batch.
     """
     fsdp = math.gcd(num_devices, num_rows)
     return MeshShape(fsdp=fsdp, model=num_devices // fsdp)
-
-
-_HOW = f"Write for example data:2,fsdp:2,model:2, with one or more of the axes, or {AUTO_MESH}."
