@@ -1,6 +1,6 @@
-"""Step 1: choose a model, load it by any of its names, and operate on it.
+"""Step 1: choose a model, load it from any source, and transform it.
 
-Imported lazily, since Keras takes seconds.
+Names are imported at first use, since importing Keras takes seconds.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""A second model on the same arrays, for work that would change the first one's layers."""
+"""Makes a second model on the same arrays, for work that would change the layers of the first."""
 
 import tempfile
 from typing import Any
@@ -16,16 +16,17 @@ from gemma_tune.runtime.backend import keras, without_tensorflow
 
 
 def shared_copy(model: keras.Model, with_lora: bool = True) -> keras.Model:
-    """Returns a CausalLM that computes the same with KerasHub's own layers: what training swapped in isn't in it.
+    """Returns a CausalLM that computes the same with KerasHub's own layers, without the parts that training swapped in.
 
-    JAX's arrays don't change, so both models use the same ones, and no memory is taken until one of them gets others.
+    JAX's arrays are immutable, so both models share them, and the copy takes no memory until one of the two gets new
+    arrays.
 
     Args:
-        model: A CausalLM, quantized or not, with LoRA or without.
-        with_lora: Whether the copy has the model's LoRA factors. (These alone are copied.)
+        model: CausalLM, quantized or not, with or without LoRA.
+        with_lora: Whether the copy has the model's LoRA factors, which are copied.
 
     Raises:
-        ModelError: It has no preprocessor.
+        ModelError: The model has no preprocessor.
     """
     tokenizer_of(model)
     backbone = model.backbone

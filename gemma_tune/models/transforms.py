@@ -1,4 +1,4 @@
-"""What is done to a loaded model before it is trained, in its fixed order."""
+"""Transforms a loaded model for training, in a fixed order: LoRA, QAT, attention, packing, sharding, remat."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,17 @@ _LORA = LoraConfig()
 
 
 class LoraSettings(NamedTuple):
-    """LoRA factors, as in `config.LoraConfig`, and the seed of A."""
+    """Settings of LoRA, as in `config.LoraConfig`.
+
+    Attributes:
+        rank: Rank R of the factors.
+        alpha: Numerator of the scaling factor.
+        target_layers: Names of the layers, or of groups of layers, that get factors.
+        seed: Random seed of A.
+        layout: Layout of the factors.
+        use_rslora: Whether the scaling factor is alpha / sqrt(R), not alpha / R.
+        use_dora: Whether a magnitude is trained for each output.
+    """
 
     rank: int
     alpha: float
@@ -36,10 +46,13 @@ class LoraSettings(NamedTuple):
 
 
 class Transformed(NamedTuple):
-    """What preparing a model came to.
+    """The choices that `transform_for_training` made.
 
-    program: `whole` or `per_block`. For `per_block` the steps are to be made with `training.blockwise.PerBlockProgram`, which then
-        recomputes; in a whole program the model's blocks do it themselves. attention: The kernel.
+    Attributes:
+        program: `whole` or `per_block`. The steps of a `per_block` model are made with
+            `training.step.per_block.per_block_program`, which also recomputes activations; in a `whole` program the
+            model's decoder blocks do that themselves.
+        attention: Attention kernel.
     """
 
     program: str
@@ -59,26 +72,27 @@ def transform_for_training(
     sharding: MeshSharding | None = None,
     keeps_factors: bool = False,
 ) -> Transformed:
-    """Swaps parts of a model for those that train faster and leaner; but for `qat`, what it computes stays the same.
+    """Swaps parts of a model for faster and leaner ones. Unless `qat` is given, the model computes the same as before.
 
     Args:
-        model: From `load_model`. Factors of an earlier run are merged, unless `keeps_factors`.
-        lora: None trains all weights.
-        qat: Computes with weights rounded so, and trains those behind them.
-        packing: Several examples in a row.
-        remat: `none`, `dots` or `full`.
-        row_length: Positions L of a row.
-        attention: `auto`, `xla`, `cudnn`, `splash` or `keras`.
-        program: `whole`, `per_block`, or `auto`: per_block on CPU where the model allows it, else whole.
-        sharding: Where the model lies on a mesh. None: one device.
-        keeps_factors: With `lora`, the factors that the model has go on being trained, as they are.
+        model: CausalLM of `load_model`. LoRA factors of an earlier run are merged, unless `keeps_factors`.
+        lora: Settings of LoRA. None: all weights are trained.
+        qat: Quantization spec of quantization-aware training: the model computes with rounded weights, and trains the
+            float weights behind them.
+        packing: Whether a row holds several examples.
+        remat: Which activations are recomputed: `none`, `dots` or `full`.
+        row_length: Tokens L in a row.
+        attention: Attention kernel: `auto`, `xla`, `cudnn`, `splash` or `keras`.
+        program: `whole`, `per_block`, or `auto`: per_block on a CPU if the model allows it, else whole.
+        sharding: Mesh sharding of the model. None: one device.
+        keeps_factors: Whether the LoRA factors that the model has are trained further, if `lora` is given.
 
     Returns:
-        What to make the steps with, and the attention kernel that it came to.
+        The program and the attention kernel that were chosen.
 
     Raises:
-        ModelError: The model doesn't run on text alone, no layer has one of the names, a layer doesn't fit the
-            grid, or a part can't be swapped.
+        ModelError: The model takes more than text, no layer has one of the target names, a layer doesn't fit the
+            quantization spec, or a part can't be swapped.
     """
     keeps_factors = keeps_factors and bool(lora and lora_layers(model.backbone))
     if not keeps_factors:
@@ -100,28 +114,33 @@ def transform_for_training(
     if _takes_per_block(model, program, sharding):
         return Transformed("per_block", choice)
     if sharding:
-        sharding.place(model.backbone)  # What came since it was loaded: LoRA's factors.
+        sharding.place(model.backbone)  # LoRA's factors are new since it was loaded.
         enable_mesh_sharding(model.backbone, sharding)
     enable_remat(model.backbone, remat)
     return Transformed("whole", choice)
 
 
 def _check_floats(model: keras.Model) -> None:
-    """Raises ModelError if weights are held in few bits."""
+    """Raises ModelError if weights are quantized."""
     if quantized := quantized_layers(model.backbone):
         raise ModelError(
-            f"The model's weights are held in {quantized[0].quantized_scheme}, so they can't all be trained. Take "
-            "training.method=qlora, which trains LoRA beside them, or the float model that it was made from."
+            f"The model's weights are quantized to {quantized[0].quantized_scheme}, so they can't all be trained. Set "
+            "training.method=qlora, which trains LoRA on top of them, or load the float model that it was made from."
         )
 
 
 def _takes_per_block(model: keras.Model, program: str, sharding: MeshSharding | None) -> bool:
-    """Says what `program` comes to, or raises ModelError if it is `per_block` and the model can't be split."""
+    """Returns whether a program is compiled for each decoder block.
+
+    Raises:
+        ModelError: `program` is `per_block`, and the model can't be split.
+    """
     wants_blocks = program == "per_block" or (program == "auto" and jax.default_backend() == "cpu" and sharding is None)
     if wants_blocks and blocks_are_sequential(model.backbone):
         return True
     if program == "per_block":
         raise ModelError(
-            f"The blocks of {type(model.backbone).__name__} don't just follow one another. Set training.program=whole."
+            f"The decoder blocks of {type(model.backbone).__name__} are not a plain sequence. Set "
+            "training.program=whole."
         )
     return False

@@ -1,1 +1,1 @@
-"""What starts Keras on JAX and speaks to the operating system: processes, memory, files, progress."""
+"""Starts Keras on JAX, and deals with the operating system: processes, memory, files, locks, progress."""

@@ -2,7 +2,7 @@
 
 
 def device_limit_bytes() -> int:
-    """Returns how much memory JAX may take on the first device, or 0 where it has no limit, as on a CPU."""
+    """Returns how many bytes JAX may take on the first device, or 0 if there is no limit, as on a CPU."""
     import jax
 
     stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None

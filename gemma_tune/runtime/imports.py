@@ -1,4 +1,4 @@
-"""Imports of libraries without heavy packages that they take along where these happen to be installed."""
+"""Hides heavy packages from libraries that import them wherever they are installed."""
 
 import contextlib
 import sys
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def hide_packages(*names: str) -> Iterator[None]:
-    """Within it, importing one of these packages raises ImportError, unless it was imported before.
+    """Makes imports of some packages raise ImportError within the block, unless they were imported before.
 
-    Afterwards the user may import them as ever.
+    Afterwards they can be imported as usual.
     """
     absent = [name for name in names if name not in sys.modules]
     for name in absent:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question the loop asks between steps, so that it can save first."""
+"""Catches Ctrl-C and SIGTERM, so that the training loop can ask between steps whether to save and stop."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from gemma_tune.runtime.processes import all_reduce_max
 
 
 class Interrupted(TrainingError):
-    """A run was stopped from outside, and saved.
+    """A run was stopped by a signal, and saved.
 
     Attributes:
         exit_code: 130 for Ctrl-C, 143 for SIGTERM.
@@ -21,12 +21,14 @@ class Interrupted(TrainingError):
 
 
 class StopRequested(Exception):
-    """Leaves what is under way, so that the loop can save."""
+    """A signal has come: what is under way is abandoned, so that the loop can save."""
 
 
 class Interrupts:
-    """While open, the first SIGINT or SIGTERM is remembered in `received`; a second SIGINT raises KeyboardInterrupt at
-    once.
+    """A context manager that records the first SIGINT or SIGTERM. A second SIGINT raises KeyboardInterrupt at once.
+
+    Attributes:
+        received: Number of the signal; 0: none has come.
     """
 
     def __init__(self) -> None:
@@ -40,7 +42,7 @@ class Interrupts:
             raise StopRequested
 
     def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():  # Elsewhere Python lets nobody set handlers.
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers only there.
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)
         return self

@@ -1,4 +1,4 @@
-"""Reading small files with errors that say what to do."""
+"""Reads JSON files, with errors that name the file."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns a JSON object.
 
     Raises:
-        ModelError: The file is missing, or no JSON object.
+        ModelError: The file is missing, or doesn't hold a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

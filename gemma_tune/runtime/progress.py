@@ -1,4 +1,4 @@
-"""What a person sees while something takes long: a progress bar on a terminal, a line now and then elsewhere."""
+"""Shows the progress of long work: a progress bar on a terminal, a line every few seconds elsewhere."""
 
 import contextlib
 import sys
@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 15.0
-_SECONDS_BEFORE_A_BAR = 1.0  # What is over sooner needs none.
+_SECONDS_BEFORE_A_BAR = 1.0  # Shorter work needs none.
 
-# Everything that is no result goes to stderr, so that stdout can be piped.
+# Everything except results goes to stderr, so that stdout can be piped.
 console = Console(stderr=True, highlight=False)
 
 
 class ProgressReporter:
-    """Shows training: loss, tokens per second, time left. Use as a context manager."""
+    """A context manager that shows the progress of training: loss, tokens per second, time left."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -34,12 +34,12 @@ class ProgressReporter:
             self._bar = None
 
     def on_step(self, step: int, num_steps: int, values: dict[str, float]) -> None:
-        """Moves the bar, or prints a line."""
+        """Advances the bar, or prints a line."""
         skipped = values.get("num_skipped_steps", 0)
         text = f"loss {values.get('loss', float('nan')):.3f}  {values['tokens_per_second']:.0f} tokens/s{self._heldout}"
         text += f"  {skipped:.0f} skipped" if skipped else ""
         if not console.is_terminal:
-            self._print_now_and_then(step, num_steps, text)
+            self._print_line(step, num_steps, text)
             return
         if self._bar is None:
             columns = (
@@ -52,7 +52,7 @@ class ProgressReporter:
         self._bar.update(self._task, completed=step, text=text)
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Prints the held-out values."""
+        """Prints the metrics on held-out data."""
         when = "before training" if step == 0 else f"after step {step}"
         self._heldout = f"  held-out {values['loss']:.3f}"
         console.print(
@@ -61,10 +61,10 @@ class ProgressReporter:
         )
 
     def on_problem(self, message: str) -> None:
-        """Prints what went wrong without ending the run."""
+        """Prints a problem that doesn't end the run."""
         console.print(message, style="yellow", markup=False)
 
-    def _print_now_and_then(self, step: int, num_steps: int, text: str) -> None:
+    def _print_line(self, step: int, num_steps: int, text: str) -> None:
         now = time.monotonic()
         if step == num_steps or now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
@@ -74,14 +74,14 @@ class ProgressReporter:
 
 @contextlib.contextmanager
 def track_progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Shows how far something has got that takes long with much data.
+    """Shows the progress of work on many items.
 
     Args:
-        what: Of which things, such as `read rows`.
-        total: How many there are, where that is known.
+        what: Description of the items, such as `read rows`.
+        total: Number of items, if it is known.
 
     Yields:
-        A function to call with how many more are done.
+        Function to call with the number of items that were done since the last call.
     """
     bar = Progress(
         TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
@@ -104,5 +104,5 @@ def track_progress(what: str, total: int | None = None) -> Iterator[Callable[[in
     try:
         yield advance
     finally:
-        if bar.live.is_started:  # Stopping prints an empty line otherwise.
+        if bar.live.is_started:  # Otherwise stopping prints an empty line.
             bar.stop()

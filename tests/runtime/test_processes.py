@@ -122,7 +122,7 @@ def test_one_of_four_is_killed_all_stop_and_go_on(tmp_path, alone, killed):
         # Losing process 0, which the others meet at, ends a process in JAX's own way if that is quicker.
         assert codes[index] == 1 or (killed == 0 and codes[index] != 0)
         assert any(word in said(tmp_path, index) for word in ("is gone", "has failed")) or killed == 0
-    assert any("Start all of them again with the same command" in said(tmp_path, index) for index in range(4))
+    assert any("Start all processes again with the same command" in said(tmp_path, index) for index in range(4))
     assert wait(train(tmp_path / "w", 4, tmp_path)) == [0] * 4, said(tmp_path, 0)
     assert_same(tmp_path / "w", alone)
 
@@ -153,7 +153,7 @@ def test_a_workdir_that_is_held_stops_all(tmp_path):
     [
         ("here", "--distributed=here can't be read. Write auto"),
         ("127.0.0.1:1234,2", "can't be read"),
-        ("127.0.0.1:1234,2,2", "of 2 processes the last is 1"),
+        ("127.0.0.1:1234,2,2", "of 2 processes it is at most 1"),
         ("127.0.0.1,2,x", "can't be read"),
     ],
 )

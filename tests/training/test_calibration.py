@@ -163,5 +163,5 @@ def test_rounded_inputs_are_an_int8_product(rng):
 
 
 def test_gemma4_is_refused():
-    with pytest.raises(ModelError, match="don't just follow one another"):
+    with pytest.raises(ModelError, match="are not a plain sequence"):
         quantize_calibrated(prepared("gemma4"), batches(0, 1), "gptq", QuantSpec("int4", 32))

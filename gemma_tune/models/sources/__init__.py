@@ -1,1 +1,1 @@
-"""Where models come from: names, presets, downloads, checkpoints, tokenizers, and tiny models."""
+"""Sources of models: names, presets, downloads, checkpoints, tokenizers, and tiny models."""

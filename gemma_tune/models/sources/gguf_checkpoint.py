@@ -1,8 +1,7 @@
-"""Makes a checkpoint of a GGUF file: a Hugging Face style config, tensors by their Hugging Face names, and the
-tokenizer.
+"""Reads a GGUF file as a Hugging Face checkpoint: its config, its tensors by their Hugging Face names, its tokenizer.
 
-With these three, KerasHub's own converter for Hugging Face checkpoints does the rest. Names and norms are mapped back
-as llama.cpp's convert_hf_to_gguf.py maps them: RMS norms are stored there as 1 + scale.
+KerasHub's own converter for Hugging Face checkpoints does the rest. Names and norms are mapped back from those of
+llama.cpp's convert_hf_to_gguf.py, which stores RMS norms as 1 + scale.
 """
 
 import re
@@ -14,7 +13,8 @@ import numpy as np
 from gemma_tune.errors import ModelError
 from gemma_tune.models.sources.gguf_reader import GgufFile
 
-GGUF_MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}  # GGUF's name -> model_type.
+# Architecture in GGUF -> model_type of a config.json.
+GGUF_MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -37,15 +37,16 @@ _NORM_NAMES = {
 }
 _NORM_NAMES["gemma3_text"] = _NORM_NAMES["gemma2"]
 # The only published sizes whose attention scale is not 1/sqrt(head width): layers of Gemma 2 27B and Gemma 3 27B.
-# GGUF doesn't store the scale; llama.cpp goes by the number of layers too.
+# GGUF doesn't store the scale; llama.cpp tells by the number of layers too.
 LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 
 
 class GgufCheckpoint:
-    """A Gemma GGUF file seen as a Hugging Face checkpoint.
+    """A GGUF file of a Gemma, seen as a Hugging Face checkpoint.
 
     Attributes:
-        config: What config.json would say.
+        path: Path of the file.
+        config: Contents of an equivalent config.json.
 
     Raises:
         ModelError: The file is damaged, or holds another kind of model.
@@ -57,14 +58,13 @@ class GgufCheckpoint:
         if architecture not in GGUF_MODEL_TYPES:
             raise ModelError(
                 f"{path} holds a model of the architecture {architecture or 'unknown'!r}. Gemma files of these can be "
-                "read: "
-                f"{', '.join(GGUF_MODEL_TYPES)}."
+                f"read: {', '.join(GGUF_MODEL_TYPES)}."
             )
         self.path = path
         self.config = self._config(architecture)
 
     def rows(self, key: str, start: int, stop: int) -> np.ndarray:
-        """Returns rows of a tensor by its Hugging Face name, as float32."""
+        """Returns rows start to stop of a tensor, by its Hugging Face name, as float32."""
         name = self._name(key)
         values = self._file.rows(name, start, stop)
         return values - 1.0 if name.endswith("norm.weight") else values
@@ -74,7 +74,7 @@ class GgufCheckpoint:
         return self._file.tensors[self._name(key)].shape[0]
 
     def tokenizer_proto(self) -> bytes:
-        """Returns the SentencePiece model, rebuilt from the metadata."""
+        """Returns the serialized SentencePiece model, rebuilt from the metadata."""
         return sentencepiece_proto(self._file)
 
     def _name(self, key: str) -> str:
@@ -120,7 +120,7 @@ class GgufCheckpoint:
     def _entry(self, architecture: str, name: str, default: Any = None) -> Any:
         value = self._file.metadata.get(f"{architecture}.{name}", default)
         if not isinstance(value, (int, float)):
-            raise ModelError(f"{self.path}: the metadata {architecture}.{name} is missing or no number.")
+            raise ModelError(f"{self.path}: the metadata {architecture}.{name} is missing or not a number.")
         return value
 
     def _vocabulary_size(self) -> int:
@@ -128,16 +128,16 @@ class GgufCheckpoint:
             raise ModelError(f"{self.path} has no tensor 'token_embd.weight'.")
         if "output.weight" in self._file.tensors:
             raise ModelError(
-                f"{self.path} has an output head of its own (output.weight); every Gemma ties it to the embedding."
+                f"{self.path} has an LM head of its own (output.weight), but every Gemma ties it to the embedding."
             )
         return self._file.tensors["token_embd.weight"].shape[0]
 
 
 def gguf_name(key: str, model_type: str) -> str:
-    """Returns what GGUF calls a tensor of Hugging Face's name; a name that isn't known, as it is.
+    """Returns the name in GGUF of a tensor with a Hugging Face name; an unknown name stays as it is.
 
     Args:
-        key: Such as `model.layers.0.mlp.up_proj.weight`.
+        key: Name such as `model.layers.0.mlp.up_proj.weight`.
         model_type: `gemma`, `gemma2` or `gemma3_text`.
     """
     fixed = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
@@ -150,18 +150,18 @@ def gguf_name(key: str, model_type: str) -> str:
 
 
 def sentencepiece_proto(file: GgufFile) -> bytes:
-    """Rebuilds the SentencePiece model from a GGUF file's metadata.
+    """Rebuilds the SentencePiece model from a GGUF file's metadata, and returns it serialized.
 
     GGUF marks `<unk>` and all turn tokens CONTROL. SentencePiece needs `<unk>` as UNKNOWN, and splits a CONTROL token
     in a text into letters, so all of them but pad, eos and bos become USER_DEFINED, as in Gemma's own tokenizer.model.
-    And GGUF spells runs of spaces with spaces, where SentencePiece spells them with its sign for one, U+2581.
+    GGUF spells runs of spaces with spaces, SentencePiece with its symbol for a space, U+2581.
 
     Raises:
         ModelError: The metadata holds no SentencePiece vocabulary.
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    schema: Any = sentencepiece_model_pb2  # Its classes are made at import, so that type checkers don't see them.
+    schema: Any = sentencepiece_model_pb2  # Its classes are made at import, where type checkers don't see them.
     kind = file.text("tokenizer.ggml.model")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     scores = file.metadata.get("tokenizer.ggml.scores")
@@ -180,7 +180,9 @@ def sentencepiece_proto(file: GgufFile) -> bytes:
     names = {"pad": 0, "eos": 1, "bos": 2, "unknown": 3, "padding": 0}
     ids = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id", number) for name, number in names.items()}
     if not all(isinstance(number, int) and 0 <= number < len(tokens) for number in ids.values()):
-        raise ModelError(f"{file.path} is damaged: of {len(tokens)} tokens, these are to be the special ones: {ids}.")
+        raise ModelError(
+            f"{file.path} is damaged: it has {len(tokens)} tokens, and its special tokens have the ids {ids}."
+        )
     stays_control = {ids["padding"], ids["eos"], ids["bos"]}
 
     known_types = set(piece_types.Type.values())

@@ -1,6 +1,6 @@
-"""Reads a GGUF file's header, and its tensors without loading the file.
+"""Reads the header of a GGUF file, and its tensors without loading the whole file.
 
-The layout is that of ggml's docs/gguf.md (version 2 and 3, little endian). The `gguf` package has a reader too, but it
+The format is that of ggml's docs/gguf.md (versions 2 and 3, little endian). The `gguf` package has a reader too, but it
 makes a NumPy array for each of the 262,144 tokens of a Gemma vocabulary, which takes 16 s; this one takes 0.2 s.
 Dequantization is the package's own.
 """
@@ -18,11 +18,19 @@ from gemma_tune.errors import ModelError
 _MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MOST_DIMENSIONS = 4
+_MAX_DIMENSIONS = 4
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies. shape is in NumPy's order: the last axis is contiguous."""
+    """The entry of a tensor in the header.
+
+    Attributes:
+        name: Name of the tensor.
+        shape: Shape in NumPy's order: the last axis is contiguous.
+        quantization: Number of a GGMLQuantizationType.
+        offset: Position of its first byte in the file.
+        num_bytes: Size in bytes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,11 +43,12 @@ class GgufFile:
     """An open GGUF file.
 
     Attributes:
-        metadata: Key -> number, text, NumPy array of numbers, or list of texts as bytes.
+        path: Path of the file.
+        metadata: Key -> number, text as bytes, NumPy array of numbers, or list of texts as bytes.
         tensors: Name -> TensorInfo.
 
     Raises:
-        ModelError: Not a GGUF file, truncated, or damaged; says where.
+        ModelError: The file is not a GGUF file, or is truncated or damaged; the message says where.
     """
 
     def __init__(self, path: Path):
@@ -59,7 +68,7 @@ class GgufFile:
             ) from error
 
     def text(self, key: str, default: str = "") -> str:
-        """Returns a text of the metadata."""
+        """Returns a value of the metadata as text."""
         value = self.metadata.get(key, default)
         return value.decode("utf-8", errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
@@ -71,7 +80,7 @@ class GgufFile:
         info = self.tensors[name]
         row_bytes = info.num_bytes // info.shape[0]
         first = info.offset + start * row_bytes
-        # The gguf package takes sixteen rows at a time, each time anew from Python: longer rows take half as long.
+        # The gguf package calls NumPy for every sixteen rows: with longer rows it takes half the time.
         joined = math.gcd(stop - start, 8)
         raw = np.frombuffer(self._data, np.uint8, (stop - start) * row_bytes, first).reshape(-1, joined * row_bytes)
         kind = GGMLQuantizationType(info.quantization)
@@ -90,7 +99,7 @@ class GgufFile:
         return self.rows(name, 0, self.tensors[name].shape[0])
 
     def _release(self, start: int, num_bytes: int) -> None:
-        """Gives back the memory of pages that were read; it counts as the process's until the file is closed."""
+        """Releases the pages that were read, which would count as memory of the process until the file is closed."""
         if hasattr(self._data, "madvise"):
             page = start - start % mmap.PAGESIZE
             self._data.madvise(mmap.MADV_DONTNEED, page, start + num_bytes - page)
@@ -116,8 +125,7 @@ class GgufFile:
             if info.offset + info.num_bytes > self._size:
                 raise ModelError(
                     f"{self.path} is truncated: tensor {info.name} ends at byte {info.offset + info.num_bytes}, the "
-                    f"file at {self._size}. "
-                    "Download it again."
+                    f"file at byte {self._size}. Download it again."
                 )
 
     def _tensor_info(self) -> TensorInfo:
@@ -125,7 +133,7 @@ class GgufFile:
 
         name = self._bytes().decode("utf-8")
         num_dimensions = self._number("I")
-        if not 1 <= num_dimensions <= _MOST_DIMENSIONS:
+        if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
             raise ModelError(f"{self.path} is damaged: tensor {name!r} has {num_dimensions} dimensions.")
         shape = tuple(self._number("Q") for _ in range(num_dimensions))[::-1]
         kind, offset = self._number("I"), self._number("Q")
@@ -135,7 +143,7 @@ class GgufFile:
             )
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         num_values = math.prod(shape)
-        if not num_values or shape[-1] % block or (num_dimensions == 1 and block > 1):  # One value is one row.
+        if not num_values or shape[-1] % block or (num_dimensions == 1 and block > 1):  # A row is one value then.
             raise ModelError(f"{self.path} is damaged: tensor {name!r} has shape {shape}, in blocks of {block}.")
         return TensorInfo(name, shape, kind, offset, num_values // block * block_bytes)
 
@@ -158,7 +166,7 @@ class GgufFile:
 
     def _take(self, count: int) -> bytes:
         if count > self._size - self._at:
-            raise OverflowError(f"{count} bytes asked for behind byte {self._at}")
+            raise OverflowError(f"{count} bytes are needed after byte {self._at}")
         self._at += count
         return self._data[self._at - count : self._at]
 

@@ -1,7 +1,7 @@
-"""Reads checkpoints in Hugging Face's layout (and GGUF files that look like one) into KerasHub models, tensor by
-tensor.
+"""Reads Hugging Face checkpoints, and GGUF files that look like one, into KerasHub models, tensor by tensor.
 
-KerasHub's own converters know which tensor goes where; they are given a loader that streams instead of KerasHub's.
+KerasHub's own converters know which tensor goes into which variable. In place of KerasHub's loader they get one that
+streams.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class HfStyleCheckpoint(Protocol):
-    """A config.json and tensors by their Hugging Face names."""
+    """A checkpoint with a config.json, and tensors by their Hugging Face names."""
 
     config: dict[str, Any]
 
@@ -73,7 +73,7 @@ class SafetensorsCheckpoint:
 
 
 class _StreamingLoader:
-    """What KerasHub's converters ask of their loader."""
+    """A loader for KerasHub's converters that reads tensors one by one."""
 
     def __init__(self, checkpoint: HfStyleCheckpoint):
         self._checkpoint = checkpoint
@@ -81,7 +81,7 @@ class _StreamingLoader:
     def get_tensor(self, key: str) -> np.ndarray:
         num_rows = self._checkpoint.num_rows(key)
         if key.endswith("embed_tokens.weight"):
-            return np.empty(0)  # The converters only look whether it exists; it may be 2 GB.
+            return np.empty(0)  # The converters only check whether it exists; it may be 2 GB.
         return self._checkpoint.rows(key, 0, num_rows)
 
     def port_weight(self, keras_variable: keras.Variable, hf_weight_key: str, hook_fn: Any = None) -> None:
@@ -90,7 +90,7 @@ class _StreamingLoader:
             values = self._checkpoint.rows(hf_weight_key, 0, num_rows)
             try:
                 fill_whole(keras_variable, hook_fn(values, list(keras_variable.shape)))
-            except ValueError as error:  # The hook can't give it the variable's shape.
+            except ValueError as error:  # The hook can't give the tensor the variable's shape.
                 raise ModelError(
                     f"{keras_variable.path} has shape {tuple(keras_variable.shape)}, but {hf_weight_key} "
                     f"{values.shape}."
@@ -105,10 +105,13 @@ class _StreamingLoader:
 
 
 class Port(NamedTuple):
-    """Which tensor of a checkpoint a variable is.
+    """A variable and the tensor of a checkpoint that it is read from.
 
-    value: The variable, or what stands for a quantized one. key: The tensor's name. hook: Makes of the tensor and the
-        variable's shape the variable's values, in other places; None: they are the same.
+    Attributes:
+        value: Keras variable, or the stand-in of a quantized one.
+        key: Name of the tensor.
+        hook: Function of the tensor and the variable's shape that rearranges the tensor's values as in the variable.
+            None: the arrangement is the same.
     """
 
     value: Any
@@ -117,24 +120,24 @@ class Port(NamedTuple):
 
 
 class _Listing:
-    """A loader for KerasHub's converters that loads nothing, and remembers what they ask for."""
+    """A loader for KerasHub's converters that loads nothing, and records what they ask for."""
 
     def __init__(self) -> None:
         self.ports: list[Port] = []
 
     def get_tensor(self, key: str) -> None:
-        """The converters look whether tensors have the first prefix that they know: they do."""
+        """Lets the converters take the first of the name prefixes that they try."""
 
     def port_weight(self, keras_variable: Any, hf_weight_key: str, hook_fn: Any = None) -> None:
         self.ports.append(Port(keras_variable, hf_weight_key, hook_fn))
 
 
 def ports(backbone: keras_hub.models.Backbone, config: dict[str, Any]) -> list[Port]:
-    """Returns which tensors a checkpoint of a backbone has, as KerasHub's converter would read them.
+    """Returns the tensors that a checkpoint of a backbone has, as KerasHub's converter would read them.
 
     Args:
-        backbone: Without LoRA.
-        config: As config.json has it.
+        backbone: Backbone without LoRA.
+        config: Contents of config.json.
     """
     listing = _Listing()
     _converter(config, "The model").convert_weights(backbone, listing, config)
@@ -142,7 +145,7 @@ def ports(backbone: keras_hub.models.Backbone, config: dict[str, Any]) -> list[P
 
 
 def sizes_of_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a backbone that a config.json means, as KerasHub's converter reads it."""
+    """Returns the arguments of KerasHub's backbone that its converter reads from a config.json."""
     return _converter(config, "The model").convert_backbone_config(_with_global_sizes(config))
 
 
@@ -153,11 +156,17 @@ def load_backbone(
     quant_spec: QuantSpec | None = None,
     sharding: MeshSharding | None = None,
 ) -> keras_hub.models.Backbone:
-    """Builds the KerasHub backbone that a checkpoint's config describes, and fills it. With a grid, weights are
-    quantized as they are read.
+    """Builds the KerasHub backbone that a checkpoint's config describes, and fills it with the checkpoint's values.
+
+    Args:
+        checkpoint: Checkpoint to read.
+        precision: Keras dtype policy.
+        where: Place of the checkpoint, for messages.
+        quant_spec: Quantization of the weights while they are read.
+        sharding: Mesh sharding to load the weights onto.
 
     Raises:
-        ModelError: Not a Gemma, or a tensor is missing or has another shape.
+        ModelError: The checkpoint is not one of a Gemma, or a tensor is missing or has another shape.
     """
     backbone = build_backbone(checkpoint.config, precision, where, quant_spec, sharding)
     converter = _converter(checkpoint.config, where)
@@ -174,10 +183,10 @@ def build_backbone(
 ) -> keras_hub.models.Backbone:
     """Builds the KerasHub backbone that a config.json describes, without values.
 
-    Vision and audio towers are left out: gemma_tune trains on text.
+    Vision and audio towers are left out, since gemma_tune trains on text. The arguments are those of `load_backbone`.
 
     Raises:
-        ModelError: Not a Gemma, or a size is missing.
+        ModelError: The config is not one of a Gemma, or a size is missing.
     """
     converter = _converter(config, where)
     try:
@@ -216,10 +225,10 @@ def load_hf_tokenizer(directory: Path, config: dict[str, Any]) -> keras_hub.toke
 
 
 def _with_global_sizes(config: dict[str, Any]) -> dict[str, Any]:
-    """Spells Gemma 4's sizes of global attention as KerasHub's converter reads them.
+    """Returns a config with the sizes of Gemma 4's global attention under the names that KerasHub's converter reads.
 
-    Published checkpoints have `global_head_dim`; transformers 5 saves `per_layer_config` instead, with what differs
-    layer by layer.
+    Published checkpoints have `global_head_dim`; transformers 5 saves `per_layer_config` instead, with the differences
+    of each layer.
     """
     if "text_config" in config:
         return {**config, "text_config": _with_global_sizes(config["text_config"])}

@@ -1,8 +1,8 @@
-"""Builds KerasHub models without initial weights, and fills their variables one by one.
+"""Builds KerasHub models without initial weights (lazy initialization), and fills their variables one by one.
 
-KerasHub first makes random weights and then replaces them, and its converters hold a tensor in several copies at once:
-3.4 GB for a model of 1.07 GB. Here no random weight is ever made, and each array goes from its file straight into
-memory that JAX then uses without a copy (on CPU), so that loading peaks at the model's size plus one tensor.
+KerasHub first makes random weights and then replaces them, and its converters hold several copies of a tensor at once:
+3.4 GB for a model of 1.07 GB. Here no random weights are made, and each array goes from its file straight into memory
+that JAX on a CPU uses without a copy, so that loading peaks at the model's size plus one tensor.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from gemma_tune.models.quantized.layers import QuantizedKernel
 from gemma_tune.models.sharding.placement import local_rows, put_sharded
 from gemma_tune.runtime.backend import keras
 
-_ALIGNMENT = 64  # What XLA on CPU asks of memory that it takes over as it is.
-_CHUNK_BYTES = 4 << 20  # Stays in the cache while it is made and copied.
+_ALIGNMENT = 64  # Bytes. XLA on a CPU copies arrays with a smaller alignment.
+_CHUNK_BYTES = 4 << 20  # Fits into the CPU's cache while it is made and copied.
 
 
 @contextlib.contextmanager
 def lazy_initialization() -> Iterator[None]:
-    """Within it, new Keras variables get a shape and a dtype but no value. Fill each before use."""
+    """Gives variables that are made in the block a shape and a dtype, but no value. Fill each before its first use."""
     from keras.src.backend.common import global_state
 
     pending = list(global_state.get_global_attribute("uninitialized_variables") or [])
@@ -29,12 +29,12 @@ def lazy_initialization() -> Iterator[None]:
         with keras.StatelessScope(initialize_variables=False):
             yield
     finally:
-        # Keras would give the variables random values when the next scope ends.
+        # Otherwise Keras gives the variables random values when the next scope ends.
         global_state.set_global_attribute("uninitialized_variables", pending)
 
 
 def check_filled(model: keras.Model) -> None:
-    """Raises ModelError when a variable got no value."""
+    """Raises ModelError if a variable of a model has no value yet."""
     empty = [variable.path for variable in model.variables if variable._value is None]
     if empty:
         raise ModelError(
@@ -43,7 +43,7 @@ def check_filled(model: keras.Model) -> None:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an uninitialized array that JAX on CPU can use without copying it."""
+    """Returns an uninitialized array that JAX on a CPU can use without copying it."""
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     buffer = np.empty(num_bytes + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
@@ -51,11 +51,14 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def fill(variable: keras.Variable, read_rows: Callable[[int, int], np.ndarray]) -> None:
-    """Gives a variable its value, some rows at a time, so that no second copy of a large array exists.
+    """Gives a variable its value, some rows at a time, so that there is no second copy of a large array.
 
     Args:
-        variable: Of any shape; its first axis is cut into pieces.
-        read_rows: Called with (start, stop) of the first axis; returns these rows in any float dtype.
+        variable: Keras variable, or the stand-in of a quantized one, of any shape. Its rows are along its first axis.
+        read_rows: Function that takes (start, stop) and returns these rows in any float dtype.
+
+    Raises:
+        ModelError: The rows have another shape than the variable's.
     """
     if isinstance(variable, QuantizedKernel):
         variable.fill(read_rows)
@@ -66,7 +69,7 @@ def fill(variable: keras.Variable, read_rows: Callable[[int, int], np.ndarray]) 
     first_row, num_rows = local_rows(shape, sharding)
     row_bytes = max(1, int(np.prod(shape[1:], dtype=np.int64)) * 4)
     step = max(1, _CHUNK_BYTES // row_bytes)
-    step -= step % 64 if step > 64 else 0  # Readers like even numbers of rows.
+    step -= step % 64 if step > 64 else 0  # Readers are faster with round numbers of rows.
     for start in range(first_row, num_rows, step):
         stop = min(start + step, num_rows)
         rows = read_rows(start, stop)
@@ -79,7 +82,11 @@ def fill(variable: keras.Variable, read_rows: Callable[[int, int], np.ndarray]) 
 
 
 def fill_whole(variable: keras.Variable, values: np.ndarray) -> None:
-    """Gives a variable a value that is at hand as a whole."""
+    """Gives a variable its value from a whole array.
+
+    Raises:
+        ModelError: The array has another shape than the variable.
+    """
     if tuple(variable.shape) != values.shape:
         raise ModelError(
             f"{variable.path} has shape {tuple(variable.shape)}, but the checkpoint's tensor has {values.shape}."

@@ -1,6 +1,6 @@
-"""The Gemma presets that the installed KerasHub knows, read from its own preset files.
+"""Lists the Gemma presets that the installed KerasHub knows, from its own preset files.
 
-The files are plain data, so they are run by themselves: importing keras_hub for a list of names would take seconds.
+The files are Python modules of plain data, which are run on their own: importing keras_hub would take seconds.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from gemma_tune.errors import ModelError
 
 _FOLDERS = ("gemma", "gemma3", "gemma4")
-# Of the families' model cards (ai.google.dev/gemma/docs). KerasHub's presets don't say it.
+# From the model cards (ai.google.dev/gemma/docs). KerasHub's presets don't have it.
 _CONTEXT_TOKENS = {"gemma": 8192, "gemma2": 8192, "gemma3": 131072, "gemma4": 131072}
 _SMALL_GEMMA3_CONTEXT_TOKENS = 32768
 _SMALL_GEMMA3_PARAMS = 1.5e9
@@ -21,11 +21,17 @@ _LARGE_GEMMA4_PARAMS = 20e9
 
 
 class Preset(NamedTuple):
-    """One preset.
+    """A preset of KerasHub.
 
     Attributes:
-        is_multimodal: It also has a vision or audio tower, which gemma_tune leaves out: only its text part is loaded.
-        handle: Where it is downloaded from.
+        name: Name, such as `gemma3_1b`.
+        family: Name of its family.
+        num_params: Number of parameters.
+        context_tokens: Number of tokens that the model was made for.
+        is_multimodal: Whether it also has a vision or audio tower, which gemma_tune doesn't load.
+        is_instruct: Whether it is tuned to follow instructions.
+        handle: Handle on Kaggle, from which it is downloaded.
+        description: KerasHub's description.
     """
 
     name: str
@@ -40,7 +46,7 @@ class Preset(NamedTuple):
 
 @functools.cache
 def presets() -> tuple[Preset, ...]:
-    """Returns all presets that generate text, smallest first within a family."""
+    """Returns all presets that generate text, by family and then by size."""
     spec = importlib.util.find_spec("keras_hub")
     if spec is None or spec.origin is None:
         raise ModelError("keras-hub is not installed. Run: pip install keras-nlp")
@@ -54,7 +60,7 @@ def presets() -> tuple[Preset, ...]:
                 word in f"{name} {description}".lower()
                 for word in ("embedding-focused", "embedding_", "assistant model")
             ):
-                continue  # They don't write text.
+                continue  # These don't generate text.
             found.append(_preset(name, folder, metadata["params"], description, entry["kaggle_handle"]))
     return tuple(sorted(found, key=lambda preset: (preset.family, preset.num_params, preset.name)))
 
@@ -65,7 +71,7 @@ def preset_names() -> list[str]:
 
 
 def context_tokens(family: str, num_params: int) -> int:
-    """Returns how many tokens a published model of a family and size was made for."""
+    """Returns the number of tokens that a published model of a family and size was made for."""
     if family == "gemma3" and num_params < _SMALL_GEMMA3_PARAMS:
         return _SMALL_GEMMA3_CONTEXT_TOKENS
     if family == "gemma4" and num_params > _LARGE_GEMMA4_PARAMS:

@@ -1,6 +1,6 @@
-"""The sizes of the published Gemmas, and models that have sizes but no weights.
+"""Knows the sizes of the published Gemmas, and builds models that have sizes but no weights.
 
-KerasHub's presets say their sizes only once they are downloaded. These are of the models' reports and configs: Gemma
+KerasHub's presets have their sizes only after the download. These sizes are from the models' reports and configs: Gemma
 (arXiv:2403.08295), Gemma 2 (arXiv:2408.00118), Gemma 3 (arXiv:2503.19786), VaultGemma (arXiv:2510.15001).
 """
 
@@ -26,7 +26,7 @@ from gemma_tune.runtime.backend import keras_hub
 from gemma_tune.runtime.json_files import read_json
 
 _NAMES = ("num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim", "intermediate_dim", "head_dim")
-# Gemma 1 and 2 count both products of the gated feed-forward layer in intermediate_dim.
+# For Gemma 1 and 2, KerasHub counts both halves of the gated feed-forward layer in intermediate_dim.
 _SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "gemma": {"2b": (18, 8, 1, 2048, 32_768, 256), "7b": (28, 16, 16, 3072, 49_152, 256)},
     "gemma2": {
@@ -69,16 +69,17 @@ _SMALL_WINDOW, _WIDTH_OF_SMALL = 512, 1152  # Gemma 3 up to 1B.
 def backbone_without_weights(
     source: str, precision: str, quant_spec: QuantSpec | None = None, sharding: MeshSharding | None = None
 ) -> keras_hub.models.Backbone:
-    """Builds a backbone whose variables have shapes, dtypes and places, and no values.
+    """Builds a backbone whose variables have shapes, dtypes and shardings, but no values.
 
     Args:
-        source: A preset, a directory, a `.gguf` file, `hf://…`, `demo`, or `tiny:FAMILY`. Of a run, its base.
-        precision: A Keras dtype policy.
-        quant_spec: Quantizes linear layers and embedding.
-        sharding: Of a mesh, of devices or an abstract one.
+        source: A preset, a directory, a `.gguf` file, `hf://…`, `demo`, or `tiny:FAMILY`. A run stands for its base.
+        precision: Keras dtype policy.
+        quant_spec: Quantization of linear layers and embedding.
+        sharding: Mesh sharding, on devices or on an abstract mesh.
 
     Raises:
-        ModelError: The model's sizes aren't known without downloading its weights, or a layer doesn't fit the grid.
+        ModelError: The model's sizes aren't known without downloading its weights, or a layer doesn't fit the
+            quantization spec.
     """
     parsed = parse_source(source)
     while parsed.kind in ("run", "peft"):
@@ -104,18 +105,18 @@ def backbone_without_weights(
 
 
 def preset_sizes(name: str) -> tuple[str, dict[str, Any]]:
-    """Returns a preset's family and the sizes of its text part, as KerasHub's backbone takes them.
+    """Returns the family of a preset and the sizes of its text part, as arguments of KerasHub's backbone.
 
     Raises:
-        ModelError: They aren't known here.
+        ModelError: The sizes of this preset aren't known.
     """
     found = {preset.name: preset for preset in presets()}.get(name)
     size = re.search(r"(?:^|_)(\d+[bm])(?:_|$)", name)
     known = _SIZES.get(found.family, {}).get(size[1]) if found and size else None
     if found is None or known is None:
         raise ModelError(
-            f"The sizes of {name} are not known without its weights. Known presets: Gemma 1, 2 and 3 by name (see "
-            "`gemma-tune models`). Any other model: name its directory, or hf://ORG/NAME."
+            f"The sizes of {name} are not known without its weights. Known are the presets of Gemma 1, 2 and 3 (see "
+            "`gemma-tune models`). For any other model name its directory, or hf://ORG/NAME."
         )
     sizes = {**_OF_FAMILY[found.family], **dict(zip(_NAMES, known, strict=True))}
     if found.family == "gemma3" and sizes["hidden_dim"] <= _WIDTH_OF_SMALL:

@@ -1,4 +1,4 @@
-"""Finds out what a model's name means, before anything heavy is imported."""
+"""Parses the name of a model's source, before anything heavy is imported."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +12,12 @@ _DEFAULT_TINY = "gemma3"
 
 
 class Source(NamedTuple):
-    """A model's place.
+    """A source of a model.
 
-    kind: `tiny`, `demo`, `gguf`, `hf` and `keras` (directories), `hf_download`, `keras_download`, `run` (a workdir), or
-        `peft` (an adapter's directory).
+    Attributes:
+        kind: `tiny`, `demo`, `gguf`, `hf` or `keras` (directories), `hf_download`, `keras_download`, `run` (a workdir),
+            or `peft` (an adapter's directory).
+        value: Path, handle or preset; the family of a tiny model.
     """
 
     kind: str
@@ -23,7 +25,12 @@ class Source(NamedTuple):
 
 
 class SchemedSource(NamedTuple):
-    """A model's name, and in how many bits to hold it: `demo@nf4`. scheme: '' for as it is."""
+    """The name of a source with a quantization scheme, such as `demo@nf4`.
+
+    Attributes:
+        source: Name of the source.
+        scheme: Quantization scheme; an empty string: as the source is.
+    """
 
     source: str
     scheme: str = ""
@@ -33,28 +40,29 @@ class SchemedSource(NamedTuple):
 
 
 def parse_schemed(name: str) -> SchemedSource:
-    """Takes a name like `demo@nf4` apart. A path with an @ that exists as it is wins.
+    """Parses a name such as `demo@nf4`. If the whole name is an existing path, it is a source without a scheme.
 
     Raises:
-        ModelError: There is no such model or scheme; suggests the nearest.
+        ModelError: The source or the scheme doesn't exist; the message suggests the nearest names.
     """
     source, at, scheme = name.rpartition("@")
     if not at or Path(name).expanduser().exists():
         source, scheme = name, ""
     elif scheme not in SCHEMES:
         raise ModelError(
-            f"{name!r}: there is no scheme {scheme!r}.{did_you_mean(scheme, SCHEMES)} Behind the @ stands one of "
-            f"{', '.join(SCHEMES)}."
+            f"{name!r}: there is no scheme {scheme!r}.{did_you_mean(scheme, SCHEMES)} Write one of "
+            f"{', '.join(SCHEMES)} after the @."
         )
     parse_source(source)
     return SchemedSource(source, scheme)
 
 
 def parse_source(name: str) -> Source:
-    """Returns what a name means.
+    """Returns the source that a name stands for.
 
     Raises:
-        ModelError: It is no preset, and no file or directory that holds a model; suggests the nearest names.
+        ModelError: The name is neither a preset, nor a file or directory that holds a model; the message suggests the
+            nearest names.
     """
     if name == "demo":
         return Source("demo", name)
@@ -81,11 +89,10 @@ def parse_source(name: str) -> Source:
     presets = preset_names()
     if name in presets:
         return Source("keras_download", name)
-    what = f"{path} is a file that is no .gguf." if path.exists() else f"There is no model {name!r}."
+    what = f"{path} is a file, but not a .gguf file." if path.exists() else f"There is no model {name!r}."
     raise ModelError(
         f"{what}{did_you_mean(name, ['demo', *_TINY, *presets])} A model is a preset (see `gemma-tune models`), "
-        "kaggle://…, hf://…, "
-        "a directory, a .gguf file, demo or tiny."
+        "kaggle://…, hf://…, a directory, a .gguf file, demo or tiny."
     )
 
 

@@ -1,5 +1,6 @@
-"""Tiny Gemmas with random weights, for tests, dry runs and first steps: real architectures, a real tokenizer, 0.2 M
-parameters.
+"""Builds tiny Gemmas with random weights, for tests, dry runs and first steps.
+
+They have the real architectures, a real tokenizer, and 0.2 M parameters.
 """
 
 import zlib
@@ -19,7 +20,7 @@ TOKENIZER_PATH = Path(__file__).parent / "assets" / "tiny.spm"
 DEFAULT_FAMILY = "gemma3"
 
 # Together they cover one and several key/value heads, local and global layers, both kinds of soft caps, extra norms,
-# and Gemma 4's shared keys and values and per-layer inputs. The window is short, so that short texts reach beyond it.
+# and Gemma 4's shared keys and values and per-layer inputs. The window is shorter than short texts.
 _SHAPE = {"num_query_heads": 4, "hidden_dim": 64, "intermediate_dim": 128, "head_dim": 16}
 _WINDOW = {"use_sliding_window_attention": True, "sliding_window_size": 16}
 _CONFIGS: dict[str, dict[str, Any]] = {
@@ -48,9 +49,12 @@ def tiny_backbone(
 
     Args:
         family: `gemma`, `gemma2`, `gemma3` or `gemma4`.
-        precision: A Keras dtype policy.
-        seed: Equal seeds give equal weights, on every machine.
-        quant_spec: Quantizes them.
+        precision: Keras dtype policy.
+        seed: Random seed; equal seeds give equal weights, on every machine.
+        quant_spec: Quantization of the weights.
+
+    Raises:
+        ModelError: There is no such family.
     """
     if family not in _CONFIGS:
         known = [f"tiny:{name}" for name in _CONFIGS]
@@ -67,16 +71,14 @@ def tiny_backbone(
 
 
 def tiny_config(family: str) -> dict[str, Any]:
-    """Returns a family's sizes, as KerasHub's backbone takes them."""
+    """Returns the sizes of a family's tiny model, as arguments of KerasHub's backbone."""
     from sentencepiece import SentencePieceProcessor
 
     return {"vocabulary_size": SentencePieceProcessor(model_file=str(TOKENIZER_PATH)).vocab_size(), **_CONFIGS[family]}
 
 
 def _random_value(variable: keras.Variable, seed: int) -> np.ndarray:
-    """Returns what training would start from: normal kernels scaled by their fan-in, and Keras's zeros and ones as they
-    are.
-    """
+    """Returns an initial value: a normal kernel scaled by its fan-in, or the zeros or ones of Keras's initializer."""
     path, shape = variable.path, tuple(variable.shape)
     if isinstance(variable._initializer, (keras.initializers.Zeros, keras.initializers.Ones)):
         return np.asarray(variable._initializer(shape), np.float32)

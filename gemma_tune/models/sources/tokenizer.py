@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the SentencePiece model inside a KerasHub tokenizer and without TensorFlow."""
+"""Encodes text with the SentencePiece model of a KerasHub tokenizer, and decodes it, without TensorFlow."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,12 +7,19 @@ from gemma_tune.errors import ModelError
 
 
 class TextTokenizer:
-    """Encodes and decodes text.
+    """A tokenizer of text.
 
-    A special token such as `<end_of_turn>` in a text becomes its id; `<bos>` and `<eos>` don't, and have attributes.
+    A special token such as `<end_of_turn>` in a text becomes one id; `<bos>` and `<eos>` don't.
+
+    Args:
+        proto: Serialized SentencePiece model.
+        processor: SentencePieceProcessor of that model. None: a new one is made.
 
     Attributes:
-        proto: The serialized SentencePiece model. A processor made from it may be given.
+        proto: Serialized SentencePiece model.
+        pad_id: Id of `<pad>`.
+        bos_id: Id of `<bos>`.
+        eos_id: Id of `<eos>`.
     """
 
     def __init__(self, proto: bytes, processor: Any = None):
@@ -26,7 +33,7 @@ class TextTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of pieces."""
+        """Number of pieces in the vocabulary."""
         return self._processor.vocab_size()
 
     def encode(self, text: str) -> list[int]:
@@ -34,18 +41,18 @@ class TextTokenizer:
         return self._processor.encode(text, out_type=int, add_bos=False, add_eos=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids. Bytes that are no whole character yet become U+FFFD."""
+        """Returns the text of ids. Bytes of an incomplete character become U+FFFD."""
         return self._processor.decode([int(i) for i in ids])
 
     def piece(self, token_id: int) -> str:
-        """Returns a token as the vocabulary spells it."""
+        """Returns a token as it is spelled in the vocabulary."""
         return self._processor.id_to_piece(int(token_id))
 
     def id_of(self, token: str) -> int:
         """Returns the id of a special token.
 
         Raises:
-            ModelError: The vocabulary doesn't have it.
+            ModelError: The vocabulary doesn't have the token.
         """
         token_id = self._processor.piece_to_id(token)
         if token_id == self._processor.unk_id():
@@ -54,7 +61,7 @@ class TextTokenizer:
 
 
 def tokenizer_of(model: Any) -> TextTokenizer:
-    """Returns the tokenizer of a KerasHub CausalLM, made once for each model.
+    """Returns the tokenizer of a KerasHub CausalLM, which is made once for each model.
 
     Raises:
         ModelError: The model has no preprocessor.
@@ -64,7 +71,7 @@ def tokenizer_of(model: Any) -> TextTokenizer:
     keras_tokenizer = model.preprocessor.tokenizer
     cached = getattr(keras_tokenizer, "_gemma_tune_text_tokenizer", None)
     if cached is None or cached.proto is not keras_tokenizer.proto:
-        # Its own processor, which is 20 MB for Gemma 3.
+        # It shares the processor of KerasHub, which takes 20 MB for Gemma 3.
         cached = TextTokenizer(keras_tokenizer.proto, getattr(keras_tokenizer, "_sentence_piece_spm", None))
         object.__setattr__(keras_tokenizer, "_gemma_tune_text_tokenizer", cached)
     return cached

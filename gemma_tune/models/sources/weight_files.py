@@ -1,4 +1,4 @@
-"""The files that hold a model's weights, and their size."""
+"""Finds the files that hold a model's weights, and their size."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from gemma_tune.runtime.json_files import read_json
 
 
 def weight_files(source: str) -> list[Path]:
-    """Returns the files of a model that was loaded before; none for one that is made up, such as `tiny`.
+    """Returns the weight files of a model that was loaded before; a tiny model has none.
 
     Args:
-        source: As in `load_model`. Of a run with an adapter these are the base's files and the adapter.
+        source: Source as in `load_model`. The files of a run with an adapter are those of its base, and the adapter.
     """
     parsed = parse_source(source)
     path = Path(parsed.value)
@@ -35,7 +35,7 @@ def weight_files(source: str) -> list[Path]:
 
 
 def weight_bytes(source: str) -> int | None:
-    """Returns the bytes of a model's weight files, or None if it has none."""
+    """Returns the size of a model's weight files in bytes, or None if it has none."""
     files = weight_files(source)
     return sum(file.stat().st_size for file in files) if files else None
 

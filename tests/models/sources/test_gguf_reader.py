@@ -109,8 +109,8 @@ def test_an_alignment_that_is_none_is_refused(path, value):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("tokenizer.ggml.bos_token_id", 10**6, r"are to be the special ones.*1000000"),
-        ("tokenizer.ggml.bos_token_id", [b"2"], r"are to be the special ones"),
+        ("tokenizer.ggml.bos_token_id", 10**6, r"its special tokens have the ids .*1000000"),
+        ("tokenizer.ggml.bos_token_id", [b"2"], r"its special tokens have the ids"),
         ("general.architecture", b"\xff", r"architecture '\\\\xff'"),
     ],
 )

@@ -1,9 +1,10 @@
-"""Trains tiny.spm, the tokenizer of the tiny models, on the shipped sample. Run: python
-gemma_tune/models/assets/make_tiny_tokenizer.py
+"""Trains tiny.spm, the tokenizer of the tiny models, on the sample data set.
 
-A SentencePiece BPE model set up as Gemma's: pad, eos, bos, unk as ids 0 to 3, turn tokens, line feeds and runs of
-spaces as whole pieces, byte fallback, no dummy prefix, white space kept. It carries the turn tokens of Gemma 1 to 3 and
-of Gemma 4, so that all tiny families share it.
+    python gemma_tune/models/sources/assets/make_tiny_tokenizer.py
+
+It is a SentencePiece BPE model with Gemma's settings: pad, eos, bos, unk as ids 0 to 3; turn tokens, line feeds and
+runs of spaces as whole pieces; byte fallback; no dummy prefix; white space is kept. It has the turn tokens of Gemma 1
+to 3 and of Gemma 4, so that all tiny families share it.
 """
 
 import io
@@ -13,7 +14,7 @@ from pathlib import Path
 import sentencepiece
 
 HERE = Path(__file__).parent
-SAMPLE = HERE.parents[1] / "data" / "samples" / "smartphone_support" / "train.jsonl"
+SAMPLE = HERE.parents[2] / "data" / "samples" / "smartphone_support" / "train.jsonl"
 
 
 def main() -> None:
