@@ -105,7 +105,7 @@ class Cleaner:
 
 
 def question_hash(question_key: str, seed: int) -> int:
-    """Returns 8 bytes, drawn by chance, so to speak, for a question and a seed: equal for equal questions."""
+    """Returns a pseudo-random 64-bit number that depends on the question and the seed alone."""
     digest = hashlib.sha256(f"{seed}\x00{question_key}".encode("utf-8", errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")
 

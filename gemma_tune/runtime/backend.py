@@ -29,9 +29,10 @@ _MIN_COMPILE_VARIABLE = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 def _check_keras_backend(name: str) -> None:
     if name != "jax":
+        is_set = os.environ.get("KERAS_BACKEND") == name
+        advice = "Set the environment variable KERAS_BACKEND=jax" if is_set else "Import gemma_tune before keras"
         raise ConfigError(
-            f"gemma_tune needs Keras on the JAX backend, but Keras runs on {name!r}. Set the environment variable "
-            "KERAS_BACKEND=jax, or import gemma_tune before keras, and start Python again."
+            f"gemma_tune needs Keras on the JAX backend, but Keras runs on {name!r}. {advice}, and start Python again."
         )
 
 

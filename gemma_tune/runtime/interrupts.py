@@ -36,7 +36,7 @@ class Interrupts:
         self._previous: dict[int, object] = {}
 
     def check(self) -> None:
-        """Raises Stop if a signal has come, to any process: for what takes long and can be begun anew."""
+        """Raises StopRequested if a signal has come to any process; for long work that can be started again."""
         self.received = all_reduce_max(self.received)
         if self.received:
             raise StopRequested

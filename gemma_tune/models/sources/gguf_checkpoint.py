@@ -162,53 +162,52 @@ def sentencepiece_proto(file: GgufFile) -> bytes:
     from sentencepiece import sentencepiece_model_pb2
 
     schema: Any = sentencepiece_model_pb2  # Its classes are made at import, where type checkers don't see them.
+    tokens, scores, types = _vocabulary(file)
+    ids = _special_ids(file, len(tokens))
+    kinds = schema.ModelProto.SentencePiece
+    known_kinds = set(kinds.Type.values())
+    stays_control = {ids["padding"], ids["eos"], ids["bos"]}
+    model = schema.ModelProto()
+    for index, (token, score, kind) in enumerate(zip(tokens, scores.tolist(), types.tolist(), strict=True)):
+        if index == ids["unknown"]:
+            kind = kinds.UNKNOWN
+        elif kind == kinds.CONTROL and index not in stays_control:
+            kind = kinds.USER_DEFINED
+        elif kind not in known_kinds:
+            kind = kinds.NORMAL
+        piece = token.decode("utf-8", errors="replace")
+        if kind == kinds.USER_DEFINED:
+            piece = piece.replace(" ", "▁")
+        model.pieces.add(piece=piece, score=score, type=kind)
+    trainer = model.trainer_spec
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = schema.TrainerSpec.BPE, len(tokens), True
+    for name, number in zip(("pad", "eos", "bos", "unk"), ids.values(), strict=True):
+        setattr(trainer, f"{name}_id", number)
+        setattr(trainer, f"{name}_piece", model.pieces[number].piece)
+    for spec in (model.normalizer_spec, model.denormalizer_spec):
+        spec.add_dummy_prefix, spec.remove_extra_whitespaces, spec.escape_whitespaces = False, False, True
+    model.normalizer_spec.name = "identity"
+    return model.SerializeToString()
+
+
+def _vocabulary(file: GgufFile) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+    """Returns the tokens of a GGUF file, their scores and their types."""
     kind = file.text("tokenizer.ggml.model")
-    tokens = file.metadata.get("tokenizer.ggml.tokens")
-    scores = file.metadata.get("tokenizer.ggml.scores")
-    types = file.metadata.get("tokenizer.ggml.token_type")
-    if (
-        kind != "llama"
-        or tokens is None
-        or scores is None
-        or types is None
-        or not len(tokens) == len(scores) == len(types)
-    ):
+    entries = [file.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
+    if kind != "llama" or any(entry is None for entry in entries) or len(set(map(len, entries))) > 1:
         raise ModelError(
             f"{file.path} holds no SentencePiece vocabulary (tokenizer.ggml.model is {kind!r}, expected 'llama')."
         )
-    piece_types = schema.ModelProto.SentencePiece
-    names = {"pad": 0, "eos": 1, "bos": 2, "unknown": 3, "padding": 0}
-    ids = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id", number) for name, number in names.items()}
-    if not all(isinstance(number, int) and 0 <= number < len(tokens) for number in ids.values()):
-        raise ModelError(
-            f"{file.path} is damaged: it has {len(tokens)} tokens, and its special tokens have the ids {ids}."
-        )
-    stays_control = {ids["padding"], ids["eos"], ids["bos"]}
+    tokens, scores, types = entries
+    return tokens, scores, types
 
-    known_types = set(piece_types.Type.values())
-    model = schema.ModelProto()
-    for index, (token, score, piece_type) in enumerate(zip(tokens, scores.tolist(), types.tolist(), strict=True)):
-        if index == ids["unknown"]:
-            piece_type = piece_types.UNKNOWN
-        elif piece_type == piece_types.CONTROL and index not in stays_control:
-            piece_type = piece_types.USER_DEFINED
-        elif piece_type not in known_types:
-            piece_type = piece_types.NORMAL
-        piece = token.decode("utf-8", errors="replace")
-        if piece_type == piece_types.USER_DEFINED:
-            piece = piece.replace(" ", "▁")
-        model.pieces.add(piece=piece, score=score, type=piece_type)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = schema.TrainerSpec.BPE, len(tokens), True
-    trainer.pad_id, trainer.eos_id, trainer.bos_id, trainer.unk_id = (
-        ids["padding"],
-        ids["eos"],
-        ids["bos"],
-        ids["unknown"],
-    )
-    trainer.pad_piece, trainer.eos_piece = model.pieces[ids["padding"]].piece, model.pieces[ids["eos"]].piece
-    trainer.bos_piece, trainer.unk_piece = model.pieces[ids["bos"]].piece, model.pieces[ids["unknown"]].piece
-    for spec in (normalizer, model.denormalizer_spec):
-        spec.add_dummy_prefix, spec.remove_extra_whitespaces, spec.escape_whitespaces = False, False, True
-    normalizer.name = "identity"
-    return model.SerializeToString()
+
+def _special_ids(file: GgufFile, num_tokens: int) -> dict[str, int]:
+    """Returns the ids of the special tokens by their names in GGUF."""
+    defaults = {"padding": 0, "eos": 1, "bos": 2, "unknown": 3}
+    ids = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id", number) for name, number in defaults.items()}
+    if not all(isinstance(number, int) and 0 <= number < num_tokens for number in ids.values()):
+        raise ModelError(
+            f"{file.path} is damaged: it has {num_tokens} tokens, and its special tokens have the ids {ids}."
+        )
+    return ids
