@@ -48,8 +48,8 @@ def sample_values(model: keras.Model) -> dict[str, Any]:
 def _samples(model: keras.Model) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
     """Returns (path, shape, first values) of every base weight, sorted by path; of a quantized kernel, its floats."""
     quantized = quantized_layers(model.backbone)
-    codes = {variable.path for layer in quantized for variable in layer._code_variables}
-    samples = [(layer._float_kernel.path, layer._float_kernel.shape, layer._first_floats) for layer in quantized]
+    codes = {variable.path for layer in quantized for variable in layer.code_variables}
+    samples = [(layer.float_kernel.path, layer.float_kernel.shape, layer.first_floats) for layer in quantized]
     for path, variable in variables_by_path(model).items():
         if "lora_" not in path.rsplit("/", 1)[-1] and path not in codes:
             shape = tuple(variable.shape)

@@ -37,7 +37,7 @@ def shared_copy(model: keras.Model, with_lora: bool = True) -> keras.Model:
     for variable in copy.variables:
         variable._value = values[variable.path].value
     for layer, original in zip(quantized_layers(copy), quantized_layers(backbone), strict=True):
-        object.__setattr__(layer, "_first_floats", original._first_floats)
+        object.__setattr__(layer, "first_floats", original.first_floats)
     check_filled(copy)
     correct_query_scale(copy)
     preprocessor = text_preprocessor(model.preprocessor.tokenizer, with_positions="position_ids" in copy.input)

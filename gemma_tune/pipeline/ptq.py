@@ -146,7 +146,7 @@ def _calibration_batches(
 def _sizes(model: keras.Model) -> tuple[int, int]:
     """Returns the bytes of all weights in float32, and the bytes of all arrays as they are held."""
     layers = quantized_layers(model.backbone)
-    codes = {variable.path for layer in layers for variable in layer._code_variables}
+    codes = {variable.path for layer in layers for variable in layer.code_variables}
     others = [variable for variable in model.backbone.variables if variable.path not in codes]
     held = sum(variable.value.nbytes for variable in others)
     held += sum(quantized_num_bytes(layer.quantized()) for layer in layers)

@@ -83,8 +83,8 @@ def test_quantized_weights_become_the_floats_they_stand_for(tiny, tmp_path, quan
     again = load_model(str(tmp_path / "hf"))
     floats = values_of(again)
     for layer in quantized_layers(model.backbone):
-        wanted = np.asarray(dequantize(layer.quantized())).reshape(layer._float_kernel.shape)
-        np.testing.assert_array_equal(floats[layer._float_kernel.path], wanted)
+        wanted = np.asarray(dequantize(layer.quantized())).reshape(layer.float_kernel.shape)
+        np.testing.assert_array_equal(floats[layer.float_kernel.path], wanted)
 
 
 def test_a_setting_that_transformers_lacks_is_an_error(tiny, tmp_path):

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from gemma_tune.errors import ModelError
+from gemma_tune.models.attention import choice as attention_choice
 from gemma_tune.models.attention.choice import (
     AttentionChoice,
     Device,
@@ -14,7 +15,6 @@ from gemma_tune.models.attention.choice import (
     kernel_problem,
 )
 from gemma_tune.models.attention.swap import AttentionShape, attention_shape_of
-from gemma_tune.models.attention.swap import choice as attention_choice
 from gemma_tune.models.transforms import transform_for_training
 
 HOPPER, AMPERE, TURING = (Device("cuda", capability) for capability in ((9, 0), (8, 0), (7, 5)))
@@ -61,7 +61,7 @@ def on(monkeypatch):
 
     def pretend(device, compiler_says=""):
         monkeypatch.setattr(attention_choice, "first_device", lambda: device)
-        monkeypatch.setattr(attention_choice, "why_not_compiled", lambda *arguments: compiler_says)
+        monkeypatch.setattr(attention_choice, "compile_problem", lambda *arguments: compiler_says)
 
     return pretend
 

@@ -8,12 +8,18 @@ from helpers.training_steps import SPLIT_FAMILIES, assert_same, both_steps, num_
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import assign, hidden_states, parameters, params_scope
+from gemma_tune.models.layers import iter_layers, quantized_layers
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora.adapter import save_adapter
 from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.lora.factors import kernel_update
 from gemma_tune.models.quantized.convert import matrix_shape, quantize_layers
-from gemma_tune.models.quantized.fake_quant_layers import FakeQuantEinsumDense, rounded_kernel, weights_are_rounded
+from gemma_tune.models.quantized.fake_quant_layers import (
+    FakeQuantEinsumDense,
+    FakeQuantLayer,
+    rounded_kernel,
+    weights_are_rounded,
+)
 from gemma_tune.models.quantized.qat import enable_qat, rounded_params
 from gemma_tune.models.transforms import LoraSettings, transform_for_training
 from gemma_tune.quantization.codes import dequantize, quantize
@@ -43,12 +49,12 @@ def qat_model(family, quant_spec, lora=None, rng=None):
 
 
 def fake_layers(model):
-    return [layer for layer in model.backbone._flatten_layers() if hasattr(layer, "_rounding")]
+    return list(iter_layers(model.backbone, FakeQuantLayer))
 
 
 def merged_floats(layer):
     """The float kernel, LoRA's update in it."""
-    kernel, *factors = (np.asarray(variable.value) for variable in layer._variables_to_round())
+    kernel, *factors = (np.asarray(variable.value) for variable in layer.variables_to_round())
     return kernel + np.float32(SCALE) * (factors[0] @ factors[1]) if factors else kernel
 
 
@@ -59,7 +65,7 @@ def converted(model, family, quant_spec):
     for layer in fake_layers(model):
         floats = merged_floats(layer)
         matrix = floats.reshape(matrix_shape(layer))
-        kernels[layer._variables_to_round()[0].path] = dequantize(quantize(matrix, quant_spec)).reshape(floats.shape)
+        kernels[layer.variables_to_round()[0].path] = dequantize(quantize(matrix, quant_spec)).reshape(floats.shape)
     assign(twin, kernels)
     return twin
 
@@ -98,14 +104,14 @@ def test_pefts_layout_is_rounded_as_the_sum_too(rng):
     layers, wanted = fake_layers(model), {}
     merged, pullbacks = {}, {}
     for layer in layers:
-        kernel, a, b = (variable.value for variable in layer._variables_to_round())
+        kernel, a, b = (variable.value for variable in layer.variables_to_round())
         equation = getattr(layer, "equation", "")
         update, pullbacks[layer] = jax.vjp(lambda a, b, e=equation: kernel_update(e, 4.0, a, b), a, b)  # 8 / sqrt(4).
-        merged[layer._variables_to_round()[0].path] = kernel + update
+        merged[layer.variables_to_round()[0].path] = kernel + update
     assign(twin, merged)
     wanted_loss, gradients = loss_and_gradients(prepare(twin, qat=INT4), batch)
     for layer in layers:
-        kernel, a, b = layer._variables_to_round()
+        kernel, a, b = layer.variables_to_round()
         wanted[a.path], wanted[b.path] = pullbacks[layer](gradients[kernel.path])
     loss, ours = loss_and_gradients(model, batch)
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-4)
@@ -129,7 +135,7 @@ def test_lora_gradients_are_those_of_the_rounded_sum(some_family, quant_spec, rn
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-4)
     wanted = {}
     for layer in fake_layers(model):
-        kernel, a, b = layer._variables_to_round()
+        kernel, a, b = layer.variables_to_round()
         gradient = gradients[kernel.path]
         wanted[a.path] = SCALE * gradient @ b.value.T
         wanted[b.path] = SCALE * a.value.reshape(-1, LORA.rank).T @ gradient.reshape(-1, gradient.shape[-1])
@@ -144,8 +150,8 @@ def test_converting_gives_the_weights_that_were_trained_with(quant_spec):
     model, quantized = qat_model("gemma3", quant_spec), load_model("tiny:gemma3")
     quantize_layers(quantized.backbone, quant_spec)
     rounded = jax.jit(rounded_kernel, static_argnums=0)
-    trained_with = {layer.path: rounded(layer._rounding, *layer._arrays()) for layer in fake_layers(model)}
-    layers = [layer for layer in quantized.backbone._flatten_layers() if hasattr(layer, "quantized_scheme")]
+    trained_with = {layer.path: rounded(layer.rounding, *layer.float_arrays()) for layer in fake_layers(model)}
+    layers = quantized_layers(quantized.backbone)
     assert {layer.path for layer in layers} == trained_with.keys()
     for layer in layers:
         codes = dequantize(layer.quantized())
@@ -159,14 +165,14 @@ def test_merging_and_converting_gives_the_weights_that_were_trained_with(quant_s
     save_adapter(model, tmp_path)
     base = load_model("tiny:gemma3", adapter=str(tmp_path))
     merge_lora(base.backbone)
-    layers = {layer.path: layer for layer in base.backbone._flatten_layers()}
+    layers = {layer.path: layer for layer in iter_layers(base.backbone)}
     for layer in fake_layers(model):
         variable = layers[layer.path]._embeddings if layer.name == "token_embedding" else layers[layer.path]._kernel
         again = dequantize(quantize(np.asarray(variable.value).reshape(matrix_shape(layer)), quant_spec))
         trained_with = np.asarray(layer.rounded()).reshape(again.shape)
         # The compiled sum may round otherwise, so that one value in a hundred thousand goes to the next code.
         assert np.mean(np.abs(trained_with - again) > 1e-5 * np.abs(again).max()) < 1e-4, layer.path
-        alone = dequantize(quantize(np.asarray(layer._variables_to_round()[0].value).reshape(again.shape), quant_spec))
+        alone = dequantize(quantize(np.asarray(layer.variables_to_round()[0].value).reshape(again.shape), quant_spec))
         assert np.mean(trained_with != alone) > 0.1
 
 

@@ -9,6 +9,7 @@ from helpers.training_steps import num_targets, random_batch
 from gemma_tune.errors import ModelError
 from gemma_tune.models.base_fingerprint import fingerprint
 from gemma_tune.models.functional import assign, parameters
+from gemma_tune.models.layers import iter_layers, quantized_layers
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora.adapter import save_adapter
 from gemma_tune.models.lora.enable import merge_lora
@@ -30,12 +31,11 @@ GRIDS = [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("nf4", 32), QuantSp
 def dequantized(model, family, precision="float32"):
     """A float model of the same values: what the quantized one has to compute."""
     twin = load_model(f"tiny:{family}", precision=precision)
-    layers = {layer.path: layer for layer in twin.backbone._flatten_layers()}
-    for layer in model.backbone._flatten_layers():
-        if hasattr(layer, "quantized_scheme"):
-            name = "_kernel" if isinstance(layer, QuantizedEinsumDense) else "_embeddings"
-            variable = getattr(layers[layer.path], name)
-            variable.assign(dequantize(layer.quantized()).reshape(variable.shape))
+    layers = {layer.path: layer for layer in iter_layers(twin.backbone)}
+    for layer in quantized_layers(model.backbone):
+        name = "_kernel" if isinstance(layer, QuantizedEinsumDense) else "_embeddings"
+        variable = getattr(layers[layer.path], name)
+        variable.assign(dequantize(layer.quantized()).reshape(variable.shape))
     return twin
 
 
@@ -114,8 +114,7 @@ def test_no_floats_are_kept_for_the_backward_pass(rng):
     model = load_model("tiny:gemma3", quant_spec=QuantSpec("nf4", 32))
     factors, frozen = with_factors(model, 0), parameters(model).frozen
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (40,), 1, 64))
-    kernels = {layer.kernel.shape for layer in model.backbone._flatten_layers() if hasattr(layer, "quantized_scheme")
-               and isinstance(layer, QuantizedEinsumDense)}  # fmt: skip
+    kernels = {layer.kernel.shape for layer in iter_layers(model.backbone, QuantizedEinsumDense)}
     forward = PerBlockProgram(model, "none").forward(factors, frozen, batch)
     kept = {leaf.shape for leaf in jax.tree.leaves(forward.residuals)}
     assert kept and not kept & kernels

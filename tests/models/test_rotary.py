@@ -8,6 +8,7 @@ import pytest
 from gemma_tune.models.cpu import rotary_tables as rotary
 from gemma_tune.models.cpu.rotary_tables import use_rotary_tables
 from gemma_tune.models.functional import hidden_states
+from gemma_tune.models.layers import iter_layers
 from gemma_tune.runtime.backend import keras_hub
 
 LENGTH = 24
@@ -20,11 +21,7 @@ def states(backbone, rng):
 
 
 def rotary_layers(backbone):
-    return [
-        layer
-        for layer in backbone._flatten_layers(include_self=False)
-        if isinstance(layer, keras_hub.layers.RotaryEmbedding)
-    ]
+    return list(iter_layers(backbone, keras_hub.layers.RotaryEmbedding))
 
 
 def test_hidden_states_are_the_same(tiny, some_family):

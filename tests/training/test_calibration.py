@@ -132,7 +132,7 @@ def test_integers_and_their_floats_are_the_same_product(rng, monkeypatch):
     quantize_calibrated(model, batches(0, 2), "smoothquant", QuantSpec("int8"))
     block = model.backbone.transformer_layers[0]
     for layer in (block.attention.query_dense, block.attention.output_dense, block.ffw_linear):
-        inputs = layer._float_kernel.shape[:2] if layer.equation.startswith("btnh") else (matrix_shape(layer)[1],)
+        inputs = layer.float_kernel.shape[:2] if layer.equation.startswith("btnh") else (matrix_shape(layer)[1],)
         x = jnp.asarray(rng.normal(size=(2, 5, *inputs)), jnp.float32)
         on_cpu = layer.call(x)
         with monkeypatch.context() as patched:

@@ -69,7 +69,7 @@ def tensors_of(backbone: keras_hub.models.Backbone, config: dict[str, Any]) -> l
         for group in parts.values()
         for port in group
         if isinstance(port.value, QuantizedKernel)
-        for variable in port.value.layer._code_variables
+        for variable in port.value.layer.code_variables
     }
     left = [variable.path for variable in backbone.weights if variable.path not in covered | codes]
     if left:

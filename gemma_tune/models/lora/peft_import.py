@@ -176,7 +176,7 @@ def _is_same(saved: np.ndarray, layer: Any) -> bool:
     if saved.shape != (layer.input_dim, layer.output_dim):
         return False
     rows = min(256, len(saved))
-    held = getattr(layer, "_first_floats", None)
+    held = getattr(layer, "first_floats", None)
     ours = held if held is not None else np.asarray(layer._embeddings.value[:rows], np.float32).ravel()
     return np.allclose(saved[:rows].ravel()[: ours.size], ours, rtol=2**-7, atol=2**-24)
 

@@ -89,7 +89,7 @@ def quantize_layer(layer: keras.layers.Layer, scheme: LayerScheme) -> None:
     layer.take_scheme(name, variable, shape, scheme)
     if value is not None:
         values = np.asarray(value, np.float32)
-        layer._float_kernel.fill(lambda start, stop: values[start:stop])
+        layer.float_kernel.fill(lambda start, stop: values[start:stop])
 
 
 def _checked_layers(backbone: keras_hub.models.Backbone) -> list[Any]:
@@ -108,7 +108,7 @@ def _checked_layers(backbone: keras_hub.models.Backbone) -> list[Any]:
 def num_weights(model: Any) -> int:
     """Returns the number of weights of a CausalLM, each counted once whether it is quantized or not."""
     layers = quantized_layers(model.backbone)
-    codes = {id(variable) for layer in layers for variable in layer._code_variables}
+    codes = {id(variable) for layer in layers for variable in layer.code_variables}
     others = sum(math.prod(variable.shape) for variable in model.backbone.weights if id(variable) not in codes)
     return others + sum(layer.num_weights for layer in layers)
 
@@ -118,6 +118,6 @@ def matrix_shape(layer: Any) -> tuple[int, int, int]:
     if isinstance(layer, keras.layers.ReversibleEmbedding):
         return (layer.input_dim, layer.output_dim, 1)
     summed = parse_einsum(layer.equation).summed_indices
-    sizes = tuple(layer._float_kernel.shape if is_quantized(layer) else layer._kernel.shape)
+    sizes = tuple(layer.float_kernel.shape if is_quantized(layer) else layer._kernel.shape)
     first, last = summed[0], summed[-1] + 1
     return math.prod(sizes[:first]), math.prod(sizes[first:last]), math.prod(sizes[last:])

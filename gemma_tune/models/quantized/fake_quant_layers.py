@@ -121,24 +121,29 @@ def weights_are_rounded() -> Iterator[None]:
 
 class FakeQuantLayer:
     """The part that both kinds of layers of quantization-aware training share. `enable_qat` gives a layer its class
-    and its `_rounding`.
+    and its `rounding`.
+
+    Attributes:
+        rounding: Rounding of the kernel.
     """
 
-    def _variables_to_round(self: Any) -> list[keras.Variable]:
+    rounding: Rounding
+
+    def variables_to_round(self: Any) -> list[keras.Variable]:
         """Returns the variables of the kernel and of LoRA's factors."""
         kind = "embeddings" if isinstance(self, keras.layers.Embedding) else "kernel"
         names = [f"_{kind}", *((f"lora_{kind}_a", f"lora_{kind}_b") if self.lora_enabled else ())]
         return [getattr(self, name) for name in names]
 
-    def _arrays(self: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def float_arrays(self: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Returns the float kernel and the factors, those of the stateless scope if it is within one."""
-        kernel, *factors = (variable.value for variable in self._variables_to_round())
+        kernel, *factors = (variable.value for variable in self.variables_to_round())
         return kernel, tuple(factors)
 
     def rounded(self: Any) -> jax.Array:
         """Returns the rounded kernel, in float."""
-        kernel, factors = self._arrays()
-        return kernel if _ARE_ROUNDED.get() else rounded_kernel(self._rounding, kernel, factors)
+        kernel, factors = self.float_arrays()
+        return kernel if _ARE_ROUNDED.get() else rounded_kernel(self.rounding, kernel, factors)
 
 
 class FakeQuantEinsumDense(FakeQuantLayer, keras.layers.EinsumDense):
@@ -156,14 +161,14 @@ class FakeQuantEinsumDense(FakeQuantLayer, keras.layers.EinsumDense):
         if _ARE_ROUNDED.get():
             outputs = einsum_product(self.equation, inputs, self.rounded().astype(inputs.dtype))
         else:
-            outputs = fake_quantized_product(self.equation, self._rounding, inputs, *self._arrays())
+            outputs = fake_quantized_product(self.equation, self.rounding, inputs, *self.float_arrays())
         if self.bias is not None:
             outputs = keras.ops.add(outputs, self.bias)
         return outputs if self.activation is None else self.activation(outputs)
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the floats, with LoRA's update merged, as an EinsumDense does."""
-        store["0"] = merged_kernel_of(self._rounding, *self._arrays())
+        store["0"] = merged_kernel_of(self.rounding, *self.float_arrays())
         if self.bias is not None:
             store["1"] = self.bias
 
@@ -173,7 +178,7 @@ class FakeQuantEmbedding(FakeQuantLayer, keras.layers.ReversibleEmbedding):
 
     def lm_head(self) -> FakeQuantized:
         """Returns the rows, from which the loss makes logits."""
-        return FakeQuantized(merged_kernel_of(self._rounding, *self._arrays()), self._rounding.quant_spec)
+        return FakeQuantized(merged_kernel_of(self.rounding, *self.float_arrays()), self.rounding.quant_spec)
 
     def call(self, inputs: Any, reverse: bool = False) -> Any:
         if not reverse:
@@ -184,11 +189,11 @@ class FakeQuantEmbedding(FakeQuantLayer, keras.layers.ReversibleEmbedding):
 
     def _look_up(self, token_ids: jax.Array) -> jax.Array:
         """Rounds the rows of these tokens alone."""
-        embeddings, factors = self._arrays()
+        embeddings, factors = self.float_arrays()
         rows = embeddings[token_ids.ravel()]
         if not _ARE_ROUNDED.get():
             factors = (factors[0][token_ids.ravel()], factors[1]) if factors else ()
-            rows = rounded_kernel(self._rounding, rows, factors)
+            rows = rounded_kernel(self.rounding, rows, factors)
         return rows.reshape(*token_ids.shape, -1).astype(self.compute_dtype)
 
 

@@ -65,7 +65,7 @@ class QuantizedKernel:
         Raises:
             ModelError: The checkpoint's rows have another shape.
         """
-        quant_spec, matrix_shape = self.layer.scheme.quant_spec, self.layer._matrix_shape
+        quant_spec, matrix_shape = self.layer.scheme.quant_spec, self.layer.matrix_shape
         num_rows = self.shape[0]
         tile = VOCABULARY_TILE if num_rows == matrix_shape[0] else num_rows
         parts = []
@@ -76,7 +76,7 @@ class QuantizedKernel:
                     f"{self.path} has shape {self.shape}, but the checkpoint's rows have {rows.shape[1:]}."
                 )
             if not start:
-                object.__setattr__(self.layer, "_first_floats", rows.ravel()[:NUM_FINGERPRINT_VALUES].copy())
+                object.__setattr__(self.layer, "first_floats", rows.ravel()[:NUM_FINGERPRINT_VALUES].copy())
             matrix = rows.reshape(-1, *matrix_shape[1:])
             if self.sharding is not None and tile == num_rows:
                 parts.append(_quantize(put_sharded(matrix, self.sharding), quant_spec))  # Each device quantizes a part.
@@ -120,16 +120,16 @@ class _QuantizedLayer:
         kernel = QuantizedKernel(self, variable.path, tuple(variable.shape))
         for attribute, value in {
             "scheme": scheme,
-            "_matrix_shape": matrix_shape,
-            "_float_kernel": kernel,
+            "matrix_shape": matrix_shape,
+            "float_kernel": kernel,
             "_code_tree": tree,
-            "_code_variables": variables,
+            "code_variables": variables,
         }.items():
             object.__setattr__(self, attribute, value)  # Keras would look for layers and variables in them.
 
     def quantized(self: Any) -> Quantized:
         """Returns the layer's codes and scales, those of the stateless scope if it is within one."""
-        values = [keras.ops.convert_to_tensor(variable) for variable in self._code_variables]
+        values = [keras.ops.convert_to_tensor(variable) for variable in self.code_variables]
         return jax.tree.unflatten(self._code_tree, values)
 
     def assign_quantized(self: Any, quantized: Quantized) -> None:
@@ -137,7 +137,7 @@ class _QuantizedLayer:
         leaves, tree = jax.tree.flatten(quantized)
         if tree != self._code_tree:
             raise ValueError(f"{self.path} holds {self._code_tree}, not {tree}.")
-        for variable, value in zip(self._code_variables, leaves, strict=True):
+        for variable, value in zip(self.code_variables, leaves, strict=True):
             variable.assign(put_sharded(value, variable._layout))
 
     def save_own_variables(self: Any, store: Any) -> None:
@@ -148,10 +148,10 @@ class _QuantizedLayer:
         """
         if getattr(self, "lora_enabled", False):
             raise ModelError(f"{self.path} has LoRA factors beside its codes. Save these with save_adapter.")
-        values = [*self._code_variables, *([self.bias] if getattr(self, "bias", None) is not None else [])]
+        values = [*self.code_variables, *([self.bias] if getattr(self, "bias", None) is not None else [])]
         for index, variable in enumerate(values):
             store[str(index)] = np.asarray(variable.value)
-        store[_FIRST_KEY] = self._first_floats
+        store[_FIRST_KEY] = self.first_floats
 
     def load_own_variables(self: Any, store: Any) -> None:
         """Reads what `save_own_variables` wrote. If the store is another Keras preset's, its float kernel is
@@ -159,12 +159,12 @@ class _QuantizedLayer:
         """
         names = list(store.keys())
         if _FIRST_KEY in names:
-            object.__setattr__(self, "_first_floats", np.asarray(store[_FIRST_KEY]))
-            for index, variable in enumerate(self._code_variables):
+            object.__setattr__(self, "first_floats", np.asarray(store[_FIRST_KEY]))
+            for index, variable in enumerate(self.code_variables):
                 variable.assign(put_sharded(np.asarray(store[str(index)]), variable._layout))
-            bias = str(len(self._code_variables))
+            bias = str(len(self.code_variables))
         else:
-            self._float_kernel.fill(lambda start, stop: store["0"][start:stop])
+            self.float_kernel.fill(lambda start, stop: store["0"][start:stop])
             bias = "1"
         if getattr(self, "bias", None) is not None:
             self.bias.assign(store[bias])
@@ -177,7 +177,7 @@ class _QuantizedLayer:
     @property
     def num_weights(self: Any) -> int:
         """Number of weights that the codes stand for."""
-        return math.prod(self._matrix_shape)
+        return math.prod(self.matrix_shape)
 
 
 class QuantizedEinsumDense(_QuantizedLayer, keras.layers.EinsumDense):
@@ -186,14 +186,14 @@ class QuantizedEinsumDense(_QuantizedLayer, keras.layers.EinsumDense):
     @property
     def kernel(self) -> QuantizedKernel:
         """Stand-in for the float kernel, which exists within products only."""
-        return self._float_kernel
+        return self.float_kernel
 
     def dequantized(self) -> jax.Array:
         """Returns the kernel as float32, in its own shape and without LoRA."""
-        return dequantize(self.quantized()).reshape(self._float_kernel.shape)
+        return dequantize(self.quantized()).reshape(self.float_kernel.shape)
 
     def call(self, inputs: Any, training: Any = None) -> Any:
-        quantized, shape = self.quantized(), self._float_kernel.shape
+        quantized, shape = self.quantized(), self.float_kernel.shape
         outputs = quantized_product(self.equation, shape, self.scheme.rounds_inputs, inputs, quantized)
         if self.lora_enabled:
             outputs = with_factors(self, inputs, outputs)
@@ -208,7 +208,7 @@ class QuantizedEmbedding(_QuantizedLayer, keras.layers.ReversibleEmbedding):
     @property
     def embeddings(self) -> QuantizedKernel:
         """Stand-in for the float rows. `quantized` has the arrays."""
-        return self._float_kernel
+        return self.float_kernel
 
     def lm_head(self) -> Quantized:
         """Returns the quantized rows, [V, D, 1], from which the loss makes logits."""

@@ -50,8 +50,8 @@ def enable_qat(backbone: keras_hub.models.Backbone, quant_spec: QuantSpec) -> in
         layer.__class__ = FakeQuantEmbedding if is_embedding else FakeQuantEinsumDense
         # Of an embedding any number of rows is rounded at a time. Keras would look for variables in the tuple.
         shape = (-1 if is_embedding else rows, inputs, outputs)
-        object.__setattr__(layer, "_rounding", Rounding(spec, shape, scale, equation_of(layer)))
-        for variable in layer._variables_to_round():
+        object.__setattr__(layer, "rounding", Rounding(spec, shape, scale, equation_of(layer)))
+        for variable in layer.variables_to_round():
             variable._autocast = False  # Else mixed precision would round the floats to bfloat16 first.
     return len(layers)
 
@@ -59,8 +59,9 @@ def enable_qat(backbone: keras_hub.models.Backbone, quant_spec: QuantSpec) -> in
 def disable_qat(backbone: keras_hub.models.Backbone) -> None:
     """Makes the layers compute with their floats again. LoRA must be merged before."""
     for layer in iter_layers(backbone, FakeQuantLayer):
-        for variable in layer._variables_to_round():
+        for variable in layer.variables_to_round():
             variable._autocast = True
+        object.__delattr__(layer, "rounding")
         is_embedding = layer is backbone.token_embedding
         layer.__class__ = keras.layers.ReversibleEmbedding if is_embedding else keras.layers.EinsumDense
 
@@ -78,7 +79,7 @@ def rounded_params(model: keras.Model, params: Params) -> Params:
     """
     changed = dict(params)
     for layer in iter_layers(model.backbone, FakeQuantLayer):
-        paths = [variable.path for variable in layer._variables_to_round()]
+        paths = [variable.path for variable in layer.variables_to_round()]
         kernel, *factors = (changed.pop(path) for path in paths)
-        changed[paths[0]] = _round_kernel(layer._rounding, kernel, tuple(factors))
+        changed[paths[0]] = _round_kernel(layer.rounding, kernel, tuple(factors))
     return changed

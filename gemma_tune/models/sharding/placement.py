@@ -60,9 +60,9 @@ class MeshSharding:
             ModelError: No rule covers a variable; names it.
         """
         for layer in quantized_layers(backbone):
-            kernel = layer._float_kernel
-            axes = matrix_mesh_axes(kernel.path, kernel.shape, layer._matrix_shape)
-            object.__setattr__(kernel, "sharding", self.sharding_for(axes, layer._matrix_shape))
+            kernel = layer.float_kernel
+            axes = matrix_mesh_axes(kernel.path, kernel.shape, layer.matrix_shape)
+            object.__setattr__(kernel, "sharding", self.sharding_for(axes, layer.matrix_shape))
         for variable, named_sharding in self.variable_shardings(backbone):
             variable._layout = named_sharding  # Keras places what is assigned accordingly.
             if variable._value is not None:
@@ -75,7 +75,7 @@ class MeshSharding:
             ModelError: No rule covers a variable; names it.
         """
         found = []
-        quantized = {id(variable): layer for layer in quantized_layers(backbone) for variable in layer._code_variables}
+        quantized = {id(variable): layer for layer in quantized_layers(backbone) for variable in layer.code_variables}
         for variable in backbone.variables:
             shape = tuple(variable.shape)
             if layer := quantized.get(id(variable)):
@@ -87,7 +87,7 @@ class MeshSharding:
     def _code_sharding(self, layer: Any, name: str, shape: tuple[int, ...]) -> NamedSharding:
         if name.endswith(("_scale_step", "_scale_lowest")):  # Shared by 256 scales, on any device.
             return self.replicated
-        first, inputs, last = matrix_mesh_axes(layer._float_kernel.path, layer._float_kernel.shape, layer._matrix_shape)
+        first, inputs, last = matrix_mesh_axes(layer.float_kernel.path, layer.float_kernel.shape, layer.matrix_shape)
         return self.sharding_for((first, inputs, None, last) if len(shape) == 4 else (first, inputs, last), shape)
 
     def sharding_for(self, axes: MeshAxes, shape: tuple[int, ...]) -> NamedSharding:

@@ -75,7 +75,7 @@ def linear_call(
         if matrix is not None:
             outputs = einsum_matmul(layer.equation, _kernel_shape(layer), inputs, matrix, one)
         elif isinstance(layer, QuantizedEinsumDense):
-            quantized, shape = layer.quantized(), layer._float_kernel.shape
+            quantized, shape = layer.quantized(), layer.float_kernel.shape
             outputs = quantized_product(layer.equation, shape, layer.scheme.rounds_inputs, inputs, quantized)
         else:
             outputs = jnp.einsum(layer.equation, inputs, jnp.asarray(layer._kernel.value, inputs.dtype))
@@ -89,7 +89,7 @@ def linear_call(
 
 
 def _kernel_shape(layer: Any) -> tuple[int, ...]:
-    return tuple(layer._float_kernel.shape if isinstance(layer, QuantizedEinsumDense) else layer._kernel.shape)
+    return tuple(layer.float_kernel.shape if isinstance(layer, QuantizedEinsumDense) else layer._kernel.shape)
 
 
 def engine_params(model: keras.Model, layers: dict[str, Any], factors: dict[str, StackedFactors]) -> EngineParams:

@@ -9,7 +9,7 @@ from helpers.lora import METHODS, methods, randomize_b, with_lora
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import parameters, params_scope
-from gemma_tune.models.layers import lora_layers
+from gemma_tune.models.layers import iter_layers, lora_layers
 from gemma_tune.models.lora.enable import enable_lora, merge_lora, neutral_lora_values
 from gemma_tune.models.lora.factors import (
     kernel_norms,
@@ -165,8 +165,8 @@ def test_beside_codes(tiny, rng, method):
     """QLoRA computes with the floats that its codes stand for, and merged into codes again they are rounded."""
     model = with_lora(tiny("gemma3", quant_spec=QuantSpec("int8")), rng, method)
     floats = tiny("gemma3")
-    held = {layer.path: layer for layer in model.backbone._flatten_layers(include_self=False)}
-    for layer in floats.backbone._flatten_layers(include_self=False):
+    held = {layer.path: layer for layer in iter_layers(model.backbone)}
+    for layer in iter_layers(floats.backbone):
         if hasattr(held[layer.path], "dequantized"):
             layer._kernel.assign(held[layer.path].dequantized())
     floats.backbone.token_embedding._embeddings.assign(jnp.asarray(model.backbone.token_embedding.embeddings))
