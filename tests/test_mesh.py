@@ -71,5 +71,5 @@ def test_more_devices_than_there_are():
     from gemma_tune.errors import ModelError
     from gemma_tune.models.sharding.placement import make_mesh_sharding
 
-    with pytest.raises(ModelError, match=r"training.mesh=data:64 takes 64 devices, and there (is|are) \d"):
+    with pytest.raises(ModelError, match=r"training.mesh=data:64 needs 64 devices, but this run has \d"):
         make_mesh_sharding("data:64", 64)

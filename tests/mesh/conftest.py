@@ -1,4 +1,4 @@
-"""What needs eight devices: a CPU that counts as eight. `tests/test_mesh.py` runs it, in a process of its own:
+"""Tests that need eight devices: a CPU that counts as eight. `tests/test_mesh.py` runs them in a process of its own:
 
 XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest --numprocesses=0 tests/mesh
 """

@@ -1,4 +1,4 @@
-"""One of several processes: makes a batch on the devices of all, and prints which rows it was asked for.
+"""One of several processes: makes a batch on the devices of all, and prints the rows that it was asked for.
 
 python rows_worker.py HOST:PORT,NUM_PROCESSES,INDEX
 """

@@ -1,4 +1,4 @@
-"""`gemma-tune train --mesh`, as it is used."""
+"""The command line with `--mesh`: training, resuming on another mesh, dry runs, and what it says of devices."""
 
 import json
 
@@ -30,20 +30,8 @@ def test_a_run_goes_on_on_another_mesh_and_ends_with_an_adapter(tmp_path, capfd)
     capfd.readouterr()
     answers, scores = [], []
     for mesh in ([], ["--mesh=fsdp:2,model:4"]):
-        assert (
-            run(
-                [
-                    "generate",
-                    f"--model={tmp_path}",
-                    "--max_new_tokens=6",
-                    "--json",
-                    *mesh,
-                    "How do I reset it?",
-                    "And then?",
-                ]
-            )
-            == 0
-        )
+        generate = ["generate", f"--model={tmp_path}", "--max_new_tokens=6", "--json", *mesh]
+        assert run([*generate, "How do I reset it?", "And then?"]) == 0
         answers.append(json.loads(capfd.readouterr().out)["answers"])
         assert run(["eval", f"--model={tmp_path}", "--max_length=64", "--json", *mesh]) == 0
         scores.append(json.loads(capfd.readouterr().out))
@@ -69,4 +57,4 @@ def test_without_a_mesh_one_device_is_taken_and_that_is_said(tmp_path, capfd):
 
 def test_more_devices_than_there_are(tmp_path, capfd):
     assert run(["train", *FEW, "--mesh=fsdp:2,model:8", f"--workdir={tmp_path}"]) == 1
-    assert "takes 16 devices, and there are 8 (cpu)" in said(capfd)
+    assert "needs 16 devices, but this run has 8 (cpu)" in said(capfd)

@@ -164,17 +164,16 @@ def make_mesh_sharding(text: str, num_rows: int) -> MeshSharding | None:
         num_rows: Number of rows that go through the model at a time.
 
     Raises:
-        ModelError: The machine has too few devices, or more than the mesh takes while several processes share them.
+        ModelError: There are too few devices, or more than the mesh needs while several processes share them.
     """
     if not text:
         return None
     devices = jax.devices()
     shape = fitting_mesh(len(devices), num_rows) if text == AUTO_MESH else parse_mesh(text)
-    wrong = len(devices) < shape.num_devices or (is_distributed() and len(devices) != shape.num_devices)
-    if wrong:
+    if len(devices) < shape.num_devices or (is_distributed() and len(devices) != shape.num_devices):
         raise ModelError(
-            f"training.mesh={text} takes {shape.num_devices} devices, and there are {len(devices)} "
-            f"({devices[0].device_kind}). Choose a mesh of as many, or --mesh=auto."
+            f"training.mesh={text} needs {shape.num_devices} devices, but this run has {len(devices)} "
+            f"({devices[0].device_kind}). Choose a mesh of that number of devices, or --mesh=auto."
         )
     if shape.num_devices == 1:
         return None

@@ -1,4 +1,4 @@
-"""Each mesh gives the loss curve of one device, each device holds its part alone, and runs go on on another mesh."""
+"""Each mesh gives the loss curve of one device, each device holds only its shards, and a run resumes on another mesh."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""No device holds more than its part on the way: loading, kernels of attention, embeddings."""
+"""No device holds more than its shard: loaded presets, embedding lookups, attention kernels, gathered weights."""
 
 import re
 
@@ -26,7 +26,7 @@ from gemma_tune.training.step.train_step import make_train_step
 
 
 def watching(function, sizes):
-    """Notes the largest part of what a function puts on a device."""
+    """Wraps a function so that the sizes of what it puts on each device are appended to `sizes`."""
 
     def watched(*arguments, **named):
         made = function(*arguments, **named)
@@ -36,7 +36,7 @@ def watching(function, sizes):
     return watched
 
 
-def mesh_sharding_of(mesh):
+def sharding_of(mesh):
     return make_mesh_sharding(mesh, 8)
 
 
@@ -51,8 +51,8 @@ def test_a_preset_is_loaded_part_by_part(tmp_path, monkeypatch, mesh, quant_spec
     load_model(str(tmp_path / "preset"), quant_spec=quant_spec)
     assert max(sizes) >= 1024 * 64 // (2 if quant_spec else 1)  # A control: on one device the embedding comes whole.
     sizes.clear()
-    parts = parameters(load_model(str(tmp_path / "preset"), quant_spec=quant_spec, sharding=mesh_sharding_of(mesh)))
-    # No device was given more than an eighth of an array; but for scales in blocks of 256, and single heads.
+    parts = parameters(load_model(str(tmp_path / "preset"), quant_spec=quant_spec, sharding=sharding_of(mesh)))
+    # No device got more than an eighth of an array, except of scales in blocks of 256 and of single heads.
     assert max(sizes, default=0) <= 1024 * 64 // 8
     for before, after in zip(whole, parts, strict=True):
         assert before.keys() == after.keys()
@@ -63,23 +63,22 @@ def test_a_preset_is_loaded_part_by_part(tmp_path, monkeypatch, mesh, quant_spec
 @pytest.mark.parametrize("mesh", ["data:2,fsdp:2,model:2", "fsdp:8", "model:8", "data:8"])
 @pytest.mark.parametrize("quant_spec", [None, QuantSpec("int8"), QuantSpec("nf4", 32, True)], ids=str)
 def test_rows_of_an_embedding(rng, mesh, quant_spec):
-    sharding = mesh_sharding_of(mesh)
+    sharding = sharding_of(mesh)
     values = rng.standard_normal((256, 64)).astype(np.float32)
     table = quantize(values[..., None], quant_spec) if quant_spec else values
     wanted = dequantize(table)[..., 0] if quant_spec else values
     ids = rng.integers(0, 256, (8, 5)).astype(np.int32)
     found = jax.jit(lambda table, ids: sharded_lookup(sharding, table, ids))(table, ids)
-    assert np.allclose(
-        found, wanted[ids], rtol=1e-6, atol=1e-6
-    )  # XLA joins the product and sum of a doubly quantized scale.
+    # XLA fuses the product and the sum of a doubly quantized scale.
+    assert np.allclose(found, wanted[ids], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_heads, num_kv_heads", [(4, 1), (4, 2), (8, 8), (3, 1)])
 def test_attention_kernels_on_each_devices_part(rng, num_heads, num_kv_heads):
-    """Splash attention (interpreted: this is a CPU), whose program XLA can't cut, against plain products. Three heads
-    can't be cut into four, and each device then has all of them.
+    """Splash attention, whose program XLA can't partition (interpreted here), against plain products. Three heads
+    can't be cut into four parts, and each device then has all of them.
     """
-    sharding = mesh_sharding_of("data:2,model:4")
+    sharding = sharding_of("data:2,model:4")
     q = rng.standard_normal((2, 128, num_heads, 16)).astype(np.float32)
     k, v = (rng.standard_normal((2, 128, num_kv_heads, 16)).astype(np.float32) for _ in range(2))
     segments = np.sort(rng.integers(1, 4, (2, 128, 1)), axis=1).astype(np.int32)
@@ -107,13 +106,15 @@ def test_attention_kernels_on_each_devices_part(rng, num_heads, num_kv_heads):
 
 
 def test_gathered_weights_are_not_held():
-    """Each pass of each micro-batch gathers a block's weights anew, within the loop: else all blocks' are held at once."""
+    """Each pass of each micro-batch gathers a block's weights again, within the loop. Else those of all blocks are held
+    at once.
+    """
     config = Config().replace(
         {"model.source": "tiny:gemma3", "data.max_length": 32, "training.batch_size": 16, "training.method": "full"}
         | {"training.grad_accum_steps": 2, "training.program": "whole"}
     )
     shape = MeshShape(fsdp=8)
-    run = abstract_train_state(config, shape, 0.5, mesh_sharding_of("fsdp:8").mesh)
+    run = abstract_train_state(config, shape, 0.5, sharding_of("fsdp:8").mesh)
     step = make_train_step(run.model, run.optimizer, run.num_targets, 2, sharding=run.sharding)
     text = step.program(run.state, run.frozen, run.batch).as_text()
     kernels = re.findall(r"f32\[(?:64,128|128,64)\]\S* all-gather\(", text)
