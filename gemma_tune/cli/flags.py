@@ -152,7 +152,7 @@ def memory_bytes(text: str) -> float:
     Raises:
         ConfigError: It is no size.
     """
-    from gemma_tune.models.training_memory import parse_bytes
+    from gemma_tune.runtime.byte_sizes import parse_bytes
 
     try:
         return parse_bytes(text) if text else 0.0

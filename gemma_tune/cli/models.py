@@ -12,7 +12,7 @@ from gemma_tune.cli.output import make_table
 from gemma_tune.cli.verb import Flag, Invocation, Verb
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.models.sources.preset_catalog import Preset, presets
-from gemma_tune.models.training_memory import training_memory
+from gemma_tune.planning.training_memory import training_memory
 from gemma_tune.runtime.shell import gemma_tune_command
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from gemma_tune.errors import ConfigError
-from gemma_tune.models.training_memory import parse_bytes
+from gemma_tune.runtime.byte_sizes import parse_bytes
 
 EXPORT_MARKER = "export.json"  # A file of every export: --overwrite replaces no folder without it.
 DTYPES = ("float32", "bfloat16", "float16")

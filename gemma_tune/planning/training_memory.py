@@ -5,7 +5,6 @@ AdamW's two float32 moments of those that are trained; and a share for the activ
 are recomputed block by block.
 """
 
-import re
 from typing import NamedTuple
 
 _ACTIVATIONS = 0.1  # Rough share of the bytes of bfloat16 weights.
@@ -32,16 +31,3 @@ def training_memory(num_params: int) -> TrainingMemory:
     base = _PROCESS_BYTES + _ACTIVATIONS * 2 * num_params
     adapter = 16 * _LORA_SHARE * num_params
     return TrainingMemory(16 * num_params + base, 2 * num_params + adapter + base, 0.6 * num_params + adapter + base)
-
-
-def parse_bytes(text: str) -> float:
-    """Parses a size like `16GB`, `512MB` or `80GiB` and returns its bytes. A number without a unit is in GB.
-
-    Raises:
-        ValueError: The text is not such a size.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(I?)(B?)\s*", text.upper())
-    if not match or not float(match[1]):
-        raise ValueError(f"{text!r} is not a size such as 16GB.")
-    number, prefix, binary, _ = match.groups()
-    return float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or "G")
