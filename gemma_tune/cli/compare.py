@@ -17,7 +17,7 @@ from gemma_tune.evaluation.comparison_figures import (
     notes,
     short_name,
 )
-from gemma_tune.evaluation.comparison_report import where_they_part
+from gemma_tune.evaluation.comparison_report import first_difference
 from gemma_tune.models.sources.source import parse_schemed
 from gemma_tune.runtime.shell import gemma_tune_command
 
@@ -70,7 +70,7 @@ def _print_answers(report: FidelityReport, output: Output) -> None:
         reference = shorten(report.reference.answers[index])
         for model in report.models:
             text = Text(shorten(model.answers[index]))
-            text.stylize("bold", where_they_part(text.plain, reference))
+            text.stylize("bold", first_difference(text.plain, reference))
             table.add_row(Text(short_name(model.name)), text)
         output.console.print()
         output.console.print(table)

@@ -1,4 +1,4 @@
-"""Step 5: validate. Held-out loss, and written answers against wanted ones."""
+"""Step 5, validate: held-out metrics, scores of generated answers, and comparisons of models."""
 
 from gemma_tune.evaluation.answers import AnswerScore, choose_questions, score_answers, word_f1
 from gemma_tune.evaluation.heldout import evaluate_batches

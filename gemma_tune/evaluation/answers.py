@@ -1,4 +1,4 @@
-"""Which questions are answered, and how near written answers come to the wanted ones."""
+"""Chooses the questions that a model answers, and scores its answers against the wanted ones."""
 
 import random
 import re
@@ -15,13 +15,12 @@ _RIGHT_F1 = 0.5
 
 
 class AnswerScore(NamedTuple):
-    """One answer against the wanted one.
+    """Score of an answer against the wanted one, its reference.
 
     Attributes:
-        is_exact: Equal when case, spaces and punctuation don't count.
-        f1: Of the words that both have (as SQuAD counts, arXiv:1606.05250).
-        is_right: The answer is the wanted one rather than any other question's: no other reference has a higher f1, and
-            f1 is at least 0.5.
+        is_exact: Whether both have the same words; case, spaces and punctuation don't count.
+        f1: F1 score of the words that both have in common, as in SQuAD (arXiv:1606.05250).
+        is_right: Whether f1 is at least 0.5 and higher than with the reference of any other question.
     """
 
     is_exact: bool
@@ -30,23 +29,23 @@ class AnswerScore(NamedTuple):
 
 
 def words(text: str) -> list[str]:
-    """Returns a text's words, without case and punctuation."""
+    """Returns the words of a text in lower case, without punctuation."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def word_f1(answer: str, reference: str) -> float:
-    """Returns the harmonic mean of the shares of words that answer and reference have in common; 0 to 1."""
+    """Returns the F1 score, 0 to 1: the harmonic mean of the shares of their words that answer and reference share."""
     first, second = Counter(words(answer)), Counter(words(reference))
     common = (first & second).total()
     return 2 * common / (first.total() + second.total()) if common else float(not first and not second)
 
 
 def score_answers(answers: Sequence[str], references: Sequence[str]) -> list[AnswerScore]:
-    """Scores each answer against its reference, and against all others.
+    """Returns the score of each answer, which depends on its own reference and on all others.
 
     Args:
-        answers: What a model wrote.
-        references: What was wanted, in the same order. Equal references are one topic.
+        answers: Answers of a model.
+        references: Wanted answers, in the same order. Equal ones count as the reference of one question.
     """
     topics = list(dict.fromkeys(references))
     scores = []
@@ -58,8 +57,12 @@ def score_answers(answers: Sequence[str], references: Sequence[str]) -> list[Ans
 
 
 def choose_questions(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """Returns conversations that end with an answer, at most `count`, in a fixed random order, those with new answers
-    first.
+    """Returns at most `count` conversations that end with an answer, in random order, those with new answers first.
+
+    Args:
+        examples: Conversations to choose from.
+        count: Most conversations to return.
+        seed: Random seed of the order.
     """
     answers = {i: hash_text(example.answer) for i, example in enumerate(examples) if example.turns[-1].role == "model"}
     chats = list(answers)

@@ -1,20 +1,27 @@
-"""The picture of a comparison: memory against fidelity, and memory against loss."""
+"""Draws the chart of a comparison: divergence over memory, and loss over memory."""
 
 import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gemma_tune.evaluation.comparison_figures import FidelityReport, ModelFigures, kl_text, share_text, short_name, size_text
+from gemma_tune.evaluation.comparison_figures import (
+    FidelityReport,
+    ModelFigures,
+    kl_text,
+    share_text,
+    short_name,
+    size_text,
+)
 
 _COLORS = {"int8": "#2a78b8", "nf4": "#2b9461", "int4": "#d2762a"}
 _OTHER, _REFERENCE = "#7a5aa6", "#333333"
-_MOST_TICKS = 7
-_LABEL_SHIFT, _LABEL_HEIGHT = 0.035, 0.11  # In shares of the chart.
+_MAX_TICKS = 7
+_LABEL_SHIFT, _LABEL_HEIGHT = 0.035, 0.11  # Fractions of the chart's size.
 
 
 def draw_comparison(report: FidelityReport) -> Any:
-    """Returns a matplotlib figure. Memory is on a log axis, and so is the divergence, unless it is 0 everywhere."""
+    """Returns a matplotlib figure. Memory has a log axis, and so has the divergence, unless it is 0 everywhere."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
@@ -32,12 +39,12 @@ def draw_comparison(report: FidelityReport) -> Any:
 
 
 def color_of(model: ModelFigures) -> str:
-    """Returns the colour that a model has in all pictures."""
+    """Returns the color of a model in all charts."""
     return _COLORS.get(model.name.rpartition("@")[2], _OTHER) if model.divergence else _REFERENCE
 
 
 class _Label(NamedTuple):
-    """What stands beside a point of the chart."""
+    """Label beside a point of the chart."""
 
     model: ModelFigures
     height: float
@@ -47,7 +54,7 @@ class _Label(NamedTuple):
 def _draw_fidelity(axes: Any, report: FidelityReport) -> list[_Label]:
     pairs = [(model, model.divergence) for model in report.candidates if model.divergence]
     positive = [value for _, each in pairs for value in (each.mean_kl, each.p99_kl) if value > 0]
-    floor = min(positive) / 4 if positive else 0.0  # Where 0 is drawn, which no log axis has.
+    floor = min(positive) / 4 if positive else 0.0  # A log axis has no 0: it is drawn here.
     labels = []
     for model, each in pairs:
         color, mean, p99 = color_of(model), max(each.mean_kl, floor), max(each.p99_kl, floor)
@@ -76,7 +83,7 @@ def _draw_fidelity(axes: Any, report: FidelityReport) -> list[_Label]:
         in_layout=False,
     )
     axes.set_ylabel("KL from the reference, nats" + (" (log)" if positive else ""))
-    axes.set_title("How far from the reference: mean, and 99th percentile (–)", fontsize=10.5, loc="left")
+    axes.set_title("Divergence from the reference: mean, and 99th percentile (–)", fontsize=10.5, loc="left")
     return labels
 
 
@@ -93,13 +100,13 @@ def _draw_loss(axes: Any, report: FidelityReport) -> list[_Label]:
         labels.append(_Label(model, loss, f"{loss - reference:+.3f}" if model.divergence else f"loss {loss:.3f}"))
     spread = max(losses) - min(losses) or 0.1
     axes.set_ylim(min(losses) - 0.2 * spread, max(losses) + 0.2 * spread)
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats per token")
     axes.set_title("Loss on the wanted answers, ± one standard error", fontsize=10.5, loc="left")
     return labels
 
 
 def _draw_memory_axis(axes: Any, report: FidelityReport) -> None:
-    """A tick for each size that differs enough from those that have one."""
+    """Draws a tick for each size that differs enough from those that have one."""
     sizes = sorted({model.memory_bytes for model in report.models})
     margin = max((sizes[-1] / sizes[0]) ** 0.25, 1.25)
     low, high = sizes[0] / margin, sizes[-1] * margin
@@ -107,7 +114,7 @@ def _draw_memory_axis(axes: Any, report: FidelityReport) -> None:
     axes.set_xlim(low, high)
     ticks: list[int] = []
     for size in [report.reference.memory_bytes, *sizes]:
-        if all(abs(math.log(size / other)) > math.log(high / low) / _MOST_TICKS for other in ticks):
+        if all(abs(math.log(size / other)) > math.log(high / low) / _MAX_TICKS for other in ticks):
             ticks.append(size)
     axes.set_xticks(ticks, [size_text(size) for size in ticks])
     axes.set_xticks([], minor=True)
@@ -115,7 +122,7 @@ def _draw_memory_axis(axes: Any, report: FidelityReport) -> None:
 
 
 def _write_labels(axes: Any, labels: Sequence[_Label]) -> None:
-    """Writes a name and a figure beside each point, on the side with more room, none over another."""
+    """Writes a label beside each point, on the side with more room, so that no two overlap."""
     places = [
         axes.transAxes.inverted().transform(axes.transData.transform((label.model.memory_bytes, label.height)))
         for label in labels
@@ -141,7 +148,7 @@ def _write_labels(axes: Any, labels: Sequence[_Label]) -> None:
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
-    """Returns heights in shares of the chart, moved so that neighbours have a label's room between them."""
+    """Returns heights, as fractions of the chart's height, moved apart by at least a label's height."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     moved = [max(height, _LABEL_HEIGHT / 2) for height in heights]
     for below, above in itertools.pairwise(order):

@@ -1,15 +1,21 @@
-"""Models side by side on the same held-out data: the figures, and how they are written."""
+"""Holds the figures of a comparison of models on the same held-out data, and writes them for readers."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-MAX_TOKENS = 10_000  # Scored at most, if not said otherwise: the 99th percentile then stands on 100 of them.
+MAX_TOKENS = 10_000  # Default number of scored tokens: the 99th percentile is then the highest of 100 of them.
 NUM_ANSWERS = 3
 
 
 class Quality(NamedTuple):
-    """How well a model predicts the answers, as `evaluate_batches` counts. loss: Mean, in nats a token."""
+    """Quality of a model's predictions, as in `evaluate_batches`.
+
+    Attributes:
+        loss: Mean loss in nats per token.
+        perplexity: exp(loss).
+        token_accuracy: Share of target tokens that the model predicts as the likeliest.
+    """
 
     loss: float
     perplexity: float
@@ -17,11 +23,14 @@ class Quality(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """How far a candidate is from the reference.
+    """Divergence of a candidate's predictions from the reference's.
 
-    mean_kl, median_kl, p99_kl: Of KL(reference || candidate) over the positions, in nats. agreement: Share of positions
-        with the same likeliest token. loss_increase: Candidate's mean loss less the reference's; below 0 it is better.
-        loss_increase_error: Its standard error, the examples being what was drawn; None of a single one.
+    Attributes:
+        mean_kl, median_kl, p99_kl: Mean, median and 99th percentile of KL(reference || candidate) over the target
+            positions, in nats.
+        agreement: Share of positions with the same likeliest token.
+        loss_increase: Mean loss of the candidate minus that of the reference; negative if the candidate is better.
+        loss_increase_error: Standard error of loss_increase over the examples; None for a single example.
     """
 
     mean_kl: float
@@ -34,19 +43,18 @@ class Divergence(NamedTuple):
 
 @dataclasses.dataclass
 class ModelFigures:
-    """One model of a comparison.
+    """Figures of one model in a comparison.
 
     Attributes:
-        name: As it was asked for, such as `demo@nf4`.
-        memory_bytes: Of all arrays of the loaded model.
-        disk_bytes: Of its weight files; None for a model that is made up, such as `tiny`.
-        has_files: False for a model that was quantized while it was loaded: disk_bytes is then what its arrays would
-            take.
-        quality: Of its own predictions.
-        divergence: From the reference; None for the reference itself.
-        reading_tokens_per_second: Through the decoder blocks.
-        writing_tokens_per_second: One answer at a time; None if no answer was long enough.
-        answers: To the report's questions.
+        name: Name as it was given, such as `demo@nf4`.
+        memory_bytes: Size of all arrays of the loaded model.
+        disk_bytes: Size of its weight files; None for a model without files, such as `tiny`.
+        has_files: False for a model that was quantized when it was loaded: disk_bytes is then the size of its arrays.
+        quality: Quality of its predictions.
+        divergence: Divergence from the reference; None for the reference itself.
+        reading_tokens_per_second: Speed of the decoder blocks on packed held-out data.
+        writing_tokens_per_second: Speed of decode steps, one answer at a time; None if no answer was long enough.
+        answers: Answers to the report's questions.
     """
 
     name: str
@@ -62,16 +70,16 @@ class ModelFigures:
 
 @dataclasses.dataclass
 class FidelityReport:
-    """A reference and candidates on the same data.
+    """Comparison of candidates with a reference on the same data.
 
     Attributes:
-        data_source: What was read.
-        num_examples, num_tokens: Scored examples and tokens of their answers.
-        num_tokens_in_data: Tokens of all answers.
-        precision: Of the arithmetic.
-        device: That computed.
-        questions, wanted_answers: Of the sample answers.
-        models: The reference, then the candidates.
+        data_source: Source of the data.
+        num_examples, num_tokens: Numbers of scored examples, and of tokens in their answers.
+        num_tokens_in_data: Number of tokens in all answers of the data.
+        precision: Compute precision.
+        device: Device that computed.
+        questions, wanted_answers: Questions that the models answered, and the answers in the data.
+        models: Figures of the reference, then those of the candidates.
     """
 
     data_source: str
@@ -86,17 +94,17 @@ class FidelityReport:
 
     @property
     def reference(self) -> ModelFigures:
-        """What the candidates are compared with."""
+        """Figures of the reference."""
         return self.models[0]
 
     @property
     def candidates(self) -> list[ModelFigures]:
-        """The others."""
+        """Figures of the candidates."""
         return self.models[1:]
 
     @property
     def scope(self) -> str:
-        """Says what was scored."""
+        """Text that says which data was scored."""
         limit = "" if self.num_tokens == self.num_tokens_in_data else f" of {self.num_tokens_in_data:,}"
         return f"{self.num_tokens:,}{limit} answer tokens in {self.num_examples:,} examples of {self.data_source}"
 
@@ -107,10 +115,10 @@ class FidelityReport:
 
 
 def figure_rows(report: FidelityReport) -> list[tuple[str, list[str]]]:
-    """Returns the table that people read: (label, a text for each model), without rows that say nothing."""
+    """Returns the rows of the table for readers, without empty ones: a label, and a text for each model."""
     labels: list[tuple[str, Callable[[ModelFigures], str]]] = [
         ("memory", lambda model: size_text(model.memory_bytes)),
-        ("of the reference's", lambda model: f"{100 * model.memory_bytes / report.reference.memory_bytes:.0f} %"),
+        ("share of the reference's", lambda model: f"{100 * model.memory_bytes / report.reference.memory_bytes:.0f} %"),
         ("disk", _disk_text),
         ("KL, mean", lambda model: _of(model.divergence, lambda d: kl_text(d.mean_kl))),
         ("KL, median", lambda model: _of(model.divergence, lambda d: kl_text(d.median_kl))),
@@ -129,35 +137,35 @@ def figure_rows(report: FidelityReport) -> list[tuple[str, list[str]]]:
 
 
 def notes(report: FidelityReport) -> list[str]:
-    """Returns what a reader of the table has to know."""
+    """Returns notes that explain the table."""
     lines = [
-        f"KL: divergence of the next token's distribution from that of {report.reference.name}, in nats. Loss: nats a "
-        "token. Both over the tokens of the answers.",
-        f"Reading (without the head) and writing (one answer at a time) on {report.device}, {report.precision}.",
+        f"KL: divergence of the next token's distribution from that of {report.reference.name}, in nats. Loss: in nats "
+        "per token. Both are computed over the tokens of the answers.",
+        f"Reading (without the LM head) and writing (one answer at a time) on {report.device} in {report.precision}.",
     ]
     if any(model.divergence and model.divergence.loss_increase_error is not None for model in report.models):
-        lines.append("Standard error: over examples, since the tokens of an answer go up and down together.")
+        lines.append("Standard error: over examples, since the tokens of an answer are correlated.")
     if not all(model.has_files for model in report.models):
-        lines.append("*: there is no such file; what the arrays would take.")
+        lines.append("*: size of the arrays; the model was quantized when it was loaded and has no such file.")
     return lines
 
 
 def summaries(report: FidelityReport) -> list[str]:
-    """Returns a sentence for each candidate: what is saved, and what it costs."""
+    """Returns a sentence for each candidate about its memory and its divergence."""
     sentences = []
     for model in report.candidates:
         assert model.divergence  # Only the reference has none.
         share = 100 * model.memory_bytes / report.reference.memory_bytes
         sentences.append(
-            f"{model.name} takes {size_text(model.memory_bytes)}, {share:.0f} % of {report.reference.name}'s, and "
-            f"finds the same token likeliest in {share_text(model.divergence.agreement)} of places; loss "
+            f"{model.name} takes {size_text(model.memory_bytes)}, {share:.0f} % of {report.reference.name}'s memory, "
+            f"and predicts the same likeliest token at {share_text(model.divergence.agreement)} of the positions; loss "
             f"{_increase_text(model.divergence)}."
         )
     return sentences
 
 
 def size_text(num_bytes: float) -> str:
-    """Returns bytes as people say them: three digits and a unit."""
+    """Returns a size with three digits and a unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 999.5:
             return f"{num_bytes:.{max(0, 3 - len(str(int(num_bytes))))}f} {unit}" if unit != "B" else f"{num_bytes} B"
@@ -166,17 +174,17 @@ def size_text(num_bytes: float) -> str:
 
 
 def short_name(name: str) -> str:
-    """Returns a model's name, of a long path its end: for pictures and columns."""
+    """Returns a model's name for charts and columns, with only the end of a long path."""
     return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
 
 
 def kl_text(kl: float) -> str:
-    """Returns a divergence with three digits."""
+    """Returns a KL divergence with three digits."""
     return f"{kl:.3g}" if kl >= 1e-4 or not kl else f"{kl:.1e}"
 
 
 def share_text(share: float) -> str:
-    """Returns a percentage; 100 % means all."""
+    """Returns a share as a percentage, which is 100 % only for all."""
     return "100 %" if share == 1 else f"{min(100 * share, 99.9):.1f} %"
 
 

@@ -1,4 +1,4 @@
-"""A comparison's files: `comparison.json`, `comparison.png`, `comparison.md` to paste, and `comparison.html`."""
+"""Writes the files of a comparison: `comparison.json`, `comparison.png`, `comparison.md` and `comparison.html`."""
 
 import html
 import json
@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from gemma_tune.evaluation.comparison_figures import FidelityReport, figure_rows, notes, summaries
 from gemma_tune.evaluation.comparison_chart import draw_comparison
-from gemma_tune.evaluation.run_report import as_svg, html_document
+from gemma_tune.evaluation.comparison_figures import FidelityReport, figure_rows, notes, summaries
+from gemma_tune.evaluation.html_report import as_svg, html_document, html_table
 from gemma_tune.runtime.atomic_files import write_text
 
 JSON_FILE, CHART_FILE, MARKDOWN_FILE = "comparison.json", "comparison.png", "comparison.md"
@@ -16,10 +16,10 @@ HTML_FILE = "comparison.html"
 
 
 def write_comparison(folder: Path, report: FidelityReport) -> None:
-    """Writes all files, over those of an earlier comparison.
+    """Writes the files of a comparison, over those of an earlier one.
 
     Raises:
-        OSError: The folder can't be written.
+        OSError: A file can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     figure = draw_comparison(report)
@@ -34,23 +34,23 @@ def write_comparison(folder: Path, report: FidelityReport) -> None:
 
 
 def as_markdown(report: FidelityReport) -> str:
-    """Returns the table, the notes and the answers."""
+    """Returns the report in Markdown: the table, the notes and the answers."""
     names = [model.name for model in report.models]
     lines = [f"## Compared with {names[0]}", "", f"{report.scope}.", "", f"![chart]({CHART_FILE})", ""]
     lines += _markdown_table(["", f"{names[0]} (reference)", *names[1:]], figure_rows(report))
     lines += ["", *(f"- {note}" for note in notes(report))]
     for index, (question, wanted) in enumerate(zip(report.questions, report.wanted_answers, strict=True)):
-        rows = [("wanted", [wanted]), *((model.name, [model.answers[index]]) for model in report.models)]
+        rows = [("wanted answer", [wanted]), *((model.name, [model.answers[index]]) for model in report.models)]
         lines += ["", f"**{_one_line(question)}**", "", *_markdown_table(["model", "answer"], rows)]
     return "\n".join(lines) + "\n"
 
 
 def as_html(report: FidelityReport, chart: str) -> str:
-    """Returns the report as one file that loads nothing from elsewhere.
+    """Returns the report as an HTML file.
 
     Args:
-        report: The figures.
-        chart: The picture as an SVG element.
+        report: Figures of the models.
+        chart: Chart as an SVG element.
     """
     name = html.escape(report.reference.name)
     parts = [
@@ -64,41 +64,34 @@ def as_html(report: FidelityReport, chart: str) -> str:
     return html_document(f"gemma_tune: compared with {report.reference.name}", parts)
 
 
-def where_they_part(text: str, reference: str) -> int:
-    """Returns where in `text` the first word begins that is not the reference's; len(text) if there is none."""
-    place = 0
+def first_difference(text: str, reference: str) -> int:
+    """Returns the position in `text` of the first word that differs from the reference's, or len(text)."""
+    position = 0
     for match, word in zip(re.finditer(r"\S+\s*", text), reference.split(), strict=False):
         if match[0].rstrip() != word:
             return match.start()
-        place = match.end()
-    return place
+        position = match.end()
+    return position
 
 
 def _html_figures(report: FidelityReport) -> str:
-    header = "".join(
-        f"<th class=number>{html.escape(model.name)}{'' if model.divergence else '<br>(reference)'}</th>"
-        for model in report.models
-    )
-    rows = "".join(
-        f"<tr><th>{label}</th>" + "".join(f"<td class=number>{html.escape(text)}</td>" for text in texts) + "</tr>"
-        for label, texts in figure_rows(report)
-    )
-    return f"<table class=figures><tr><th></th>{header}</tr>{rows}</table>"
+    names = [html.escape(model.name) + ("" if model.divergence else "<br>(reference)") for model in report.models]
+    rows = [[label, *map(html.escape, texts)] for label, texts in figure_rows(report)]
+    return html_table(rows, ("", *names), css_class="figures")
 
 
 def _html_answers(report: FidelityReport) -> str:
     if not report.questions:
         return ""
-    parts = ["<h2>Answers</h2><p>Marked: from the first word that is not the reference's.</p>"]
+    parts = ["<h2>Answers</h2><p>Marked: what follows the first word that differs from the reference's answer.</p>"]
     for index, (question, wanted) in enumerate(zip(report.questions, report.wanted_answers, strict=True)):
-        reference = report.reference.answers[index]
-        rows = [f"<tr><th>wanted</th><td>{html.escape(wanted)}</td></tr>"]
+        rows = [("wanted answer", html.escape(wanted))]
         for model in report.models:
             answer = model.answers[index]
-            place = where_they_part(answer, reference)
-            rest = f"<mark>{html.escape(answer[place:])}</mark>" if answer[place:] else ""
-            rows.append(f"<tr><th>{html.escape(model.name)}</th><td>{html.escape(answer[:place])}{rest}</td></tr>")
-        parts.append(f"<h3>{html.escape(question)}</h3><table>{''.join(rows)}</table>")
+            start = first_difference(answer, report.reference.answers[index])
+            rest = f"<mark>{html.escape(answer[start:])}</mark>" if answer[start:] else ""
+            rows.append((html.escape(model.name), html.escape(answer[:start]) + rest))
+        parts.append(f"<h3>{html.escape(question)}</h3>{html_table(rows)}")
     return "".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and token accuracy."""
+"""Computes held-out loss, perplexity and token accuracy."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -12,21 +12,21 @@ from gemma_tune.data import Batch
 def evaluate_batches(
     step: Callable[[Batch], Any], batches: Iterable[Batch], before_each: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Scores batches, each token counting once.
+    """Returns the metrics of batches, in which each target token counts once.
 
     Args:
-        step: Batch -> sums with `loss_sum`, `weight_sum` and `correct_sum`.
-        batches: At least one with something to score.
-        before_each: Called before each; may raise to leave.
+        step: Function of a batch that returns its `loss_sum`, `weight_sum` and `correct_sum`.
+        batches: Batches, of which at least one has a target token.
+        before_each: Called before each batch; may raise an exception to stop.
 
     Returns:
-        loss (mean nats per learnt token), perplexity (exp(loss)), token_accuracy (share of learnt tokens that are the
-        model's likeliest), num_tokens.
+        loss (mean over the target tokens, in nats), perplexity (exp(loss)), token_accuracy (share of target tokens that
+        the model predicts as the likeliest), num_tokens (number of target tokens).
     """
     sums: list[Any] = []
     for batch in batches:
         before_each()
-        jax.block_until_ready(sums[-1:])  # One is computed while the next is made; no queue grows.
+        jax.block_until_ready(sums[-1:])  # One batch is computed while the next is prepared, and no queue grows.
         sums.append(step(batch))
     num_tokens = sum(float(part.weight_sum) for part in sums)
     loss = sum(float(part.loss_sum) for part in sums) / num_tokens
@@ -39,5 +39,5 @@ def evaluate_batches(
 
 
 def perplexity_of(loss: float) -> float:
-    """Returns exp(loss)."""
+    """Returns exp(loss); of a loss above 700, exp(700)."""
     return math.exp(min(loss, 700.0))  # exp(710) overflows.

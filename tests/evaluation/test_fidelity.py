@@ -15,12 +15,12 @@ from gemma_tune.evaluation.fidelity import (
     divergence,
     reference_quality,
 )
-from gemma_tune.evaluation.measure import scored_positions, scored_states, timed_answers
+from gemma_tune.evaluation.measure import target_states, targets_of, timed_answers
 from gemma_tune.models.functional import final_soft_cap, lm_head_weights, parameters
 from gemma_tune.pipeline import compare, evaluate
 from gemma_tune.quantization.codes import dequantize, quantize
 from gemma_tune.quantization.spec import QuantSpec
-from gemma_tune.serving import generation as generate
+from gemma_tune.serving.generation import generate
 
 GRIDS = [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("nf4", 32), QuantSpec("nf4", 32, double=True)]
 NUM_POSITIONS, VOCABULARY = 150, 1000  # Neither a multiple of what is computed at once.
@@ -54,7 +54,7 @@ def by_definition(a, b, targets):
     }
 
 
-def targets_of(rng, *logits):
+def choose_targets(rng, *logits):
     """Random ones, and the models' likeliest, so that some predictions are right."""
     targets = rng.integers(0, VOCABULARY, NUM_POSITIONS).astype(np.int32)
     for place, each in enumerate(logits):
@@ -63,14 +63,14 @@ def targets_of(rng, *logits):
 
 
 @pytest.mark.parametrize("soft_caps", [(None, None), (None, 5.0), (30.0, 30.0)], ids=str)
-@pytest.mark.parametrize("block", [64, 256, 1000, 4096])
-def test_figures_are_those_of_full_logits(rng, soft_caps, block):
-    """Whatever the block, and with models of different widths."""
+@pytest.mark.parametrize("tile", [64, 256, 1000, 4096])
+def test_figures_are_those_of_full_logits(rng, soft_caps, tile):
+    """Whatever the tile, and with models of different widths."""
     (one, hidden, a), (other, other_hidden, b) = (
         random_model(rng, width, cap) for width, cap in zip((32, 48), soft_caps, strict=True)
     )
-    targets = targets_of(rng, a, b)
-    figures = compare_positions(one, hidden, other, other_hidden, targets, block=block)
+    targets = choose_targets(rng, a, b)
+    figures = compare_positions(one, hidden, other, other_hidden, targets, tile=tile)
     wanted = by_definition(a, b, targets)
     for name, values in wanted.items():
         assert getattr(figures, name).shape == (NUM_POSITIONS,)
@@ -85,8 +85,8 @@ def test_a_quantized_head_is_its_dequantized_one(rng, quant_spec):
     one, hidden, a = random_model(rng, 64)
     other, _, b = random_model(np.random.default_rng(20240731), 64, quant_spec=quant_spec)  # The same weights, rounded.
     b = hidden.astype(np.float64) @ np.asarray(dequantize(other.weights), np.float64)[..., 0].T
-    targets = targets_of(rng, a, b)
-    figures = compare_positions(one, hidden, other, hidden, targets, block=256)
+    targets = choose_targets(rng, a, b)
+    figures = compare_positions(one, hidden, other, hidden, targets, tile=256)
     wanted = by_definition(a, b, targets)
     np.testing.assert_allclose(figures.kl, wanted["kl"], rtol=1e-3, atol=5e-6)
     np.testing.assert_array_equal(figures.agrees, wanted["agrees"])
@@ -97,10 +97,10 @@ def test_a_model_and_itself(rng):
     """Not near 0: 0, whatever the soft cap. And never below, for a model that hardly differs."""
     for cap in (None, 30.0):
         head, hidden, logits = random_model(rng, 32, cap)
-        figures = compare_positions(head, hidden, head, hidden, targets_of(rng, logits))
+        figures = compare_positions(head, hidden, head, hidden, choose_targets(rng, logits))
         values = divergence(figures, np.arange(NUM_POSITIONS))
         assert values[:4] == (0.0, 0.0, 0.0, 1.0) and values.loss_increase == 0.0
-        nearly = compare_positions(head, hidden, head, hidden * np.float32(1 + 1e-6), targets_of(rng, logits))
+        nearly = compare_positions(head, hidden, head, hidden * np.float32(1 + 1e-6), choose_targets(rng, logits))
         assert (nearly.kl >= 0).all() and nearly.kl.max() < 1e-5
 
 
@@ -108,7 +108,7 @@ def test_far_apart_models_have_a_finite_divergence(rng):
     """Probabilities that are 0 in float32: only their logarithms are held."""
     head, hidden, logits = random_model(rng, 32)
     far = rng.normal(size=hidden.shape).astype(np.float32)
-    targets = targets_of(rng, logits)
+    targets = choose_targets(rng, logits)
     figures = compare_positions(head, hidden * 30, head, far * 30, targets)
     wanted = by_definition(logits * 30, far.astype(np.float64) * 30 @ np.asarray(head.weights, np.float64).T, targets)
     np.testing.assert_allclose(figures.kl, wanted["kl"], rtol=1e-5, atol=1e-3)  # Logits of 500 have steps of 3e-5.
@@ -119,7 +119,7 @@ def test_only_rows_that_both_vocabularies_have_count(rng):
     """Some checkpoints fill their vocabulary up."""
     head, hidden, logits = random_model(rng, 32)
     longer = SoftCappedLMHead(jnp.concatenate([head.weights, jnp.ones((24, 32))]), None)
-    targets = targets_of(rng, logits)
+    targets = choose_targets(rng, logits)
     for one, other in ((head, longer), (longer, head)):
         figures = compare_positions(one, hidden, other, hidden, targets)
         assert figures.kl.max() == 0 and figures.agrees.all()
@@ -129,7 +129,7 @@ def test_sums_of_positions(rng):
     """Means and percentiles by NumPy; the standard error by drawing examples again and again."""
     one, hidden, a = random_model(rng, 32)
     other, other_hidden, b = random_model(rng, 32)
-    targets = targets_of(rng, a, b)
+    targets = choose_targets(rng, a, b)
     figures = compare_positions(one, hidden, other, other_hidden, targets)
     examples = np.repeat(np.arange(30), 5)
     values = divergence(figures, examples)
@@ -160,10 +160,10 @@ def test_all_families_against_their_own_logits(some_family, tiny):
     examples = load_examples("sample:smartphone_support/heldout")[:5]
     tokens = tokenize_examples(examples, template_for(some_family), tokenizer_of(models[0]), 96, "truncate").examples
     batches = HeldoutBatches(tokens, 2, 96, packing=True)
-    positions = scored_positions(batches)
+    positions = targets_of(batches)
     sides = []
     for model in models:
-        states = scored_states(model, batches, lambda count: None)
+        states = target_states(model, batches, lambda count: None)
         assert states.tokens_per_second > 0
         sides += [SoftCappedLMHead(lm_head_weights(model.backbone), final_soft_cap(model.backbone)), states.hidden]
     figures = compare_positions(*sides, positions.target_ids)
