@@ -1,4 +1,4 @@
-"""Which precision suits which device, and what float16 can't hold or compares otherwise."""
+"""Precisions that suit a device, and values that float16 can't hold."""
 
 import warnings
 
@@ -69,7 +69,7 @@ def test_models_that_compute_in_float16(tiny):
 
 
 def test_a_weight_beyond_float16_is_named(tiny, tmp_path):
-    """At its largest value it loads, at the next that rounds beyond it not; bfloat16 has room for both."""
+    """The largest float16 value loads, and the next one is refused; bfloat16 holds both."""
     model = tiny("gemma")
     kernel = model.backbone.transformer_layers[1].ffw_linear._kernel
     for value, fits in ((65504.0, True), (65520.0, False)):
@@ -122,7 +122,7 @@ def test_an_adapter_knows_its_base_through_float16s_rounding(tiny, rng, tmp_path
 
 
 def changed(model):
-    """Two per cent more or less of each weight, as fine-tuning makes of it."""
+    """Changes each weight by up to two per cent, as fine-tuning does."""
     rng = np.random.default_rng(0)
     for variable in model.backbone.variables:
         value = jnp.asarray(variable.value, jnp.float32)

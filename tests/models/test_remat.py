@@ -1,4 +1,4 @@
-"""Recomputing changes memory and nothing else."""
+"""Remat changes the memory of a step and nothing else."""
 
 import jax
 import numpy as np
@@ -44,7 +44,7 @@ def test_full_fine_tuning_too(tiny, rng):
 
 
 def test_each_policy_needs_less_memory_than_the_one_before(tiny, rng):
-    """As XLA counts it. The batch is large enough for activations to outweigh everything else."""
+    """Temporary memory as XLA counts it. The batch is so large that most of it is activations."""
     temporary = []
     for remat in ("none", "dots", "full"):
         model, trainable, frozen = lora_model(tiny, "gemma3", rng)
@@ -58,7 +58,7 @@ def test_each_policy_needs_less_memory_than_the_one_before(tiny, rng):
 
 
 def test_a_gradient_that_is_no_number_stays_one(tiny, rng):
-    """The backward pass of a block runs only for gradients that are numbers; the others must not turn into zeros."""
+    """The backward pass of a block runs only for finite gradients; NaN and infinity must not turn into zeros."""
     model, trainable, frozen = lora_model(tiny, "gemma3", rng)
     enable_remat(model.backbone, "full")
     batch = random_batch(rng)

@@ -1,4 +1,4 @@
-"""The attention kernel that is chosen is one that can run, and why it is no faster one is said."""
+"""The chosen attention kernel can run, and the choice says why it isn't a faster one."""
 
 import types
 
@@ -33,11 +33,11 @@ GEMMA4_GLOBAL = GEMMA3._replace(head_width=512, scale=1.0)
         ("cudnn", Device("cuda", (12, 0)), GEMMA3, 512, ""),
         ("cudnn", HOPPER, GEMMA3._replace(dtype="float32"), 512, "cuDNN needs float16 or bfloat16, this is float32"),
         ("cudnn", HOPPER, GEMMA2, 512, "cuDNN has no soft cap of scores, this model has one of 50"),
-        ("cudnn", HOPPER, GEMMA4_GLOBAL, 512, "cuDNN needs a head width that is a multiple of 8, at most 256 on this GPU, this is 512"),
+        ("cudnn", HOPPER, GEMMA4_GLOBAL, 512, "a multiple of 8, at most 256 on this GPU, this is 512"),
         ("cudnn", HOPPER, GEMMA3._replace(head_width=20), 512, "a multiple of 8, at most 256 on this GPU, this is 20"),
         ("cudnn", HOPPER, GEMMA3, 511, "cuDNN needs rows of a multiple of 128 tokens, these have 511"),
         ("cudnn", HOPPER, GEMMA3, 192, "cuDNN needs rows of a multiple of 128 tokens, these have 192"),
-        ("cudnn", AMPERE, GEMMA3, 512, "cuDNN needs a head width that is a multiple of 8, at most 128 on this GPU, this is 256"),
+        ("cudnn", AMPERE, GEMMA3, 512, "a multiple of 8, at most 128 on this GPU, this is 256"),
         ("cudnn", AMPERE, GEMMA3_27B, 512, ""),
         ("cudnn", TURING, GEMMA3_27B, 512, "cuDNN needs compute capability 8.0, this GPU has 7.5"),
         ("cudnn", CPU, GEMMA3, 512, "cuDNN needs an NVIDIA GPU, this is cpu"),
@@ -57,7 +57,7 @@ def test_known_limits(kernel, device, shape, row_length, reason):
 
 @pytest.fixture
 def on(monkeypatch):
-    """Pretends to run on a device, where every kernel compiles, or none for the reason that is given."""
+    """Pretends to run on a device on which every kernel compiles, or none does for the given reason."""
 
     def pretend(device, compiler_says=""):
         monkeypatch.setattr(attention_choice, "first_device", lambda: device)
@@ -128,7 +128,7 @@ def test_other_attention_stays_keras_hubs(tiny):
 
 
 def test_compiling_says_what_is_wrong():
-    """Interpreted, splash attention compiles on CPU; cuDNN is not there."""
+    """On CPU, splash attention compiles when it is interpreted, and cuDNN doesn't."""
     shape = AttentionShape(4, 2, 16, "float32", 0.25, None, 16)
     assert compile_problem("splash", [shape], 128) == ""
     found = compile_problem("cudnn", [shape._replace(dtype="bfloat16")], 128)

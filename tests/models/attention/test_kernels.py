@@ -20,20 +20,20 @@ LENGTH = 256
 
 
 def random_row(rng, num_kv_heads, dtype=np.float32):
-    """Two rows of three segments, of which the last is padding in one of them: q, k, v, segment ids."""
+    """Returns q, k, v and segment ids of two rows with three segments; in one row the last segment is padding."""
     q, k, v = (jnp.asarray(rng.normal(size=(2, LENGTH, heads, 16)), dtype) for heads in (4, num_kv_heads, num_kv_heads))
     return q, k, v, jnp.asarray([[1] * 100 + [2] * 90 + [3] * 66, [1] * 140 + [2] * 46 + [0] * 70], jnp.int32)
 
 
 def packed_mask(segment_ids, window=None):
-    """Where a query may look: its own segment, before it, within the window; padding nowhere."""
+    """Returns which keys a query sees: those of its segment, before it, within the window. Padding sees none."""
     distance = jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)
     near = (distance >= 0) & (distance < (window or LENGTH))
     return near & (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, :, None]
 
 
 def output_and_gradients(attention, q, k, v, is_token):
-    """Of the positions that are no padding, against a cotangent that differs everywhere."""
+    """Returns the outputs and gradients of positions other than padding, for a cotangent that differs everywhere."""
     cotangent = jnp.sin(jnp.arange(q.size, dtype=q.dtype)).reshape(q.shape)
 
     def total(q, k, v):
@@ -76,7 +76,7 @@ def test_what_cudnn_is_given_is_causal_attention(rng, num_kv_heads, window):
 
 
 def test_no_row_that_cudnn_is_given_looks_nowhere(rng):
-    """Padding has no finite log-sum-exp otherwise, and its gradients are no numbers."""
+    """Else padding would have no finite log-sum-exp, and its gradients would be NaN."""
     q, k, v, segment_ids = random_row(rng, 1)
     attended = cudnn_attention(q, k, v, packed_mask(segment_ids), scale=0.3, implementation="xla")
     padding = segment_ids == 0
@@ -88,7 +88,7 @@ REAL_SHAPES = [(4, 1, 256, "bfloat16", 512, None), (8, 4, 256, "float32", 4096, 
 
 
 def gradients_of(attention, num_heads, num_kv_heads, head_width, dtype, last):
-    """Returns the compiled gradient, and the shapes to lower it for: rows of 1024, and `last`."""
+    """Returns the jitted gradient, and the shapes to lower it for: rows of 1024 positions, and `last`."""
     q, k = (jax.ShapeDtypeStruct((2, 1024, heads, head_width), dtype) for heads in (num_heads, num_kv_heads))
     total = lambda q, k, v, last: attention(q, k, v, last).astype(jnp.float32).sum()
     return jax.jit(jax.grad(total, (0, 1, 2))), (q, k, k, last)
@@ -96,7 +96,7 @@ def gradients_of(attention, num_heads, num_kv_heads, head_width, dtype, last):
 
 @pytest.mark.parametrize("shape", REAL_SHAPES)
 def test_splash_lowers_for_a_tpu(shape):
-    """For the widths of real models, which take too long interpreted: forward, and backward in two kernels."""
+    """Forward pass, and backward pass in two kernels, at the widths of real models, which take too long interpreted."""
     *heads, window, soft_cap = shape
     splash = lambda q, k, v, ids: splash_attention(q, k, v, ids, scale=0.1, window=window, soft_cap=soft_cap)
     gradients, shapes = gradients_of(splash, *heads, jax.ShapeDtypeStruct((2, 1024), "int32"))
@@ -105,7 +105,7 @@ def test_splash_lowers_for_a_tpu(shape):
 
 
 def test_cudnn_lowers_for_a_gpu(monkeypatch):
-    """As if there were a Hopper: JAX takes the arguments, and calls cuDNN forward and backward."""
+    """Pretends that there is a Hopper GPU: JAX accepts the arguments, and calls cuDNN forward and backward."""
     import jax._src.cudnn.fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91300)
@@ -124,7 +124,7 @@ def value_and_gradients(model, trainable, frozen, batch):
 
 
 def test_splash_in_a_model_is_keras_hubs_attention(tiny, some_family, rng):
-    """Packed, padded rows of 128, longer than the tiny models' windows, and with recomputation around the blocks."""
+    """Packed and padded rows of 128 positions, longer than the tiny models' windows, with remat of the blocks."""
     model, trainable, frozen = lora_model(tiny, some_family, rng, ("attention",))
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (128, 90), 2, 128))
     batch = batch._replace(segment_ids=batch.segment_ids + (batch.segment_ids > 0) * (jnp.arange(128) > 60))
@@ -140,7 +140,7 @@ def test_splash_in_a_model_is_keras_hubs_attention(tiny, some_family, rng):
 
 
 def test_splash_holds_no_mask(tiny, rng):
-    """Nothing of L·L elements is in the whole program, scores or masks: its blocks are smaller."""
+    """No array of L·L elements, scores or mask, is in the whole program: the kernel's tiles are smaller."""
     model, trainable, frozen = lora_model(tiny, "gemma3", rng)
     enable_packing(model.backbone)
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (300,), 1, 384))

@@ -1,4 +1,4 @@
-"""Packed rows against the same examples in rows of their own."""
+"""Packed rows give what the same examples give in rows of their own."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_packed_equals_separate(tiny, some_family, rng):
 
 
 def test_without_packing_examples_see_each_other(tiny, rng):
-    """Negative control: KerasHub's own mask, given the same packed row, lets the second example see the first."""
+    """Negative control: with KerasHub's own mask, the second example of the same packed row sees the first."""
     model = tiny("gemma3")
     examples = random_examples(rng, (24, 9))
     separate = run(model, make_batch([[example] for example in examples], 2, 64))

@@ -1,4 +1,4 @@
-"""Causal attention in blocks gives what KerasHub's attention gives, and looks at nothing that lies later."""
+"""Causal attention by tiles gives what KerasHub's attention gives, and reads no later position."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from gemma_tune.training.step.loss import make_loss_fn
 
 
 def plain_attention(q, k, v, mask, scale, soft_cap):
-    """By the definition, head by head."""
+    """Computes attention by its definition, head by head."""
     out = np.zeros_like(q)
     group = q.shape[2] // k.shape[2]
     for row, head in np.ndindex(q.shape[0], q.shape[2]):
@@ -40,7 +40,7 @@ def test_by_the_definition(rng, attention, num_kv_heads, soft_cap, length, windo
 
 
 def test_fewer_scores_are_computed(rng):
-    """By XLA's count of operations: 10 of 16 blocks of scores at a length of 512."""
+    """By XLA's count of operations, 10 of 16 tiles of scores are computed at a length of 512."""
 
     def operations(function):
         arrays = [jax.ShapeDtypeStruct((1, 512, heads, 64), jnp.float32) for heads in (4, 1, 1)]
@@ -60,7 +60,7 @@ def test_fewer_scores_are_computed(rng):
 @pytest.mark.parametrize("window", [None, 200])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_by_segments(rng, window, dtype):
-    """Two rows of 700 positions: six blocks of queries that need different spans of keys, the last of them filled up."""
+    """Two rows of 700 positions: six tiles of queries that need different spans of keys; the last tile is padded."""
     length = 700
     q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 16)), dtype) for heads in (4, 2, 2))
     segments = np.stack([np.repeat([1, 2, 3, 0], [40, 450, 130, 80]), np.repeat([1, 2, 0, 3], [300, 2, 1, 397])])
@@ -82,7 +82,7 @@ def test_gradients_by_segments(rng, window, dtype):
 
 
 def test_keys_before_a_segment_are_not_read(rng):
-    """What isn't a number makes every sum that it is in none, even at a weight of 0."""
+    """NaN at a position that isn't to be read would spread to every sum that it is in, even with weight 0."""
     q, k, v = (rng.normal(size=(2, 512, heads, 8)).astype(np.float32) for heads in (2, 1, 1))
     segments = np.stack([np.repeat([1, 2], [256, 256]), np.repeat([1, 2], [384, 128])])
     mask = np.tril(segments[:, :, None] == segments[:, None, :])
@@ -103,7 +103,7 @@ def test_spans_of_keys(block, longest):
 
 
 def test_loss_and_gradients_are_keras_hubs(tiny, family, rng):
-    """Rows of 300 positions: three blocks of queries, longer than the tiny models' sliding windows."""
+    """Rows of 300 positions, longer than the tiny models' sliding windows: three tiles of queries."""
     model, trainable, frozen = lora_model(tiny, family, rng)
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (300, 170), 2, 300))
     results = []

@@ -1,4 +1,4 @@
-"""bfloat16 on a CPU: the same numbers, in the forms that are fast."""
+"""bfloat16 on a CPU gives the same numbers in the forms that are fast."""
 
 import functools
 import re
@@ -45,7 +45,7 @@ def test_product_and_gradients_are_those_of_float32_rounded(rng, shape):
 
 @needs_bfloat16
 def test_nothing_is_multiplied_in_float32(rng):
-    """Neither forward nor backward, towards x; with JAX's own product and gradients both are."""
+    """Neither the forward pass nor the gradient in x converts its operands; with JAX's own matmul both do."""
     x, kernel = random(rng, 2, 64, 128), random(rng, 128, 256)
     weights = jnp.ones((2, 64, 256))
 
@@ -65,7 +65,7 @@ def test_float32_is_left_alone(rng):
 
 @needs_bfloat16
 def test_blocks_keeps_the_products(rng):
-    """Of two products in a row, recomputing all makes the backward pass compute the first one anew; `dots` doesn't."""
+    """Of two products in a row, `full` computes the first again in the backward pass, and `dots` doesn't."""
     x, first, second = random(rng, 16, 128), random(rng, 128, 128), random(rng, 128, 128)
 
     def count(policy):

@@ -1,4 +1,4 @@
-"""Rotary tables against KerasHub computing sines and cosines itself."""
+"""Rotary tables give what KerasHub gives when it computes sines and cosines itself."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def test_hidden_states_are_the_same(tiny, some_family):
 
 
 def test_the_program_has_no_sines_left(tiny):
-    """But where positions are given: those are known at run time only."""
+    """Except where positions are given, since those are known only at run time."""
     backbone = tiny("gemma3").backbone
     layer = rotary_layers(backbone)[0]
     x, positions = jnp.ones((1, LENGTH, 2, 8)), jnp.arange(LENGTH)
@@ -50,7 +50,7 @@ def test_the_program_has_no_sines_left(tiny):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_tables_are_rounded_at_the_end(tiny, precision):
-    """From float32: an angle of 23 in bfloat16 would be off by up to 0.06."""
+    """The tables are computed in float32: an angle of 23 in bfloat16 would be off by up to 0.06."""
     backbone = tiny("gemma3", precision=precision).backbone
     use_rotary_tables(backbone)
     cosines, sines = rotary_layers(backbone)[0]._compute_cos_sin_embedding(jnp.ones((1, LENGTH, 2, 8)))

@@ -25,11 +25,11 @@ from gemma_tune.training.step.loss import make_loss_fn, make_loss_of_hidden
 from gemma_tune.training.step.per_block import PerBlockProgram
 from gemma_tune.training.step.per_block_gradients import PerBlockGradients
 
-GRIDS = [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("nf4", 32), QuantSpec("nf4", 32, double=True)]
+QUANT_SPECS = [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("nf4", 32), QuantSpec("nf4", 32, double=True)]
 
 
 def dequantized(model, family, precision="float32"):
-    """A float model of the same values: what the quantized one has to compute."""
+    """Returns a float model with the dequantized values, which the quantized one has to compute the same as."""
     twin = load_model(f"tiny:{family}", precision=precision)
     layers = {layer.path: layer for layer in iter_layers(twin.backbone)}
     for layer in quantized_layers(model.backbone):
@@ -40,7 +40,7 @@ def dequantized(model, family, precision="float32"):
 
 
 def with_factors(model, seed):
-    """LoRA on all linear layers, B no longer zero."""
+    """Enables LoRA on all linear layers, and returns random factors in which B isn't zero."""
     transform_for_training(model, LoraSettings(4, 8.0, ("all-linear",), 0), packing=True, remat="dots", row_length=64)
     groups, rng = parameters(model), np.random.default_rng(seed)
     return {
@@ -49,7 +49,7 @@ def with_factors(model, seed):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 @pytest.mark.parametrize(
     ("equation", "x_shape", "shape"),
     [
@@ -59,7 +59,7 @@ def with_factors(model, seed):
     ],
 )
 def test_product(rng, quant_spec, equation, x_shape, shape, dtype):
-    """And its gradient, which only x has."""
+    """A quantized product and its gradient in x are those of the dequantized kernel."""
     x, kernel = jnp.asarray(rng.normal(size=x_shape), dtype), rng.normal(size=shape).astype(np.float32)
     matrix = {"ndh": (4, 64, 8), "nhd": (1, 64, 24), "df": (1, 64, 24)}[equation.split(",")[1].split("-")[0]]
     quantized = jax.tree.map(jnp.asarray, quantize(kernel.reshape(matrix), quant_spec))
@@ -77,7 +77,11 @@ def test_product(rng, quant_spec, equation, x_shape, shape, dtype):
 
 @pytest.mark.parametrize(
     "quant_spec",
-    [GRIDS[1], GRIDS[3], *(pytest.param(quant_spec, marks=pytest.mark.slow) for quant_spec in (GRIDS[0], GRIDS[2]))],
+    [
+        QUANT_SPECS[1],
+        QUANT_SPECS[3],
+        *(pytest.param(quant_spec, marks=pytest.mark.slow) for quant_spec in (QUANT_SPECS[0], QUANT_SPECS[2])),
+    ],
     ids=str,
 )
 def test_loss_and_gradients_are_those_of_the_dequantized_model(some_family, quant_spec, rng):
@@ -96,7 +100,7 @@ def test_loss_and_gradients_are_those_of_the_dequantized_model(some_family, quan
         np.testing.assert_allclose(ours[path], gradient, atol=1e-3 * np.abs(gradient).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("quant_spec", [GRIDS[1], GRIDS[3]], ids=str)
+@pytest.mark.parametrize("quant_spec", [QUANT_SPECS[1], QUANT_SPECS[3]], ids=str)
 def test_per_block_is_the_whole_program(quant_spec, rng):
     model = load_model("tiny:gemma3", quant_spec=quant_spec)
     factors, frozen = with_factors(model, 0), parameters(model).frozen
@@ -110,7 +114,7 @@ def test_per_block_is_the_whole_program(quant_spec, rng):
 
 
 def test_no_floats_are_kept_for_the_backward_pass(rng):
-    """Even where all activations are: of a kernel, only its codes cross from the forward to the backward program."""
+    """Also when all activations are kept: only the codes of a kernel go from the forward to the backward program."""
     model = load_model("tiny:gemma3", quant_spec=QuantSpec("nf4", 32))
     factors, frozen = with_factors(model, 0), parameters(model).frozen
     batch = jax.tree.map(jnp.asarray, random_batch(rng, (40,), 1, 64))
@@ -123,16 +127,16 @@ def test_no_floats_are_kept_for_the_backward_pass(rng):
     assert len(kernels) > 3 and any(value.shape in kernels for value in frozen.values())
 
 
-@pytest.mark.parametrize("quant_spec", [GRIDS[0], GRIDS[3]], ids=str)
+@pytest.mark.parametrize("quant_spec", [QUANT_SPECS[0], QUANT_SPECS[3]], ids=str)
 def test_generating_is_that_of_the_dequantized_model(some_family, quant_spec):
-    """KerasHub's generate, with a cache and all logits at once."""
+    """KerasHub's `generate`, with a KV cache and all logits at once, gives the same tokens."""
     model = load_model(f"tiny:{some_family}", quant_spec=quant_spec)
     wanted = dequantized(model, some_family).generate("How do I", max_length=16)
     assert model.generate("How do I", max_length=16) == wanted
 
 
 def test_bytes_in_memory():
-    """Of the quantized layers; norms stay float."""
+    """Quantized layers take little more than their codes; norms stay float."""
     floats = sum(value.nbytes for value in parameters(load_model("tiny:gemma3")).trainable.values())
     for quant_spec, most in ((QuantSpec("int8"), 0.28), (QuantSpec("int4"), 0.16), (QuantSpec("nf4"), 0.16)):
         model = load_model("tiny:gemma3", quant_spec=quant_spec)
@@ -162,9 +166,9 @@ def test_lora_is_not_merged_into_codes():
         transform_for_training(model, None, packing=True, remat="dots", row_length=64)
 
 
-@pytest.mark.parametrize("quant_spec", [GRIDS[0], GRIDS[3]], ids=str)
+@pytest.mark.parametrize("quant_spec", [QUANT_SPECS[0], QUANT_SPECS[3]], ids=str)
 def test_an_adapter_of_a_quantized_model_fits_its_float_base(quant_spec, tmp_path):
-    """So that it can be merged where nothing is rounded; and no other base."""
+    """An adapter loads on the float base too, where merging rounds nothing, but on no other base."""
     model = load_model("tiny:gemma3", quant_spec=quant_spec)
     assign(model, with_factors(model, 0))
     save_adapter(model, tmp_path, base_model="tiny:gemma3")
@@ -178,9 +182,9 @@ def test_an_adapter_of_a_quantized_model_fits_its_float_base(quant_spec, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma4"])
-@pytest.mark.parametrize("quant_spec", [GRIDS[0], GRIDS[3]], ids=str)
+@pytest.mark.parametrize("quant_spec", [QUANT_SPECS[0], QUANT_SPECS[3]], ids=str)
 def test_a_checkpoint_is_quantized_as_it_is_read(quant_spec, tmp_path, name):
-    """From a Keras preset: the same codes as quantizing the loaded model. What is saved quantized has them too."""
+    """Quantizing a Keras preset while it is read gives the codes of quantizing the loaded model, and saving keeps them."""
     load_model(f"tiny:{name}").save_to_preset(str(tmp_path / "preset"))
     wanted, model = (load_model(source, quant_spec=quant_spec) for source in (f"tiny:{name}", str(tmp_path / "preset")))
     save_preset(model, tmp_path / "codes")
@@ -193,7 +197,7 @@ def test_a_checkpoint_is_quantized_as_it_is_read(quant_spec, tmp_path, name):
 
 
 def test_what_is_saved_quantized(tmp_path):
-    """Whole or not at all, on no other's place, and not twice quantized."""
+    """A preset is saved whole or not at all, replaces nothing, and can't be quantized a second time."""
     model = load_model("tiny:gemma3", quant_spec=QuantSpec("int4", 32))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")

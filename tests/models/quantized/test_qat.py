@@ -29,7 +29,7 @@ from gemma_tune.training.step.loss import make_loss_fn
 from gemma_tune.training.step.per_block import PerBlockProgram
 
 INT4 = QuantSpec("int4", 32)
-GRIDS = [QuantSpec("int8"), INT4, pytest.param(QuantSpec("nf4", 32), marks=pytest.mark.slow)]
+QUANT_SPECS = [QuantSpec("int8"), INT4, pytest.param(QuantSpec("nf4", 32), marks=pytest.mark.slow)]
 LORA = LoraSettings(4, 8.0, ("all-linear", "token_embedding"), 0)
 SCALE = LORA.alpha / LORA.rank
 
@@ -40,7 +40,7 @@ def prepare(model, lora=None, qat=None):
 
 
 def qat_model(family, quant_spec, lora=None, rng=None):
-    """With LoRA: factors that change the model, no longer B = 0."""
+    """Returns a model in quantization-aware training; with LoRA, its factors are random and B isn't zero."""
     model = prepare(load_model(f"tiny:{family}"), lora, quant_spec)
     if lora:
         trainable = parameters(model).trainable
@@ -53,13 +53,13 @@ def fake_layers(model):
 
 
 def merged_floats(layer):
-    """The float kernel, LoRA's update in it."""
+    """Returns the float kernel with LoRA's update."""
     kernel, *factors = (np.asarray(variable.value) for variable in layer.variables_to_round())
     return kernel + np.float32(SCALE) * (factors[0] @ factors[1]) if factors else kernel
 
 
 def converted(model, family, quant_spec):
-    """A float model with what NumPy makes of each kernel: quantized, and back."""
+    """Returns a float model whose kernels NumPy quantized and dequantized."""
     twin = load_model(f"tiny:{family}")
     kernels = {}
     for layer in fake_layers(model):
@@ -71,7 +71,7 @@ def converted(model, family, quant_spec):
 
 
 def loss_and_gradients(model, batch):
-    """Summed loss, and its gradient by path, in what is trained."""
+    """Returns the summed loss, and its gradients by path in the trained arrays."""
     groups, loss_fn = parameters(model), make_loss_fn(model, num_targets(batch))
     loss_and_gradients = jax.jit(jax.value_and_grad(lambda t, batch: loss_fn(t, groups.frozen, batch).loss_sum))
     return loss_and_gradients(groups.trainable, batch)
@@ -84,9 +84,11 @@ def assert_gradients(ours, wanted):
         np.testing.assert_allclose(ours[path], gradient, atol=1e-3 * np.abs(gradient).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 def test_loss_and_gradients_are_those_at_the_rounded_weights(some_family, quant_spec, rng):
-    """Of all weights, the embedding with its two ends included: straight through is the gradient at the rounded ones."""
+    """For all weights, the embedding with both its uses included, straight-through gradients are those at the rounded
+    weights.
+    """
     model, batch = qat_model(some_family, quant_spec), random_batch(rng)
     float_loss, _ = loss_and_gradients(load_model(f"tiny:{some_family}"), batch)
     wanted, gradients = loss_and_gradients(prepare(converted(model, some_family, quant_spec)), batch)
@@ -125,7 +127,7 @@ def test_dora_is_refused():
         qat_model("gemma", INT4, LORA._replace(target_layers=("query",), use_dora=True))
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 def test_lora_gradients_are_those_of_the_rounded_sum(some_family, quant_spec, rng):
     """With G the gradient at round(W + s·A·B): A gets s·G·Bᵀ and B gets s·Aᵀ·G (summed over heads); W gets none."""
     model, batch = qat_model(some_family, quant_spec, LORA, rng), random_batch(rng)
@@ -144,7 +146,7 @@ def test_lora_gradients_are_those_of_the_rounded_sum(some_family, quant_spec, rn
         np.testing.assert_allclose(ours[path], gradient, atol=5e-3 * np.abs(gradient).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 def test_converting_gives_the_weights_that_were_trained_with(quant_spec):
     """Bit for bit: `quantize_layers` on the floats, and what the layers computed with."""
     model, quantized = qat_model("gemma3", quant_spec), load_model("tiny:gemma3")
@@ -158,9 +160,9 @@ def test_converting_gives_the_weights_that_were_trained_with(quant_spec):
         np.testing.assert_array_equal(trained_with[layer.path], codes.reshape(trained_with[layer.path].shape))
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 def test_merging_and_converting_gives_the_weights_that_were_trained_with(quant_spec, rng, tmp_path):
-    """By way of the saved adapter, on the float base. Rounding W alone gives others."""
+    """The adapter, saved, loaded on the float base, merged and quantized, gives the same codes. Rounding W alone does not."""
     model = qat_model("gemma3", quant_spec, LORA, rng)
     save_adapter(model, tmp_path)
     base = load_model("tiny:gemma3", adapter=str(tmp_path))
@@ -193,7 +195,7 @@ def test_per_block_with_other_quant_specs_and_a_frozen_head(quant_spec, remat, r
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_no_rounded_kernel_is_kept_for_the_backward_pass(lora, rng):
-    """Even where all activations are."""
+    """Also when all activations are kept."""
     model = qat_model("gemma3", INT4, lora, rng)
     groups, batch = parameters(model), jax.tree.map(jnp.asarray, random_batch(rng, (40,), 1, 64))
     kernels = {layer._kernel.shape for layer in fake_layers(model) if isinstance(layer, FakeQuantEinsumDense)}
@@ -206,7 +208,7 @@ def test_no_rounded_kernel_is_kept_for_the_backward_pass(lora, rng):
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])
 def test_answers_are_those_of_the_converted_model(family, lora, rng):
-    """KerasHub's generate, which rounds for every token, and ours, which rounds once."""
+    """KerasHub's `generate`, which rounds for every token, and ours, which rounds once, give the same tokens."""
     model = qat_model(family, INT4, lora, rng)
     twin = converted(model, family, INT4)
     assert model.generate("How do I", max_length=16) == twin.generate("How do I", max_length=16)
@@ -214,7 +216,7 @@ def test_answers_are_those_of_the_converted_model(family, lora, rng):
 
 
 def test_weights_are_rounded_once_for_many_tokens(rng):
-    """Within the scope nothing is rounded any more, and the hidden states are the same."""
+    """Within the context nothing is rounded any more, and the hidden states are the same."""
     model, batch = qat_model("gemma3", INT4, LORA, rng), random_batch(rng)
     groups = parameters(model)
     params = {**groups.trainable, **groups.frozen}
@@ -236,7 +238,7 @@ def test_weights_are_rounded_once_for_many_tokens(rng):
 
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_rounding_is_in_float32_whatever_the_precision(precision, rng):
-    """Of the float32 masters where there are any; then the kernel is cast, as a converted layer casts its own."""
+    """The float32 master weights are rounded where there are any, and then cast, as a converted layer casts its own."""
     model = load_model("tiny:gemma3", precision=precision)
     enable_qat(model.backbone, INT4)
     layer = model.backbone.transformer_layers[0].gating_ffw

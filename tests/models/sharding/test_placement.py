@@ -1,4 +1,4 @@
-"""Rules for where weights lie on a mesh. No devices are needed: these are meshes on paper."""
+"""Shardings of a model's variables, on abstract meshes that need no devices."""
 
 import math
 
