@@ -22,7 +22,7 @@ from gemma_tune.quantization.codes import dequantize, quantize
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.serving.generation import generate
 
-GRIDS = [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("nf4", 32), QuantSpec("nf4", 32, double=True)]
+QUANT_SPECS = [QuantSpec("int8"), QuantSpec("int4", 32), QuantSpec("nf4", 32), QuantSpec("nf4", 32, double=True)]
 NUM_POSITIONS, VOCABULARY = 150, 1000  # Neither a multiple of what is computed at once.
 
 
@@ -80,7 +80,7 @@ def test_figures_are_those_of_full_logits(rng, soft_caps, tile):
             np.testing.assert_allclose(getattr(figures, name), values, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("quant_spec", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_spec", QUANT_SPECS, ids=str)
 def test_a_quantized_head_is_its_dequantized_one(rng, quant_spec):
     one, hidden, a = random_model(rng, 64)
     other, _, b = random_model(np.random.default_rng(20240731), 64, quant_spec=quant_spec)  # The same weights, rounded.
