@@ -82,6 +82,8 @@ WITHOUT_KERAS = (
     "data",
     "quantization",
     "training.losses.cross_entropy",
+    "training.losses.target_positions",
+    "training.losses.vocabulary_tiles",
     "training.optimizer",
     "training.batches",
     "serving.sampling",

@@ -1,6 +1,4 @@
-"""The order in which a run sees its data, as a function of the step alone, so that resuming needs no position of its
-own.
-"""
+"""The batches of a run as a function of the step alone, so that resuming needs no position in the data."""
 
 import functools
 from collections.abc import Sequence
@@ -12,21 +10,21 @@ from gemma_tune.models.sharding.placement import MeshSharding
 
 
 class TrainingBatches:
-    """Batch number s of a run, for any s.
+    """The training batches of a run, by step.
 
     Args:
-        examples: The training examples.
-        batch_size: Rows B.
+        examples: Training examples.
+        batch_size: Number of rows B.
         row_length: Positions L of a row.
-        packing: Several examples in a row.
-        seed: Of the order.
-        num_epochs: Passes over the data.
-        num_train_steps: Stop there, or repeat until there; 0: after num_epochs.
-        num_parts: Parts of a batch's rows, each of which goes through a device on its own.
+        packing: Whether a row holds several examples.
+        seed: Random seed of the order.
+        num_epochs: Number of passes over the data.
+        num_train_steps: Number of steps, for which the data is repeated if it is too short; 0: num_epochs.
+        num_parts: Number of parts of a batch's rows, each of which is computed on its own.
 
     Attributes:
-        target_sizes: Largest number of positions to score in any part of any batch of the run, last; before it, what a
-            third and two thirds of the parts don't exceed.
+        target_sizes: Numbers of target positions, ascending: a third of the parts has no more than the first, two
+            thirds no more than the second, and no part of any batch more than the last.
     """
 
     def __init__(
@@ -51,14 +49,14 @@ class TrainingBatches:
 
     @property
     def most_targets(self) -> int:
-        """Returns the largest number of positions to score in any part of any batch of the run."""
+        """Largest number of target positions in any part of any batch of the run."""
         return self.target_sizes[-1]
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __getitem__(self, step: int) -> Batch:
-        """Returns batch `step`, counted from 0."""
+        """Returns the batch of a step, counted from 0."""
         return self.part(step, 0, self.batch_size)
 
     def part(self, step: int, start: int, stop: int) -> Batch:
@@ -67,7 +65,7 @@ class TrainingBatches:
         return make_batch(rows, stop - start, self.row_length)
 
     def example_indices(self, step: int) -> list[int]:
-        """Returns which examples batch `step` holds."""
+        """Returns the indices of a step's examples."""
         return [int(i) for row in self._batch_rows(step) for i in row]
 
     def _batch_rows(self, step: int) -> list[np.ndarray]:
@@ -96,13 +94,13 @@ class TrainingBatches:
 
 
 class HeldoutBatches(Sequence[Batch]):
-    """All held-out examples in batches of the training shape, each made when it is looked at.
+    """All held-out examples in batches of the training shape, each made when it is read.
 
     Args:
-        examples: The held-out examples.
-        batch_size: Rows B.
+        examples: Held-out examples.
+        batch_size: Number of rows B.
         row_length: Positions L of a row.
-        packing: Several examples in a row.
+        packing: Whether a row holds several examples.
     """
 
     def __init__(self, examples: Sequence[TokenizedExample], batch_size: int, row_length: int, packing: bool):
@@ -124,21 +122,21 @@ class HeldoutBatches(Sequence[Batch]):
 
 
 def most_targets(batches: Sequence[Batch], num_parts: int = 1) -> int:
-    """Returns the largest number of positions to score in any of the parts of a batch's rows; at least 1."""
+    """Returns the largest number of target positions in any part of any batch's rows; at least 1."""
     per_part = ((batch.loss_weights > 0).reshape(num_parts, -1).sum(axis=1).max() for batch in batches)
     return int(max(per_part, default=1)) or 1
 
 
 class OnMesh(Sequence[Batch]):
-    """Batches on the devices of a mesh. A process makes the rows of its own devices, and no others.
+    """Batches on the devices of a mesh. A process makes the rows of its own devices only.
 
     Args:
         batches: `TrainingBatches` or `HeldoutBatches`.
-        sharding: Of the mesh.
+        sharding: Mesh sharding of the model.
     """
 
     def __init__(self, batches: TrainingBatches | HeldoutBatches, sharding: MeshSharding):
-        self._batches, self._layout = batches, sharding
+        self._batches, self._sharding = batches, sharding
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -146,4 +144,4 @@ class OnMesh(Sequence[Batch]):
     def __getitem__(self, index):
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._layout.put_batch(self._batches.batch_size, functools.partial(self._batches.part, index))
+        return self._sharding.put_batch(self._batches.batch_size, functools.partial(self._batches.part, index))

@@ -1,7 +1,7 @@
-"""Quantizes a model by what its layers are given: GPTQ, AWQ and SmoothQuant, block after block.
+"""Calibrated quantization by GPTQ, AWQ and SmoothQuant, one decoder block after the other.
 
-Each decoder block sees the calibration data as the blocks before it leave it once they are quantized. So there are only
-one block's statistics at a time, and the hidden states of the calibration data.
+Each block's inputs are the outputs of the blocks before it once these are quantized. So only one block's statistics are
+in memory, and the hidden states of the calibration data.
 """
 
 import functools
@@ -27,12 +27,14 @@ from gemma_tune.quantization.statistics import InputStatistics, add_statistics, 
 from gemma_tune.runtime.backend import keras
 from gemma_tune.training.batches import TrainingBatches
 
-METHODS = ("gptq", "awq", "smoothquant")
-
 
 class LayerError(NamedTuple):
-    """What quantizing did to a layer's outputs on the calibration data: the mean squared error divided by the mean
-    square, calibrated and with plain rounding on the same grid.
+    """Relative error of a layer's outputs on the calibration data: mean squared error divided by mean square.
+
+    Attributes:
+        path: Path of the layer.
+        error: Error with calibration.
+        error_of_rounding: Error with rounding to the nearest code, by the same quantization spec.
     """
 
     path: str
@@ -47,27 +49,27 @@ def quantize_calibrated(
     quant_spec: QuantSpec,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[LayerError]:
-    """Quantizes the decoder blocks by what flows through them; the tied embedding is rounded to the nearest code.
+    """Quantizes the decoder blocks with calibration data; the tied embedding is rounded to the nearest code.
 
     Args:
         model: A float CausalLM without LoRA, with packing enabled.
-        batches: Calibration data, all of one shape.
-        method: `gptq`, `awq` or `smoothquant`; the last needs an int8 grid.
-        quant_spec: Of the codes.
+        batches: Batches of calibration data, of one shape.
+        method: `gptq`, `awq` or `smoothquant`; the last needs int8.
+        quant_spec: Quantization spec of the codes.
         advance: Called with 1 after each block.
 
     Returns:
-        The errors, layer by layer.
+        The errors by layer.
 
     Raises:
-        ModelError: A layer can't be quantized so, the model's blocks don't just follow one another, or hidden states
+        ModelError: A layer doesn't fit the quantization spec, the model's blocks are not sequential, or hidden states
             are not finite.
     """
     backbone = model.backbone
     if not blocks_are_sequential(backbone):
         raise ModelError(
-            f"The blocks of {type(backbone).__name__} don't just follow one another, so that {method} can't go through "
-            "them one by one. Take --scheme=int4, nf4 or int8."
+            f"The blocks of {type(backbone).__name__} don't just follow one another, so {method} can't quantize them "
+            "one by one. Choose --scheme=int4, nf4 or int8."
         )
     schemes = schemes_for(backbone, quant_spec)
     quantize_layer(backbone.token_embedding, schemes[backbone.token_embedding.path])
@@ -94,8 +96,16 @@ def quantize_calibrated(
 def calibration_batches(
     examples: Sequence[TokenizedExample], row_length: int, num_tokens: int, seed: int = 0
 ) -> tuple[list[Batch], int]:
-    """Returns packed rows, one a batch, of as many of the examples as hold `num_tokens` tokens or more, and how many
-    tokens these are: fewer, if the examples have no more.
+    """Makes batches of one packed row each until they hold enough tokens.
+
+    Args:
+        examples: Tokenized examples.
+        row_length: Positions of a row.
+        num_tokens: Number of tokens to reach; fewer if the examples have no more.
+        seed: Random seed of the order.
+
+    Returns:
+        The batches, and their number of tokens.
     """
     rows = TrainingBatches(examples, batch_size=1, row_length=row_length, packing=True, seed=seed, num_epochs=1)
     batches, count = [], 0
@@ -156,7 +166,7 @@ def _calibrated(
     if method == "gptq":
         quantized, damping = gptq(values, statistics.hessian, quant_spec)
         if math.isinf(damping):
-            raise ModelError("The model's hidden states are not finite: take --precision=float32.")
+            raise ModelError("The model's hidden states are not finite. Try --precision=float32.")
         return quantized, LayerScheme(quant_spec)
     if method == "awq":
         quantized, scale = awq(values, statistics, quant_spec)

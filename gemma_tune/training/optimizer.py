@@ -1,4 +1,4 @@
-"""The learning rate over time, and the update rule, from Optax."""
+"""The learning rate schedule and the optimizer, from Optax."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +13,9 @@ def make_schedule(name: str, learning_rate: float, warmup_steps: int, num_train_
 
     Args:
         name: `constant`, `linear` or `cosine`.
-        learning_rate: The peak.
-        warmup_steps: At most half of the run is warm-up, so that short runs also reach the peak.
-        num_train_steps: Length of the run.
+        learning_rate: Peak learning rate.
+        warmup_steps: Number of warm-up steps; at most half of the run, so that short runs also reach the peak.
+        num_train_steps: Number of steps of the run.
     """
     warmup_steps = min(warmup_steps, num_train_steps // 2)
     rest = max(num_train_steps - warmup_steps, 1)
@@ -26,7 +26,7 @@ def make_schedule(name: str, learning_rate: float, warmup_steps: int, num_train_
     }[name]()
     if not warmup_steps:
         return after
-    # The first step already moves: it gets 1/warmup_steps of the peak, not zero.
+    # The first step gets 1/warmup_steps of the peak, not zero.
     warmup = (
         optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps - 1)
         if warmup_steps > 1
@@ -46,11 +46,20 @@ def make_optimizer(
     clip_norm: float,
     loraplus_lr_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Returns the chain: clip the gradients' global norm, update rule, decoupled weight decay on matrices only.
+    """Returns the chain of clipping by the gradients' global norm, the update rule, and decoupled weight decay.
 
-    Its state is float32, whatever the parameters are: give it float32 gradients and parameters. With a
-    `loraplus_lr_ratio` other than 1, LoRA's second factors have so many times the learning rate (LoRA+,
-    arXiv:2402.12354).
+    Only matrices decay. The optimizer's state is float32 if it is given float32 gradients and parameters, whatever the
+    model's dtype is.
+
+    Args:
+        name: `adamw`, `lion`, `adafactor` or `sgd`.
+        schedule: Learning rate by step.
+        weight_decay: Factor of the weight decay.
+        b1: Decay of the first moment; of `sgd`, momentum.
+        b2: Decay of the second moment.
+        epsilon: Term in AdamW's denominator.
+        clip_norm: Largest global norm of the gradients; 0: no clipping.
+        loraplus_lr_ratio: Factor of the learning rate for LoRA's second factors (LoRA+, arXiv:2402.12354).
     """
     decay = {"weight_decay": weight_decay, "mask": is_matrix}
     rule = {
@@ -81,7 +90,7 @@ def _is_second(path: str) -> bool:
 
 
 def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """Like Optax's, and takes the norm as `grad_norm` where it is known already."""
+    """Like Optax's `clip_by_global_norm`, but takes the norm as `grad_norm` if it is known already."""
 
     def update(updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **others: Any) -> tuple:
         del params, others
@@ -92,12 +101,14 @@ def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
 
 
 def is_matrix(params: Mapping[str, Any]) -> dict[str, bool]:
-    """Says for each parameter whether it decays: kernels and embeddings do, norms, biases and other vectors don't, and
-    neither do DoRA's magnitudes, which are lengths, [heads, width] though they may be.
+    """Returns for each parameter whether it decays.
+
+    Kernels and embeddings do; norms, biases and other vectors don't, and neither do DoRA's magnitudes: they are lengths
+    of vectors, though their shape may be [heads, width].
     """
     return {path: jnp.ndim(value) >= 2 and not path.endswith("_magnitude") for path, value in params.items()}
 
 
 def as_float32(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns the same values in float32."""
+    """Returns the values of a dict in float32."""
     return {path: value.astype(jnp.float32) for path, value in tree.items()}

@@ -1,4 +1,4 @@
-"""Prepares the next batches in a thread beside the steps, so that a step needn't wait for its input."""
+"""Prepares the next batches in a thread while the steps run, so that a step needn't wait for its input."""
 
 import queue
 import threading
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-DEPTH = 2  # One batch to take, one in the making: more would only fill the device's memory.
+DEPTH = 2  # Batches: one that is ready, one that is being made. More would only fill the device's memory.
 
 
 class Batches(Protocol):
-    """Batch number s, for any s below the length."""
+    """A sequence of batches by step, counted from 0."""
 
     def __len__(self) -> int: ...
 
@@ -34,12 +34,12 @@ class Prefetch:
     Use as a context manager; on leaving it the thread ends, however the loop ended.
 
     Args:
-        batches: By step.
-        first_step: Where to begin.
-        put: Puts a batch where the step reads it.
+        batches: Batches by step.
+        first_step: Step of the first batch.
+        put: Function that puts a batch where the step reads it.
 
     Attributes:
-        wait_seconds: How long the last `next` had to wait.
+        wait_seconds: Duration of the last `next`.
     """
 
     def __init__(self, batches: Batches, first_step: int, put: Callable[[Any], Any] = to_device):
@@ -61,7 +61,7 @@ class Prefetch:
         self._thread.join()
 
     def next(self) -> Any:
-        """Returns the next batch. What went wrong in making it is raised here."""
+        """Returns the next batch, or raises the error that making it raised."""
         start = time.perf_counter()
         batch = self._ready.get()
         self.wait_seconds = time.perf_counter() - start
@@ -77,6 +77,6 @@ class Prefetch:
                 if self._is_over:
                     return
                 self._ready.put(self._put(self._batches[step]))
-            raise IndexError(f"The run has {len(self._batches)} steps, and a batch behind the last one was asked for.")
+            raise IndexError(f"The run has {len(self._batches)} steps; a batch beyond the last one was requested.")
         except BaseException as error:  # Whatever it is, the loop must not wait for a batch that never comes.
             self._ready.put(_Failure(error))

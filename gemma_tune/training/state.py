@@ -1,4 +1,4 @@
-"""What changes while training, before the first step and after each."""
+"""The training state: everything that changes from step to step."""
 
 from typing import Any, NamedTuple
 
@@ -17,10 +17,14 @@ from gemma_tune.training.state_shardings import optimizer_shardings
 
 
 class TrainState(NamedTuple):
-    """Everything that changes while training. Its buffers are given to each step and come back new.
+    """Everything that changes while training. A step takes over its buffers and returns new ones.
 
-    step: [] int32. trainable: path -> array. opt_state: Optax's. loss_scale: None unless the arithmetic is float16.
-    guard: None unless bad steps are to be found before they do harm.
+    Attributes:
+        step: [] int32 number of steps done.
+        trainable: Trained arrays by variable path.
+        opt_state: State of the Optax optimizer.
+        loss_scale: Loss scale; None unless the model computes in float16.
+        guard: Guard against bad steps, or None.
     """
 
     step: jax.Array
@@ -31,8 +35,14 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """All [] float32: mean loss in nats per learnt token, learnt tokens, tokens that are no padding, norm of the
-    gradient. With loss scaling, a step whose norm is not finite was skipped; with a guard, one that is_bad: 1 or 0.
+    """Metrics of a step, all [] float32.
+
+    Attributes:
+        loss: Mean loss, in nats per target token.
+        num_target_tokens: Number of target tokens.
+        num_tokens: Number of tokens without padding.
+        grad_norm: Norm of the gradient. With loss scaling, a step was skipped if it is not finite.
+        is_bad: 1 if the guard left out the step's update, else 0.
     """
 
     loss: jax.Array
@@ -55,14 +65,14 @@ def init_state(
     Args:
         model: A CausalLM.
         optimizer: From `make_optimizer`.
-        take_over: Steps take over the buffers they are given. With True these are the model's own, so that the weights
-            are held once, and the model can't be used from the first step until `assign`.
-        guarded: Leave out the updates of bad steps.
-        sharding: Of the mesh that the model is on.
+        take_over: Whether the state's arrays are also the model's, so that the weights are held once. Since steps take
+            over the state's buffers, the model can't be used from the first step until `assign`.
+        guarded: Whether the updates of bad steps are left out.
+        sharding: Mesh sharding of the model, or None.
     """
     trainable, variables = {}, variables_by_path(model)
     for path in list(parameters(model).trainable):
-        # A copy in any case, one at a time: XLA can't reuse memory that NumPy owns, as that of loaded weights.
+        # Copied in any case, one at a time: XLA can't reuse memory that NumPy owns, such as that of loaded weights.
         trainable[path] = jnp.array(variables[path].value, copy=True)
         if take_over:
             variables[path].assign(trainable[path])

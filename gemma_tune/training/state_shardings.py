@@ -1,4 +1,4 @@
-"""Where a training state lies on a mesh: the optimizer's with the weights it belongs to, the rest on every device."""
+"""Shardings of a training state on a mesh: optimizer state like its weights, the rest replicated."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from gemma_tune.models.sharding.placement import MeshSharding
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Params, sharding: MeshSharding) -> Any:
-    """Returns the places of what `optimizer.init(params)` makes.
+    """Returns the shardings of the state that `optimizer.init(params)` makes.
 
     Args:
         optimizer: From `make_optimizer`.
-        params: Arrays on the mesh, as the optimizer sees them.
-        sharding: Of the mesh.
+        params: Parameters on the mesh.
+        sharding: Mesh sharding of the model.
     """
     state = jax.eval_shape(optimizer.init, params)
     return optax.tree.map_params(
@@ -30,8 +30,9 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Params,
 
 
 def _like(shape: tuple[int, ...], of_param: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
-    """Returns the place of an array of a weight's shape, or of that without one axis, as Adafactor's (arXiv:1804.04235)
-    sums over rows and columns are.
+    """Returns the sharding of an array of a weight's shape, or of that shape without one axis.
+
+    Adafactor's (arXiv:1804.04235) sums over rows and columns have the latter.
     """
     spec = (*sharding.spec, *(None,) * (len(of_param) - len(sharding.spec)))
     if shape == of_param:

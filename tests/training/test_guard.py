@@ -12,7 +12,7 @@ from helpers.training_steps import lora_model, num_targets, random_batch, sgd
 
 from gemma_tune.errors import TrainingError
 from gemma_tune.models.functional import parameters
-from gemma_tune.training.guard import NUM_FIRST, LossGuard, init_guard, is_bad, next_guard
+from gemma_tune.training.guard import MIN_GOOD_STEPS, LossGuard, init_guard, is_bad, next_guard
 from gemma_tune.training.losses.cross_entropy import LossSums
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.run.checkpoint_content import Progress
@@ -27,7 +27,7 @@ def test_what_is_bad_against_a_plain_loop(rng):
     guard, mean, good, bad, in_a_row, num_spikes = init_guard(), 0.0, 0, 0, 0, 0
     for _ in range(300):
         loss = float(rng.choice([rng.uniform(1, 2), rng.uniform(3, 9), math.nan, math.inf], p=[0.8, 0.1, 0.05, 0.05]))
-        wanted = not math.isfinite(loss) or (good >= NUM_FIRST and loss > 2.5 * mean)
+        wanted = not math.isfinite(loss) or (good >= MIN_GOOD_STEPS and loss > 2.5 * mean)
         found = is_bad(guard, jnp.float32(loss), 2.5)
         assert bool(found) == wanted
         guard = next_guard(guard, jnp.float32(loss), found)
@@ -66,7 +66,7 @@ def test_a_spikes_update_is_left_out(tiny, rng, program):
     """All of weights, moments and the usual loss keep their bits; without the guard they change."""
     model, batch = lora_model(tiny, "gemma3", rng)[0], random_batch(rng)
     per_block = per_block_program(program, model, "dots")
-    usual = LossGuard(jnp.float32(0.5), jnp.int32(NUM_FIRST), jnp.int32(0), jnp.int32(0))
+    usual = LossGuard(jnp.float32(0.5), jnp.int32(MIN_GOOD_STEPS), jnp.int32(0), jnp.int32(0))
     for guard, changes in ((usual, False), (usual._replace(mean_loss=jnp.float32(50)), True), (None, True)):
         step = make_train_step(model, sgd(0.1), num_targets(batch), 1, per_block, spike_factor=2.0)
         state = init_state(model, sgd(0.1))

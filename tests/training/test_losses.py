@@ -7,6 +7,7 @@ import pytest
 from helpers.loss_cases import random_case
 
 from gemma_tune.training.losses.cross_entropy import fused_linear_cross_entropy
+from gemma_tune.training.losses.target_positions import gather_targets
 
 
 def plain_loss(hidden, head, target_ids, weights, soft_cap):
@@ -20,13 +21,13 @@ def plain_loss(hidden, head, target_ids, weights, soft_cap):
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.parametrize("head_is_trained", [False, True])
 @pytest.mark.parametrize(
-    ("num_tokens", "vocabulary", "block"), [(1, 7, 4), (13, 50, 50), (13, 101, 32), (64, 96, 32), (5, 30, 64)]
+    ("num_tokens", "vocabulary", "tile"), [(1, 7, 4), (13, 50, 50), (13, 101, 32), (64, 96, 32), (5, 30, 64)]
 )
-def test_equals_the_plain_loss_and_its_gradients(rng, soft_cap, head_is_trained, num_tokens, vocabulary, block):
+def test_equals_the_plain_loss_and_its_gradients(rng, soft_cap, head_is_trained, num_tokens, vocabulary, tile):
     hidden, head, target_ids, weights = random_case(rng, num_tokens, vocabulary)
 
     def fused(hidden, head):
-        options = {"soft_cap": soft_cap, "head_is_trained": head_is_trained, "block": block}
+        options = {"soft_cap": soft_cap, "head_is_trained": head_is_trained, "tile": tile}
         return fused_linear_cross_entropy(hidden, head, target_ids, weights, **options).loss_sum
 
     def plain(hidden, head):
@@ -42,7 +43,7 @@ def test_equals_the_plain_loss_and_its_gradients(rng, soft_cap, head_is_trained,
 def test_counts_weights_and_correct_tokens(rng):
     hidden, head, target_ids, weights = random_case(rng, 40, 30)
     target_ids = target_ids.at[:20].set(jnp.argmax(hidden @ head.T, axis=1)[:20])
-    sums = fused_linear_cross_entropy(hidden, head, target_ids, weights, block=8)
+    sums = fused_linear_cross_entropy(hidden, head, target_ids, weights, tile=8)
     assert sums.weight_sum == pytest.approx(float(weights.sum()))
     is_best = jnp.argmax(hidden @ head.T, axis=1) == target_ids
     assert sums.correct_sum == pytest.approx(float((is_best * weights).sum()))
@@ -52,23 +53,23 @@ def test_counts_weights_and_correct_tokens(rng):
 def test_weight_zero_equals_leaving_the_token_out(rng):
     hidden, head, target_ids, _ = random_case(rng, 10, 30)
     weights = jnp.ones(10).at[3:].set(0.0)
-    masked = fused_linear_cross_entropy(hidden, head, target_ids, weights, block=8)
-    subset = fused_linear_cross_entropy(hidden[:3], head, target_ids[:3], jnp.ones(3), block=8)
+    masked = fused_linear_cross_entropy(hidden, head, target_ids, weights, tile=8)
+    subset = fused_linear_cross_entropy(hidden[:3], head, target_ids[:3], jnp.ones(3), tile=8)
     np.testing.assert_allclose(masked.loss_sum, subset.loss_sum, rtol=1e-5)
-    gradient = jax.grad(lambda h: fused_linear_cross_entropy(h, head, target_ids, weights, block=8).loss_sum)(hidden)
+    gradient = jax.grad(lambda h: fused_linear_cross_entropy(h, head, target_ids, weights, tile=8).loss_sum)(hidden)
     assert not np.any(gradient[3:])
 
 
 def test_large_logits_stay_finite(rng):
     hidden, head, target_ids, weights = random_case(rng, 8, 30)
     loss, gradient = jax.value_and_grad(
-        lambda h: fused_linear_cross_entropy(h, head, target_ids, weights, block=8).loss_sum
+        lambda h: fused_linear_cross_entropy(h, head, target_ids, weights, tile=8).loss_sum
     )(hidden * 1e4)
     assert np.isfinite(loss) and np.isfinite(gradient).all()
 
 
 def test_uniform_logits_cost_log_v():
-    sums = fused_linear_cross_entropy(jnp.zeros((4, 8)), jnp.ones((37, 8)), jnp.arange(4), jnp.ones(4), block=16)
+    sums = fused_linear_cross_entropy(jnp.zeros((4, 8)), jnp.ones((37, 8)), jnp.arange(4), jnp.ones(4), tile=16)
     assert float(sums.loss_sum) / 4 == pytest.approx(np.log(37), rel=1e-6)
 
 
@@ -77,7 +78,7 @@ def test_bfloat16_follows_float32(rng):
     weights = jnp.ones(64)
 
     def loss(hidden, head):
-        return fused_linear_cross_entropy(hidden, head, target_ids, weights, block=128).loss_sum
+        return fused_linear_cross_entropy(hidden, head, target_ids, weights, tile=128).loss_sum
 
     # bfloat16 has 8 bits: inputs are off by 0.4 %, the sums are float32.
     np.testing.assert_allclose(
@@ -95,7 +96,26 @@ def test_no_array_of_all_logits_exists(rng):
     def temporaries(loss):
         return jax.jit(jax.grad(loss)).lower(hidden, head).compile().memory_analysis().temp_size_in_bytes
 
-    fused = temporaries(lambda h, e: fused_linear_cross_entropy(h, e, target_ids, weights, block=1024).loss_sum)
+    fused = temporaries(lambda h, e: fused_linear_cross_entropy(h, e, target_ids, weights, tile=1024).loss_sum)
     plain = temporaries(lambda h, e: plain_loss(h, e, target_ids, weights, None))
     assert fused < 0.25 * logits_bytes
     assert plain >= logits_bytes
+
+
+@pytest.mark.parametrize("spare", [0, 5])
+def test_target_positions_are_those_with_a_weight(rng, spare):
+    """In the order of rows and positions; what is filled up has weight 0."""
+    weights = rng.choice([0.0, 0.5, 1.0], (3, 7)).astype(np.float32)
+    hidden, target_ids = rng.normal(size=(3, 7, 4)).astype(np.float32), rng.integers(0, 99, (3, 7))
+    chosen, count = weights > 0, int((weights > 0).sum())
+    found = gather_targets(jnp.asarray(hidden), jnp.asarray(target_ids), jnp.asarray(weights), count + spare)
+    for ours, wanted in zip(found, (hidden[chosen], target_ids[chosen], weights[chosen]), strict=True):
+        assert len(ours) == count + spare
+        np.testing.assert_array_equal(ours[:count], wanted)
+    assert not found.weights[count:].any()
+
+
+def test_target_positions_of_a_batch_without_any(rng):
+    hidden = jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32)
+    found = gather_targets(hidden, jnp.ones((2, 3), jnp.int32), jnp.zeros((2, 3)), 4)
+    assert found.hidden.shape == (4, 4) and not found.weights.any()

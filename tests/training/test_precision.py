@@ -18,7 +18,7 @@ from gemma_tune.models import transforms as prepare
 from gemma_tune.models.functional import parameters, variables_by_path
 from gemma_tune.models.lora.enable import enable_lora
 from gemma_tune.models.transforms import LoraSettings, transform_for_training
-from gemma_tune.training.losses.cross_entropy import loss_scale as loss_scale_module
+from gemma_tune.training.losses import loss_scale as loss_scale_module
 from gemma_tune.training.losses.loss_scale import FIRST_SCALE, LossScale, init_loss_scale, next_loss_scale, power_of_two
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
 from gemma_tune.training.run.checkpoint_content import Progress, state_to_tree
@@ -231,7 +231,9 @@ def test_other_precisions_have_no_scale(tiny, precision):
     """Their checkpoints hold what they held, and the step computes nothing with a scale."""
     model, batch = lora_model(tiny, precision, "gemma"), random_batch(np.random.default_rng(1))
     state = init_state(model, sgd())
-    assert state.loss_scale is None and not [name for name in state_to_tree(state) if "scale" in name and "loss" in name]
+    assert state.loss_scale is None and not [
+        name for name in state_to_tree(state) if "scale" in name and "loss" in name
+    ]
     state, _ = make_train_step(model, sgd(), num_targets(batch), 1)(state, parameters(model).frozen, batch)
     assert state.loss_scale is None
 

@@ -34,7 +34,7 @@ def test_a_head_that_counts_as_rounded(rng, quant_spec, head_is_trained):
     rounded = counts_as_rounded.rows(0, 101)
 
     def loss(hidden, head):
-        options = {"head_is_trained": head_is_trained, "block": 32, "soft_cap": 3.0}
+        options = {"head_is_trained": head_is_trained, "tile": 32, "soft_cap": 3.0}
         return fused_linear_cross_entropy(hidden, head, target_ids, weights, **options).loss_sum
 
     np.testing.assert_allclose(loss(hidden, counts_as_rounded), loss(hidden, rounded), rtol=1e-6)

@@ -1,1 +1,1 @@
-"""Losses, and the loss scale of float16."""
+"""Losses that never hold the logits, and the loss scale of float16."""

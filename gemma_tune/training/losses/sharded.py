@@ -1,8 +1,9 @@
 """The next-token loss on a mesh: tokens are cut along `data` and `fsdp`, the head's rows along `model` and `fsdp`.
 
-Each device visits its part of the vocabulary for its tokens, and the parts are added up at the end, as Megatron-LM does
-(arXiv:1909.08053, section 3). Rows that others along `fsdp` hold are gathered a block at a time, so that no device ever
-has the whole head. The derivatives are written out as in `losses`, so nothing is differentiated through a collective.
+Each device reads its part of the vocabulary for its tokens, and the partial sums are added up at the end, as in
+Megatron-LM (arXiv:1909.08053, section 3). Rows that other devices along `fsdp` hold are gathered tile by tile, so that
+no device ever has the whole head. The derivatives are written out as in `cross_entropy`, so that nothing is
+differentiated through a collective.
 """
 
 import functools
@@ -18,43 +19,51 @@ from gemma_tune.models.lm_head import LMHead, num_rows, slice_lm_head_rows, with
 from gemma_tune.models.sharding.layers import lookup_in_shard
 from gemma_tune.models.sharding.placement import BATCH_AXES, MeshSharding
 from gemma_tune.quantization.codes import Quantized, dequantize, slice_rows
-from gemma_tune.training.losses.cross_entropy import (
-    VOCABULARY_BLOCK,
-    LossSums,
-    Running,
-    both_gradients,
-    gradient_in_hidden,
-    sums_of,
-    visit_blocks,
-)
+from gemma_tune.training.losses.cross_entropy import LossSums
 from gemma_tune.training.losses.target_positions import gather_targets
+from gemma_tune.training.losses.vocabulary_tiles import (
+    VOCABULARY_TILE,
+    Running,
+    backward_pass,
+    forward_pass,
+    gradient_in_hidden,
+    weighted_sums,
+)
 
 _BY_ROWS = P(BATCH_AXES)
 
 
 class _Plan(NamedTuple):
-    """What is known beforehand. vocabulary_axes: The mesh axes that cut the head's rows, the outer one first."""
+    """The static settings of a loss.
+
+    Attributes:
+        mesh: Mesh of devices.
+        vocabulary_axes: Mesh axes that the head's rows are cut along, the outer one first.
+        soft_cap: Soft cap of the logits, or None.
+        tile: Rows of the head in a tile, on all devices that gather them for each other.
+    """
 
     mesh: Mesh
     vocabulary_axes: tuple[str, ...]
     soft_cap: float | None
-    block: int
+    tile: int
 
     @property
-    def head(self) -> P:
-        """How the head is cut."""
+    def head_spec(self) -> P:
+        """Partition spec of the head."""
         return P(self.vocabulary_axes or None)
 
     @property
     def num_peers(self) -> int:
-        """Devices that gather their rows for each other."""
+        """Number of devices that gather their rows for each other."""
         return self.mesh.shape["fsdp"] if "fsdp" in self.vocabulary_axes else 1
 
-    def local_block(self) -> int:
-        """Rows of its own that a device reads at a time."""
-        return max(1, self.block // self.num_peers)
+    @property
+    def local_tile(self) -> int:
+        """Rows of its own that a device contributes to a tile."""
+        return max(1, self.tile // self.num_peers)
 
-    def run(self, function: Any, in_specs: Any, out_specs: Any, *arguments: Any) -> Any:
+    def shard_map(self, function: Any, in_specs: Any, out_specs: Any, *arguments: Any) -> Any:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
             *arguments
         )
@@ -70,18 +79,18 @@ def sharded_linear_cross_entropy(
     num_targets: int,
     soft_cap: float | None = None,
     head_is_trained: bool = False,
-    block: int = VOCABULARY_BLOCK,
+    tile: int = VOCABULARY_TILE,
 ) -> LossSums:
-    """Sums the loss as `losses.fused_linear_cross_entropy` does.
+    """Sums the loss on a mesh, as `fused_linear_cross_entropy` does on one device.
 
     Args:
-        sharding: Of the mesh.
+        sharding: Mesh sharding of the model.
         hidden: [B, L, D] final hidden states.
-        head: [V, D], of any kind.
+        head: [V, D] tied embedding, of any kind.
         target_ids: [B, L] int32.
         weights: [B, L] float32; 0 drops a position.
-        num_targets: Most positions with a weight in the rows of one device.
-        soft_cap, head_is_trained, block: As there.
+        num_targets: Most positions with a loss in the rows of one device.
+        soft_cap, head_is_trained, tile: As in `fused_linear_cross_entropy`.
     """
     head = with_dequantized_scales(head)
     gather = jax.shard_map(
@@ -91,14 +100,14 @@ def sharded_linear_cross_entropy(
         out_specs=_BY_ROWS,
     )
     targets = gather(hidden, target_ids, weights.astype(jnp.float32))
-    plan = _Plan(sharding.mesh, sharding.vocabulary_axes(num_rows(head)), soft_cap, block)
+    plan = _Plan(sharding.mesh, sharding.vocabulary_axes(num_rows(head)), soft_cap, tile)
     loss = _trained_head_loss if head_is_trained else _frozen_head_loss
     loss_sum, correct_sum = loss(plan, targets.hidden, head, targets.target_ids, targets.weights)
     return LossSums(loss_sum, jnp.sum(weights, dtype=jnp.float32), lax.stop_gradient(correct_sum))
 
 
 class _HeadPart(NamedTuple):
-    """A device's rows of the head, and those that its peers along `fsdp` read at the same time."""
+    """A `Vocabulary` of a device's rows of the head, and of those that its peers along `fsdp` read at the same time."""
 
     plan: _Plan
     head: LMHead
@@ -111,7 +120,7 @@ class _HeadPart(NamedTuple):
     def rows(self, first: Any, count: int, dtype: Any) -> jax.Array:
         if self.plan.num_peers == 1:
             return slice_lm_head_rows(self.head, first, count, dtype)
-        if isinstance(self.head, Quantized):  # Codes take less time on the way.
+        if isinstance(self.head, Quantized):  # Codes are faster to transfer than floats.
             codes = jax.tree.map(self._gather, slice_rows(self.head, first, count))
             return dequantize(codes, dtype)[..., 0]
         return self._gather(slice_lm_head_rows(self.head, first, count, dtype))
@@ -129,10 +138,10 @@ class _HeadPart(NamedTuple):
         return lax.all_gather(rows, "fsdp", tiled=True)
 
 
-def _visit(plan: _Plan, hidden: Any, head: Any, target_ids: Any, with_gradient: bool) -> Running:
-    """Returns what all parts of the vocabulary come to."""
+def _forward_pass(plan: _Plan, hidden: Any, head: Any, target_ids: Any, with_gradient: bool) -> Running:
+    """Returns the sums over all parts of the vocabulary."""
     part = _HeadPart(plan, head, target_ids)
-    running = visit_blocks(plan.soft_cap, plan.local_block(), hidden, part, with_gradient)
+    running = forward_pass(plan.soft_cap, plan.local_tile, hidden, part, with_gradient)
     if "model" not in plan.vocabulary_axes:
         return running
     is_here, _ = part.find(0, part.num_rows)
@@ -149,29 +158,29 @@ def _visit(plan: _Plan, hidden: Any, head: Any, target_ids: Any, with_gradient: 
 
 
 def _sums(running: Running, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    loss_sum, correct_sum = sums_of(running, weights)
+    loss_sum, correct_sum = weighted_sums(running, weights)
     return lax.psum(loss_sum, BATCH_AXES), lax.psum(correct_sum, BATCH_AXES)
 
 
 def _in_specs(plan: _Plan) -> tuple:
-    return _BY_ROWS, plan.head, _BY_ROWS, _BY_ROWS
+    return _BY_ROWS, plan.head_spec, _BY_ROWS, _BY_ROWS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _frozen_head_loss(plan: _Plan, hidden: Any, head: Any, target_ids: Any, weights: Any) -> tuple:
     def local(hidden: Any, head: Any, target_ids: Any, weights: Any) -> tuple:
-        return _sums(_visit(plan, hidden, head, target_ids, with_gradient=False), weights)
+        return _sums(_forward_pass(plan, hidden, head, target_ids, with_gradient=False), weights)
 
-    return plan.run(local, _in_specs(plan), (P(), P()), hidden, head, target_ids, weights)
+    return plan.shard_map(local, _in_specs(plan), (P(), P()), hidden, head, target_ids, weights)
 
 
 def _frozen_head_forward(plan: _Plan, hidden: Any, head: Any, target_ids: Any, weights: Any) -> tuple:
     def local(hidden: Any, head: Any, target_ids: Any, weights: Any) -> tuple:
-        running = _visit(plan, hidden, head, target_ids, with_gradient=True)
+        running = _forward_pass(plan, hidden, head, target_ids, with_gradient=True)
         gradient = gradient_in_hidden(running, lookup_in_shard(head, target_ids, plan.vocabulary_axes), weights)
         return *_sums(running, weights), gradient
 
-    outputs = plan.run(local, _in_specs(plan), (P(), P(), _BY_ROWS), hidden, head, target_ids, weights)
+    outputs = plan.shard_map(local, _in_specs(plan), (P(), P(), _BY_ROWS), hidden, head, target_ids, weights)
     return outputs[:2], (outputs[2], jnp.empty(0, hidden.dtype))
 
 
@@ -191,10 +200,10 @@ def _trained_head_loss(plan: _Plan, hidden: Any, head: Any, target_ids: Any, wei
 
 def _trained_head_forward(plan: _Plan, hidden: Any, head: Any, target_ids: Any, weights: Any) -> tuple:
     def local(hidden: Any, head: Any, target_ids: Any, weights: Any) -> tuple:
-        running = _visit(plan, hidden, head, target_ids, with_gradient=False)
+        running = _forward_pass(plan, hidden, head, target_ids, with_gradient=False)
         return *_sums(running, weights), running.top + jnp.log(running.total)
 
-    outputs = plan.run(local, _in_specs(plan), (P(), P(), _BY_ROWS), hidden, head, target_ids, weights)
+    outputs = plan.shard_map(local, _in_specs(plan), (P(), P(), _BY_ROWS), hidden, head, target_ids, weights)
     return outputs[:2], (hidden, head, target_ids, weights, outputs[2])
 
 
@@ -209,24 +218,24 @@ def _trained_head_backward(plan: _Plan, saved: tuple, cotangents: tuple) -> tupl
             rows = lax.psum_scatter(rows, "fsdp", tiled=True) if plan.num_peers > 1 else rows
             return lax.psum(rows, tuple(axis for axis in BATCH_AXES if axis not in plan.vocabulary_axes))
 
-        of_hidden, of_head = both_gradients(
-            plan.soft_cap, plan.local_block(), hidden, part, scale, log_total, values, add_up
+        hidden_gradient, head_gradient = backward_pass(
+            plan.soft_cap, plan.local_tile, hidden, part, scale, log_total, values, add_up
         )
         if "model" in plan.vocabulary_axes:
-            of_hidden = lax.psum(of_hidden, "model")
-        return of_hidden.astype(hidden.dtype), jax.tree.unflatten(tree, [of_head])
+            hidden_gradient = lax.psum(hidden_gradient, "model")
+        return hidden_gradient.astype(hidden.dtype), jax.tree.unflatten(tree, [head_gradient])
 
-    of_hidden, of_head = plan.run(
+    hidden_gradient, head_gradient = plan.shard_map(
         local,
         (*_in_specs(plan), _BY_ROWS),
-        (_BY_ROWS, plan.head),
+        (_BY_ROWS, plan.head_spec),
         hidden,
         head,
         target_ids,
         weights * cotangents[0],
         log_total,
     )
-    return of_hidden, of_head, None, None
+    return hidden_gradient, head_gradient, None, None
 
 
 _trained_head_loss.defvjp(_trained_head_forward, _trained_head_backward)

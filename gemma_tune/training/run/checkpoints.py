@@ -1,8 +1,8 @@
 """Writes and reads checkpoints with Orbax: the newest ones and the best one, each with the progress of the run.
 
 A checkpoint is written while training goes on, into a folder with another name. When all of it is there,
-`checksums.json` is added, and the folder gets its name. Orbax renames it, not `runtime.atomic_folder`: several processes
-write one checkpoint together, in the background, and only Orbax knows when the last of them is done.
+`checksums.json` is added, and the folder gets its name. Orbax renames it, not `runtime.atomic_folder`: several
+processes write one checkpoint together, in the background, and only Orbax knows when the last of them is done.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ from gemma_tune.errors import TrainingError
 from gemma_tune.runtime.atomic_files import disk_errors_as, write_json
 from gemma_tune.runtime.lock import LOCK_FILE, check_unlocked, lock_workdir
 from gemma_tune.runtime.processes import is_primary, raise_in_all_processes
-from gemma_tune.saved_settings import in_current_words
+from gemma_tune.saved_settings import with_current_values
 from gemma_tune.settings import flatten
 from gemma_tune.training.run.checkpoint_folder import read_about
 
@@ -148,7 +148,7 @@ def versions() -> dict[str, str]:
 def _check_same(config: Config, about: dict[str, Any], workdir: Path) -> None:
     # Settings that an older version didn't have were as they are by default.
     before, now = (
-        flatten(Config().to_dict()) | flatten(in_current_words(about.get("config", {}))),
+        flatten(Config().to_dict()) | flatten(with_current_values(about.get("config", {}))),
         flatten(config.to_dict()),
     )
     changed = [
