@@ -21,7 +21,7 @@ from gemma_tune.training.run.checkpoint_content import Progress
 from gemma_tune.training.run.checkpoints import Checkpoints
 from gemma_tune.training.run.loop import Loop, LoopSettings
 from gemma_tune.training.run.metrics import MetricsWriter
-from gemma_tune.training.run.workdir import ADAPTER, MODEL, OpenWorkdir, check_workdir, open_together
+from gemma_tune.training.run.workdir import ADAPTER, MODEL, OpenWorkdir, check_workdir, open_workdir
 from gemma_tune.training.state import TrainState
 
 _RESULT_FILE = "result.json"
@@ -63,7 +63,7 @@ def run_training(config: Config) -> RunResult:
             check_workdir(config)  # Before anything that takes long.
     setup = set_up(config, read_splits(config))
     _describe(setup)
-    with raise_on_lost_process(), open_together(config, setup.data_key) as workdir:
+    with raise_on_lost_process(), open_workdir(config, setup.data_key) as workdir:
         if workdir.changed:
             _warn(f"Changed since the run was last saved: {'; '.join(workdir.changed)}.")
         samples = base_answers(setup, workdir.path)

@@ -108,15 +108,15 @@ def test_a_bad_step_stops_and_names_its_examples(tmp_path):
     with pytest.raises(TrainingError) as raised:
         loop.run(start(), Progress())
     for said in (
-        "Step 23: the loss is 5, where 1 was usual. Its examples: a.jsonl:23,112; b.jsonl:29.",
-        "The checkpoint of step 21 is good",
-        "on_bad_step=skip goes on from there",
+        "Step 23: the loss is 5, and the usual loss 1. Its examples: a.jsonl:23,112; b.jsonl:29.",
+        "The last good checkpoint is that of step 21",
+        "on_bad_step=skip goes on from there and skips such steps",
     ):
         assert said in str(raised.value)
     assert checkpoints.steps[-1] == 21
     assert json.loads((tmp_path / "bad_steps.jsonl").read_text()) == {
         "step": 23,
-        "problem": "the loss is 5, where 1 was usual",
+        "problem": "the loss is 5, and the usual loss 1",
         "examples": ["a.jsonl:23", "b.jsonl:29", "a.jsonl:112"],
     }
 
@@ -137,7 +137,7 @@ def test_skipped_steps_change_nothing_and_are_said(tmp_path):
 
 def test_only_bad_steps_stop_in_the_end(tmp_path):
     loop, checkpoints = guarded_loop(tmp_path, [1.0] * 4 + [math.nan] * 40, skips=True)
-    with pytest.raises(TrainingError, match=r"Step 24: .*, the 20th bad step in a row"):
+    with pytest.raises(TrainingError, match=r"Step 24: .*; it is the 20th bad step in a row"):
         loop.run(start(), Progress())
     state, _ = checkpoints.restore(start(), checkpoints.steps[-1])
     assert float(state.trainable["w"][0]) == min(checkpoints.steps[-1], 4)

@@ -50,7 +50,7 @@ def test_early_stopping(tmp_path):
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_path, bad):
     loop, checkpoints = make_loop(tmp_path, on_step=lambda step: bad if step == 7 else 0.5)
     with pytest.raises(
-        TrainingError, match=r"Step 8: the loss is (nan|inf).*The checkpoint of step 6 is good.*learning_rate"
+        TrainingError, match=r"Step 8: the loss is (nan|inf).*The last good checkpoint is that of step 6.*learning_rate"
     ):
         loop.run(fresh_state(), Progress())
     assert checkpoints.steps[-1] == 6

@@ -375,7 +375,7 @@ def test_a_scale_below_one_stops_the_run(tmp_path):
     loop, checkpoints = overflowing_loop(tmp_path, lambda step: step >= 4, num_steps=100)
     with pytest.raises(
         TrainingError,
-        match=r"Step 17: .* at a loss scale of 0\.5\. The checkpoint of step 15 is good.*float16 ends.*mixed_bfloat16",
+        match=r"Step 17: .* at a loss scale of 0\.5\. The last good checkpoint is that of step 15.*float16 ends.*mixed_bfloat16",
     ):
         loop.run(fresh_state()._replace(loss_scale=init_loss_scale()), Progress())
     assert checkpoints.steps[-1] == 15

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, early stopping, and a clean way out of each mishap."""
+"""The training loop: steps, evaluations, checkpoints, early stopping, and an orderly end after interrupts or errors."""
 
 import dataclasses
 import math
@@ -14,21 +14,18 @@ from gemma_tune.models.functional import Params
 from gemma_tune.runtime.interrupts import Interrupted, Interrupts, StopRequested
 from gemma_tune.runtime.processes import all_reduce_max
 from gemma_tune.training.prefetch import Batches, Prefetch
+from gemma_tune.training.run.bad_steps import (
+    FLOAT16_OVERFLOWS,
+    describe_examples,
+    find_problem,
+    may_skip,
+    stop_message,
+)
 from gemma_tune.training.run.checkpoint_content import Progress
 from gemma_tune.training.run.checkpoints import Checkpoints
 from gemma_tune.training.run.metrics import MetricsWriter
 from gemma_tune.training.state import StepMetrics, TrainState
 from gemma_tune.training.step.train_step import TrainStep
-
-_MOST_BAD_IN_A_ROW = 20
-_OF_BAD_STEPS = (
-    "The same command with --config.training.on_bad_step=skip goes on {where} and leaves such steps out. Or try a "
-    "lower --learning_rate, a longer optimizer.warmup_steps, or --precision=float32, with another --workdir."
-)
-_FLOAT16_OVERFLOWS = (
-    "float16 ends at 65504, and this model computes larger values. Take --precision=mixed_bfloat16 or float32, with "
-    "another --workdir."
-)
 
 
 class Reporter(Protocol):
@@ -43,7 +40,15 @@ class Reporter(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """Intervals, as in `config.TrainingConfig`."""
+    """Settings of the loop, as in `config.TrainingConfig`. Of the intervals, 0 means never.
+
+    Attributes:
+        eval_every_steps: Steps between evaluations.
+        checkpoint_every_steps: Steps between checkpoints.
+        early_stopping_patience: Number of evaluations without a new best loss that end the run; 0: none do.
+        log_every_steps: Steps between rows of metrics.
+        skips_bad_steps: Whether bad steps are skipped. If not, the first one ends the run.
+    """
 
     eval_every_steps: int
     checkpoint_every_steps: int
@@ -57,13 +62,18 @@ class Loop:
     """Runs a training run from its state to its end.
 
     Attributes:
-        train_step: From `make_train_step`.
-        frozen: The weights that stay.
-        batches: By step.
-        evaluate: trainable, a function to call now and then, which may raise -> held-out values, with `loss` among
-            them; None when nothing is held out.
-        schedule: step -> learning rate, for the log.
-        origins: step, counted from 0 -> where its examples come from, such as `support.jsonl:17`.
+        train_step: Training step, from `make_train_step`.
+        frozen: Frozen weights by variable path.
+        batches: Batches by step.
+        evaluate: Function of the trained weights, and of a function to be called between batches, which may raise.
+            Returns held-out metrics, `loss` among them. None if nothing is held out.
+        schedule: Learning rate by step, for the log.
+        settings: Intervals, and what bad steps do.
+        checkpoints: Checkpoints of the run.
+        metrics: Writer of the run's metrics.
+        reporter: Shows progress and problems.
+        origins: Function of a step, counted from 0, that returns where its examples come from, such as
+            `support.jsonl:17`.
     """
 
     train_step: TrainStep
@@ -80,13 +90,17 @@ class Loop:
     def run(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
         """Trains from `state.step` to the last step.
 
+        Args:
+            state: State to begin with.
+            progress: Progress to begin with.
+
         Returns:
             The last state, and the progress, which knows the best step.
 
         Raises:
-            TrainingError: A step is bad and the run is to stop then, or no loss scale is small enough for float16;
+            TrainingError: A step is bad and ends the run, or no loss scale is small enough for float16. The message
                 names the step, its examples and the last good checkpoint.
-            Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved, if the disk takes it.
+            Interrupted: Ctrl-C or SIGTERM came. A checkpoint was saved if there was room for it.
         """
         step, num_steps = int(state.step), len(self.batches)
         with Interrupts() as interrupts, Prefetch(self.batches, step) as batches:
@@ -110,17 +124,18 @@ class Loop:
         return state, progress
 
     def _interrupted(self, state: TrainState, progress: Progress, signal_number: int) -> Interrupted:
-        """Saves, and returns what to raise."""
+        """Saves a checkpoint, and returns the error to raise."""
         step = int(state.step)
         what = f"Stopped at step {step} of {len(self.batches)}"
         if step:
             self.checkpoints.save(state, progress)
         if not step:
-            what += ", before anything was learnt"
+            what += ", before training began"
         elif self.checkpoints.wait():
             what += ", and saved"
         else:
-            what += f", and could not save. Good checkpoints: {', '.join(map(str, self.checkpoints.steps)) or 'none'}"
+            good = ", ".join(map(str, self.checkpoints.steps)) or "none"
+            what += f"; it could not be saved. Good checkpoints: {good}"
         return Interrupted(f"{what}. Run the same command again to go on.", signal_number)
 
     def _is_exhausted(self, progress: Progress) -> bool:
@@ -139,9 +154,10 @@ class Loop:
         loss_scale, guard = state.loss_scale, state.guard
         self._check(step, metrics, state)
         num_skipped = (int(loss_scale.num_skipped) if loss_scale else 0) + (int(guard.num_bad) if guard else 0)
+        num_updates = step - 1 - num_skipped  # Before this step; the schedule counts updates.
         values = {
             **({"loss": loss} if math.isfinite(loss) else {}),
-            "learning_rate": float(self.schedule(max(step - 1 - num_skipped, 0))),  # Skipped steps don't count there.
+            "learning_rate": float(self.schedule(max(num_updates, 0))),
             **({"grad_norm": grad_norm} if math.isfinite(grad_norm) else {}),
             **({"loss_scale": float(loss_scale.scale)} if loss_scale else {}),
             **({"num_skipped_steps": num_skipped} if loss_scale or guard else {}),
@@ -158,37 +174,23 @@ class Loop:
 
     def _check(self, step: int, metrics: StepMetrics, state: TrainState) -> None:
         """Raises TrainingError at a bad step, unless its update was left out and the run may go on."""
-        loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-        loss_scale, guard = state.loss_scale, state.guard
-        has_overflown = loss_scale is not None and float(loss_scale.scale) >= 1  # Its update was left out.
-        is_spike = bool(metrics.is_bad) and math.isfinite(loss)
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or has_overflown) and not is_spike:
+        problem = find_problem(metrics, state)
+        if not problem:
             return
-        what = f"the loss is {loss} and the gradient's norm {grad_norm}"
-        if is_spike and guard and math.isfinite(grad_norm):
-            what = f"the loss is {loss:.4g}, where {float(guard.mean_loss):.4g} was usual"
         origins = self.origins(step - 1)
-        held = f" Its examples: {_grouped(origins)}." if origins else ""
-        self.metrics.write_bad_step(step, what, origins)
-        if guard and self.settings.skips_bad_steps and int(guard.num_bad_in_a_row) < _MOST_BAD_IN_A_ROW:
-            self.reporter.on_problem(f"Step {step} was skipped: {what}.{held}")
+        examples = describe_examples(origins)
+        self.metrics.write_bad_step(step, problem, origins)
+        if self.settings.skips_bad_steps and may_skip(state):
+            self.reporter.on_problem(f"Step {step} was skipped: {problem}.{examples}")
             return
         self.checkpoints.wait()
-        saved = self.checkpoints.steps
-        last = f"The checkpoint of step {saved[-1]} is good" if saved else "No checkpoint had been written yet"
-        advice = _OF_BAD_STEPS.format(where="from there" if saved else "from the start")
-        if guard and int(guard.num_bad_in_a_row) > 1:
-            what += f", the {int(guard.num_bad_in_a_row)}th bad step in a row"
-        if loss_scale:
-            what += f", at a loss scale of {float(loss_scale.scale):g}"
-            advice = _FLOAT16_OVERFLOWS
-        raise TrainingError(f"Step {step}: {what}.{held} {last}; nothing of this step was saved. {advice}")
+        raise TrainingError(stop_message(step, problem, state, examples, self.checkpoints.steps))
 
     def _evaluate(self, state: TrainState, progress: Progress, interrupts: Interrupts) -> Progress:
-        """Returns the progress with the held-out loss in it.
+        """Evaluates, and returns the progress with the held-out loss in it.
 
         Raises:
-            Interrupted: A signal came; the state was saved, and will be evaluated when the run goes on.
+            Interrupted: A signal came. The state was saved, and will be evaluated when the run is resumed.
         """
         assert self.evaluate is not None
         step = int(state.step)
@@ -197,7 +199,7 @@ class Loop:
         except StopRequested:
             raise self._interrupted(state, progress._replace(pending_evaluation=True), interrupts.received) from None
         if state.loss_scale and not math.isfinite(values["loss"]):
-            raise TrainingError(f"The held-out loss at step {step} is {values['loss']}. {_FLOAT16_OVERFLOWS}")
+            raise TrainingError(f"The held-out loss at step {step} is {values['loss']}. {FLOAT16_OVERFLOWS}")
         self.metrics.write(step, **{f"heldout_{name}": value for name, value in values.items()})
         self.reporter.on_evaluation(step, values)
         self._clock = time.perf_counter()  # Evaluation doesn't count as a slow step.
@@ -210,18 +212,3 @@ class Loop:
         if was_pending:
             self.checkpoints.save(state, progress, replace=True)
         return progress
-
-
-def _grouped(origins: list[str], most: int = 16) -> str:
-    """Says where examples come from, each file once.
-
-    Args:
-        origins: Such as `support.jsonl:17`.
-        most: That many are named.
-    """
-    lines: dict[str, list[str]] = {}
-    for origin in origins[:most]:
-        file, _, line = origin.rpartition(":")
-        lines.setdefault(file, []).append(line)
-    said = "; ".join(f"{file}:{','.join(numbers)}" if file else ", ".join(numbers) for file, numbers in lines.items())
-    return said + (f" and {len(origins) - most} more" if len(origins) > most else "")

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and whether a command may go on with it."""
+"""The folder of a run: what is in it, and whether a command may use or resume it."""
 
 import contextlib
 import importlib.metadata
@@ -20,7 +20,7 @@ from gemma_tune.training.run.checkpoint_folder import read_about
 
 CONFIG_FILE, VERSIONS_FILE = "config.json", "versions.json"
 CHECKPOINTS, ADAPTER, MODEL = "checkpoints", "adapter", "model"
-# Settings that change nothing of what a run has computed so far.
+# Settings that don't change what a run has computed so far.
 _MAY_CHANGE = {
     "workdir",
     "training.keep_last",
@@ -31,17 +31,17 @@ _MAY_CHANGE = {
     "training.num_sample_answers",
     "training.num_scored_answers",
 }
-_ADVICE = "Make room, and run the same command again: it goes on from the last checkpoint. Or choose another --workdir."
+_ADVICE = "Make room, and run the same command again to resume from the last checkpoint. Or choose another --workdir."
 _LEFT_BEHIND = ("metrics.jsonl", "samples.json", "bad_steps.jsonl")
 _PACKAGES = ("gemma-tune", "keras", "keras-hub", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
 
 def check_workdir(config: Config) -> Path:
-    """Returns the workdir's path after checking, without writing anything, that this run may use it.
+    """Checks, without writing anything, that this run may use the workdir, and returns its path.
 
     Raises:
-        TrainingError: It holds something else, or checkpoints of a run with other settings, which it names; or another
-            process is training there.
+        TrainingError: It holds something else, or checkpoints of a run with other settings, which the message names; or
+            another process is training there.
     """
     workdir = Path(config.workdir).expanduser()
     check_unlocked(workdir)
@@ -55,15 +55,18 @@ def check_workdir(config: Config) -> Path:
 
 
 def _is_empty(workdir: Path) -> bool:
-    """But for what a run leaves that was killed at its very beginning."""
+    """Returns whether a workdir holds nothing but what a run leaves that was killed at its very beginning."""
     return {path.name for path in workdir.iterdir()} <= {LOCK_FILE, f"{CONFIG_FILE}.partial", ".DS_Store"}
 
 
 class OpenWorkdir(NamedTuple):
-    """A workdir that this process holds.
+    """A workdir that this process has locked.
 
-    about: The run's settings and versions, for its checkpoints. changed: What is another than when the newest
-        checkpoint was written, in words. checkpoints: Where they are.
+    Attributes:
+        path: Path of the workdir; in processes other than the primary one, of a temporary folder.
+        about: Settings and versions of the run, for its checkpoints.
+        changed: Versions that changed since the newest checkpoint was written, in words.
+        checkpoints: Folder of the checkpoints.
     """
 
     path: Path
@@ -73,17 +76,23 @@ class OpenWorkdir(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_together(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
-    """As `open_workdir`, for one process of several: the first opens it, and the others write to a folder that is
-    removed, but for the checkpoints.
+def open_workdir(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
+    """Opens the workdir in the primary process.
+
+    The others write to a temporary folder that is removed, except for the checkpoints, which all write together.
+
+    Args:
+        config: Settings of the run.
+        data_key: Key that changes with the content of the data and with its preparation.
 
     Raises:
-        TrainingError: As `open_workdir`, in all processes.
+        TrainingError: As `check_workdir`, in all processes; or something can't be written there, now or while it is
+            open.
     """
     with contextlib.ExitStack() as stack:
         with raise_in_all_processes():
             if is_primary():
-                workdir = stack.enter_context(open_workdir(config, data_key))
+                workdir = stack.enter_context(_open_primary(config, data_key))
             else:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gemma_tune-")))
                 checkpoints = Path(config.workdir).expanduser() / CHECKPOINTS
@@ -92,17 +101,9 @@ def open_together(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
 
 
 @contextlib.contextmanager
-def open_workdir(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
-    """Makes the workdir, holds it, and writes config.json and versions.json.
-
-    What a run left there that saved nothing is cleared away.
-
-    Args:
-        config: Of the run.
-        data_key: Another one for other data.
-
-    Raises:
-        TrainingError: As `check_workdir`; or something can't be written there, now or while it is open.
+def _open_primary(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
+    """Makes and locks the workdir, writes config.json and versions.json, and removes what a run without checkpoints
+    left there.
     """
     workdir = check_workdir(config)
     about = _about(config, data_key)
@@ -146,7 +147,8 @@ def versions() -> dict[str, str]:
 
 
 def _check_same(config: Config, about: dict[str, Any], workdir: Path) -> None:
-    # Settings that an older version didn't have were as they are by default.
+    """Raises TrainingError if settings that matter differ from those of the run's checkpoints."""
+    # Settings that an older version didn't have had the values that are now the defaults.
     before, now = (
         flatten(Config().to_dict()) | flatten(with_current_values(about.get("config", {}))),
         flatten(config.to_dict()),
@@ -158,7 +160,6 @@ def _check_same(config: Config, about: dict[str, Any], workdir: Path) -> None:
     ]
     if changed:
         raise TrainingError(
-            f"{workdir} holds a run with other settings: {'; '.join(changed)}. Give the settings as they were to go on "
-            "with it, or choose "
-            "another --workdir."
+            f"{workdir} holds a run with other settings: {'; '.join(changed)}. Use the same settings to resume it, or "
+            "choose another --workdir."
         )
