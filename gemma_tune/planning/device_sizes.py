@@ -14,10 +14,10 @@ class DeviceSizes(NamedTuple):
     Attributes:
         num_tokens: Number of positions in a micro-batch.
         num_targets: Number of positions with a loss in a micro-batch.
-        row_length: L.
+        row_length: Length of a row, L.
         num_micro_batches: Number of micro-batches in a step.
         num_layers: Number of decoder blocks.
-        width: D.
+        width: Width of the model, D.
         num_norms: Number of norms of width D in a decoder block.
         query: Width of the queries, N·H, on this device.
         key: Width of the keys, K·H, on this device. The values have the same.
