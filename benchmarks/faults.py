@@ -38,20 +38,20 @@ _EVERY, _MOST = 100, 0.02
 
 def kills() -> dict[str, Any]:
     """Returns how many kills were tried and how many runs ended otherwise than one left alone."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
-    import harness
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from helpers import fault_runs
 
     num_kills, differing = 0, []
     with tempfile.TemporaryDirectory() as name:
         whole = Path(name) / "whole"
-        if harness.run(whole).code:
+        if fault_runs.run(whole).code:
             raise RuntimeError("The run that nothing happens to failed.")
-        wanted = harness.outcome(whole)
+        wanted = fault_runs.outcome(whole)
         for seed in range(_NUM_SEEDS.value):
             workdir = Path(name) / str(seed)
-            done = harness.kill_again_and_again(workdir, seed)
+            done = fault_runs.kill_again_and_again(workdir, seed)
             num_kills += sum(code == -signal.SIGKILL for _, code in done)
-            if names := harness.differences(harness.outcome(workdir), wanted):
+            if names := fault_runs.differences(fault_runs.outcome(workdir), wanted):
                 differing.append({"seed": seed, "differs": names})
             print(f"seed {seed}: {num_kills} kills so far, {len(differing)} runs differ", file=sys.stderr, flush=True)
     return {"num_runs": _NUM_SEEDS.value, "num_kills": num_kills, "differing": differing}

@@ -1,7 +1,7 @@
 """One run that nothing happens to, for all to be compared with."""
 
 import pytest
-from harness import outcome, run
+from helpers.fault_runs import outcome, run
 
 
 @pytest.fixture(scope="session")

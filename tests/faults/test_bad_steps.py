@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from harness import differences, outcome, run
+from helpers.fault_runs import differences, outcome, run
 
 from gemma_tune.runtime.atomic_files import CHECKSUMS, write_checksums
 

@@ -5,7 +5,7 @@ import shutil
 import signal
 
 import pytest
-from harness import Fault, differences, outcome, run
+from helpers.fault_runs import Fault, differences, outcome, run, start
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +64,11 @@ def test_any_damaged_file_of_a_run_is_survived(stopped, wanted, tmp_path, seed):
 @pytest.mark.slow
 def test_two_processes_on_one_workdir(tmp_path):
     """The second is refused, and the first isn't disturbed."""
-    import multiprocessing
     import time
 
-    from harness import _PRELOADED, _child
-
     workdir = tmp_path / "w"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
     more = ("--config.training.num_train_steps=200",)
-    first = context.Process(target=_child, args=(str(workdir), Fault(), more, str(tmp_path / "first.err")))
-    first.start()
+    first = start(workdir, more=more, log=tmp_path / "first.err")
     deadline = time.monotonic() + 60
     while not (workdir / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

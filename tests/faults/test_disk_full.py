@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from harness import differences, outcome, run
+from helpers.fault_runs import differences, outcome, run
 
 
 @contextlib.contextmanager

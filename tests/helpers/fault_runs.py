@@ -3,7 +3,7 @@
 Each run is the command line in a process of its own, forked from a server that has imported everything, so that it
 begins at once. Faults are the test's alone: nothing in the program knows of them.
 
-    python tests/faults/harness.py SEED
+    python tests/helpers/fault_runs.py SEED
 
 repeats the random kills of one seed, and prints what was done.
 """
@@ -16,6 +16,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,20 +26,30 @@ ARGUMENTS = (
     "--config.training.num_sample_answers=1", "--config.training.num_scored_answers=1",
     "--config.generation.max_new_tokens=2",
 )  # fmt: skip
+_MOST_SECONDS, _NUM_STEPS = 8.0, 12
 _WRITING = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 _CLOCK = ("step_seconds", "tokens_per_second", "input_wait_seconds", "input_wait_share")
 _PRELOADED = [
-    "gemma_tune.cli.train", "gemma_tune.cli.run_result", "gemma_tune.pipeline", "gemma_tune.serving.generation", "tensorboardX",
-    "matplotlib.pyplot",
+    "gemma_tune.cli.train", "gemma_tune.cli.run_result", "gemma_tune.pipeline", "gemma_tune.serving.generation",
+    "tensorboardX", "matplotlib.pyplot",
 ]  # fmt: skip
 
 
 class Fault(NamedTuple):
-    """What happens, and when: a signal after some seconds, or at the n-th change to a file in the workdir."""
+    """What happens to a run, and when. Only one of the moments is given.
+
+    Attributes:
+        signal: Signal that the process gets; 0: none.
+        after_seconds: Time after the start. The steps are slowed down, so that no machine is done before.
+        at_change: Number of the change to a file in the workdir.
+        at_step: Number of the step after whose row of metrics it happens.
+        clock_jumps: Whether the time of day jumps at each look at it.
+    """
 
     signal: int = 0
     after_seconds: float = 0.0
     at_change: int = 0
+    at_step: int = 0
     clock_jumps: bool = False
 
 
@@ -46,24 +57,41 @@ NOTHING = Fault()
 
 
 class Ended(NamedTuple):
-    """code: the exit code; minus the signal's number if it was killed. err: stderr."""
+    """How a run ended.
+
+    Attributes:
+        code: Exit code; minus the signal's number if it was killed.
+        err: What it wrote to stderr.
+    """
 
     code: int
     err: str
 
 
-def run(workdir: Path, fault: Fault = NOTHING, more: tuple[str, ...] = ()) -> Ended:
-    """Runs the command in a forked process, with a fault."""
+def start(
+    workdir: Path, fault: Fault = NOTHING, more: tuple[str, ...] = (), log: Path | None = None
+) -> multiprocessing.Process:
+    """Starts the command in a forked process, with a fault. log: File for what it writes to stderr."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    log = workdir.with_name(workdir.name + ".err")
-    process = context.Process(target=_child, args=(str(workdir), fault, more, str(log)))
+    process = context.Process(target=_child, args=(str(workdir), fault, more, str(log or _log(workdir))))
     process.start()
+    return process
+
+
+def run(workdir: Path, fault: Fault = NOTHING, more: tuple[str, ...] = ()) -> Ended:
+    """Runs the command in a forked process, with a fault, to its end."""
+    process = start(workdir, fault, more)
     process.join(300)
+    err = _log(workdir).read_text()
     if process.is_alive():
         process.kill()
-        raise AssertionError(f"The run in {workdir} hangs: {fault}. {log.read_text()[-2000:]}")
-    return Ended(process.exitcode, log.read_text())
+        raise AssertionError(f"The run in {workdir} hangs: {fault}. {err[-2000:]}")
+    return Ended(process.exitcode, err)
+
+
+def _log(workdir: Path) -> Path:
+    return workdir.with_name(workdir.name + ".err")
 
 
 def _child(workdir: str, fault: Fault, more: tuple[str, ...], log: str) -> None:
@@ -71,9 +99,12 @@ def _child(workdir: str, fault: Fault, more: tuple[str, ...], log: str) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if fault.clock_jumps:
         _make_clock_jump()
-    if fault.signal and fault.at_change:
+    if fault.at_change:
         _signal_at_change(workdir, fault)
+    elif fault.at_step:
+        _after_each_row(lambda step: os.kill(os.getpid(), fault.signal) if step == fault.at_step else None)
     elif fault.signal:
+        _after_each_row(lambda step: time.sleep(_MOST_SECONDS / _NUM_STEPS))
         threading.Timer(fault.after_seconds, os.kill, (os.getpid(), fault.signal)).start()
     from gemma_tune.cli.main import run as run_command
 
@@ -96,9 +127,21 @@ def _signal_at_change(workdir: str, fault: Fault) -> None:
     sys.addaudithook(hook)
 
 
-def _make_clock_jump() -> None:
-    import time
+def _after_each_row(call: Any) -> None:
+    """Calls a function with the step after each training step's row of metrics was written."""
+    from gemma_tune.training.run.metrics import MetricsWriter
 
+    write = MetricsWriter.write
+
+    def write_and_call(writer: Any, step: int, **values: float) -> None:
+        write(writer, step, **values)
+        if "step_seconds" in values:
+            call(step)
+
+    MetricsWriter.write = write_and_call
+
+
+def _make_clock_jump() -> None:
     now, jumps = time.time, random.Random(0)
     time.time = lambda: now() + jumps.uniform(-1e6, 1e6)
 
@@ -126,9 +169,9 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def random_fault(generator: random.Random, kill: int = signal.SIGKILL) -> Fault:
-    """Half of them by the clock, half at a change to a file."""
+    """Returns a fault at a random moment: half of them by the clock, half at a change to a file."""
     if generator.random() < 0.5:
-        return Fault(kill, after_seconds=generator.uniform(0.5, 8.0))
+        return Fault(kill, after_seconds=generator.uniform(0.5, _MOST_SECONDS))
     return Fault(kill, at_change=generator.randint(1, 120))
 
 
