@@ -1,4 +1,4 @@
-"""Starts what a server serves: loads a model, names it and its adapters, and compiles the engine's programs."""
+"""Starts the service behind a server: loads a model, names it and its adapters, and compiles the engine's programs."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,14 @@ from gemma_tune.serving.sampling import Sampling
 
 
 class Base(NamedTuple):
-    """The model under all adapters: where it comes from, its name, how it is held, and adapters that came with it."""
+    """The base model of all adapters.
+
+    Attributes:
+        source: Source of the model.
+        name: Name of the model in requests.
+        quant_spec: Quantization spec of its weights, or None.
+        adapters: Adapters of the run that was named as the model, by name.
+    """
 
     source: str
     name: str
@@ -36,16 +43,16 @@ class Base(NamedTuple):
 
 
 def start_service(config: Config, settings: ServeConfig, adapters: Sequence[str], console: Console) -> Service:
-    """Loads, names and compiles what is to be served.
+    """Loads and names the models, and compiles the engine's programs.
 
     Args:
-        config: Says which model, in which precision, and what a request gets that doesn't say.
-        settings: Of the server.
+        config: Settings: the model, its precision, and the defaults of requests.
+        settings: Settings of the server.
         adapters: `NAME=PATH` of LoRA adapters, or of runs with one.
-        console: Is told what takes long.
+        console: Console that shows progress.
 
     Raises:
-        ConfigError: A name twice, or no name.
+        ConfigError: An adapter has no name, or one that is taken.
         ModelError: A model or adapter can't be loaded.
     """
     base = resolve_base(config, settings.name)
@@ -69,8 +76,13 @@ def start_service(config: Config, settings: ServeConfig, adapters: Sequence[str]
 
 
 def resolve_base(config: Config, name: str) -> Base:
-    """Returns what `--model` means to a server: of a run with an adapter its base, and the adapter beside it, so that
-    both can be asked.
+    """Returns the base model that `--model` stands for.
+
+    For a run with an adapter that is the run's base, with the adapter beside it, so that both can be requested.
+
+    Args:
+        config: Settings; `model` names the model.
+        name: Name for the model in requests, or ''.
     """
     source = parse_source(config.model.source)
     own_name = name or name_of(config.model.source, source)
@@ -86,21 +98,21 @@ def resolve_base(config: Config, name: str) -> Base:
 
 
 def name_of(text: str, source: Source) -> str:
-    """Returns a model's name in requests: the last part of a path or address that says something."""
+    """Returns a model's name in requests: the last part of its path or address that isn't a number."""
     if source.kind in ("tiny", "demo"):
         return text
     path = Path(text).expanduser().resolve() if "://" not in text else Path(text)
-    parts = [part for part in path.parts if not part.isdecimal()]  # Kaggle's end with a version.
+    parts = [part for part in path.parts if not part.isdecimal()]  # Kaggle's addresses end with a version.
     return parts[-1].removesuffix(".gguf")
 
 
 def _named_paths(adapters: Sequence[str], taken: set[str]) -> dict[str, Path]:
-    """Returns the adapters of the command line by name."""
+    """Returns the paths of the command line's adapters by name."""
     found: dict[str, Path] = {}
     for given in adapters:
         name, equals, place = given.partition("=")
         if not (name and equals and place):
-            raise ConfigError(f"--adapter={given}: write --adapter=NAME=PATH, with the name to ask for it by.")
+            raise ConfigError(f"--adapter={given}: write --adapter=NAME=PATH, with the name for requests.")
         if name in taken or name in found:
             raise ConfigError(f"--adapter={given}: there is already a model named {name!r}. Choose another name.")
         path = Path(place).expanduser()
@@ -109,7 +121,7 @@ def _named_paths(adapters: Sequence[str], taken: set[str]) -> dict[str, Path]:
 
 
 def _served(base_name: str, version: str, paths: Mapping[str, Path]) -> dict[str, ServedModel]:
-    """Returns all models by name: adapters first, since they are what one has trained."""
+    """Returns all models by name. Adapters come first, since they are what the user has trained."""
     models = {
         name: ServedModel(name, name, base_name, f"{version}+{_digest(path)}") for name, path in sorted(paths.items())
     }
@@ -132,7 +144,7 @@ def _service(
 
 
 def _digest(path: Path) -> str:
-    """Returns 16 hexadecimal digits of an adapter's files."""
+    """Returns a hash of an adapter's files, in 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():

@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step."""
+"""Prepares a run: data, model, batches, training state and steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from gemma_tune.models.load import load_configured
 from gemma_tune.models.precision import check_precision
 from gemma_tune.models.sharding.placement import MeshSharding, mesh_sharding_of
 from gemma_tune.models.sources.tokenizer import tokenizer_of
-from gemma_tune.models.transforms import LoraSettings, transform_for_training
+from gemma_tune.models.transforms import LoraSettings, Transformed, transform_for_training
 from gemma_tune.runtime.backend import cache_dir, keras
 from gemma_tune.training.batches import HeldoutBatches, OnMesh, TrainingBatches, most_targets
 from gemma_tune.training.optimizer import make_optimizer, make_schedule
@@ -35,15 +35,32 @@ from gemma_tune.training.step.train_step import make_eval_step, make_train_step
 
 @dataclasses.dataclass
 class Setup:
-    """Everything that a run needs before its first step."""
+    """Everything that a run needs before its first step.
+
+    Attributes:
+        config: Settings of the run.
+        model: CausalLM, transformed for training.
+        sharding: Mesh sharding of the model; None on one device.
+        attention: Attention kernel, and why it was chosen.
+        precision_advice: Advice if another precision suits the device better; '' if not.
+        data: Tokenized training and held-out examples.
+        data_key: Key that changes with the content of the data and with its preparation.
+        batches: Training batches by step.
+        heldout: Held-out batches.
+        frozen: Frozen weights by variable path.
+        state: Training state before the first step.
+        train_step: From `make_train_step`.
+        eval_step: From `make_eval_step`.
+        schedule: Learning rate by step.
+    """
 
     config: Config
     model: keras.Model
-    sharding: MeshSharding | None  # On a mesh of devices.
+    sharding: MeshSharding | None
     attention: AttentionChoice
-    precision_advice: str  # Empty where the precision suits the device.
+    precision_advice: str
     data: TokenizedSplits
-    data_key: str  # Changes with the content of the data and with what cleans and splits it.
+    data_key: str
     batches: TrainingBatches
     heldout: HeldoutBatches
     frozen: dict[str, jax.Array]
@@ -53,12 +70,17 @@ class Setup:
     schedule: Any
 
     def evaluate(self, trainable: Params, before_each: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Scores the held-out batches."""
+        """Returns held-out metrics.
+
+        Args:
+            trainable: Trained weights by variable path.
+            before_each: Called before each batch; may raise to stop the evaluation.
+        """
         heldout = self.on_devices(self.heldout)
         return evaluate_batches(lambda batch: self.eval_step(trainable, self.frozen, batch), heldout, before_each)
 
     def on_devices(self, batches: Any) -> Any:
-        """Returns batches whose rows are where the steps read them."""
+        """Returns batches that are put on the devices of the mesh, if there is one."""
         return OnMesh(batches, self.sharding) if self.sharding else batches
 
     def origins(self, step: int) -> list[str]:
@@ -67,7 +89,7 @@ class Setup:
 
 
 def read_splits(config: Config) -> Splits:
-    """Reads, cleans and splits the data. Needs no model, so that bad data fails at once."""
+    """Reads, cleans and splits the data. This needs no model, so that bad data fails at once."""
     data = config.data
     family_tokens = {token for family in ("gemma3", "gemma4") for token in template_for(family).control_tokens}
     return load_splits(
@@ -85,44 +107,28 @@ def read_splits(config: Config) -> Splits:
 
 
 def prepare_data(config: Config, splits: Splits, model: keras.Model) -> TokenizedSplits:
-    """Tokenizes for a model."""
+    """Tokenizes the data for a model."""
     template, tokenizer = template_for(family_of(model)), tokenizer_of(model)
     return tokenize_splits(splits, template, tokenizer, config.data.max_length, config.data.overlong, cache=cache_dir())
 
 
 def set_up(config: Config, splits: Splits) -> Setup:
-    """Loads and prepares the model in a fixed order: precision, quantize, LoRA, QAT, layers, remat. No compiling."""
+    """Loads and transforms the model, and makes batches, state and steps. Nothing is compiled yet.
+
+    Args:
+        config: Settings of the run.
+        splits: From `read_splits`.
+    """
     training = config.training
     _check_adapter(config)
     precision_advice = check_precision(first_device(), config.model.precision)
     model = load_configured(config)
     sharding = mesh_sharding_of(model.backbone)
+    num_row_shards = sharding.shape.num_row_shards if sharding else 1
     data = prepare_data(config, splits, model)
-    lora = LoraSettings(**config.lora_settings)
-    program, attention = transform_for_training(
-        model,
-        None if training.method == "full" else lora,
-        qat=config.qat_spec,
-        packing=config.data.packing,
-        remat=training.remat,
-        program=training.program,
-        attention=training.attention,
-        row_length=config.row_length,
-        sharding=sharding,
-        keeps_factors=bool(config.model.adapter),
-    )
-    num_parts = sharding.shape.num_row_shards if sharding else 1
+    program, attention = _transform(config, model, sharding)
     per_block = per_block_program(program, model, training.remat)
-    batches = TrainingBatches(
-        data.train,
-        batch_size=training.batch_size,
-        row_length=config.row_length,
-        packing=config.data.packing,
-        seed=config.seed,
-        num_epochs=training.num_epochs,
-        num_train_steps=training.num_train_steps,
-        num_parts=num_parts * training.grad_accum_steps,
-    )
+    batches = _training_batches(config, data, num_row_shards)
     heldout = HeldoutBatches(data.heldout, training.batch_size, config.row_length, config.data.packing)
     schedule = _schedule(config, len(batches))
     optimizer = make_optimizer(schedule=schedule, **config.optimizer_settings)
@@ -147,8 +153,39 @@ def set_up(config: Config, splits: Splits) -> Setup:
             training.loss_spike_factor,
             sharding,
         ),
-        eval_step=make_eval_step(model, most_targets(heldout, num_parts), per_block, sharding),
+        eval_step=make_eval_step(model, most_targets(heldout, num_row_shards), per_block, sharding),
         schedule=schedule,
+    )
+
+
+def _transform(config: Config, model: keras.Model, sharding: MeshSharding | None) -> Transformed:
+    """Transforms the loaded model for training."""
+    training = config.training
+    return transform_for_training(
+        model,
+        None if training.method == "full" else LoraSettings(**config.lora_settings),
+        qat=config.qat_spec,
+        packing=config.data.packing,
+        remat=training.remat,
+        program=training.program,
+        attention=training.attention,
+        row_length=config.row_length,
+        sharding=sharding,
+        keeps_factors=bool(config.model.adapter),
+    )
+
+
+def _training_batches(config: Config, data: TokenizedSplits, num_row_shards: int) -> TrainingBatches:
+    training = config.training
+    return TrainingBatches(
+        data.train,
+        batch_size=training.batch_size,
+        row_length=config.row_length,
+        packing=config.data.packing,
+        seed=config.seed,
+        num_epochs=training.num_epochs,
+        num_train_steps=training.num_train_steps,
+        num_parts=num_row_shards * training.grad_accum_steps,
     )
 
 
@@ -159,11 +196,11 @@ def _schedule(config: Config, num_train_steps: int) -> optax.Schedule:
 
 
 def _check_adapter(config: Config) -> None:
-    """Raises ConfigError if settings of `lora` would not be read, since the adapter has its own."""
-    usual, given = dataclasses.asdict(Config().lora), dataclasses.asdict(config.lora)
-    changed = [name for name in given if given[name] != usual[name] and name != "loraplus_lr_ratio"]
+    """Raises ConfigError if settings of `lora` would have no effect, since the adapter has its own."""
+    defaults, given = dataclasses.asdict(Config().lora), dataclasses.asdict(config.lora)
+    changed = [name for name in given if given[name] != defaults[name] and name != "loraplus_lr_ratio"]
     if config.model.adapter and config.training.method != "full" and changed:
         raise ConfigError(
-            f"model.adapter={config.model.adapter} goes on with the factors that it has, so lora.{changed[0]} would "
-            "change nothing. Leave one of them away."
+            f"model.adapter={config.model.adapter} continues training the adapter's own factors, so lora.{changed[0]} "
+            "would have no effect. Remove one of the two settings."
         )

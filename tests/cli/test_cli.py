@@ -387,7 +387,7 @@ def test_training_goes_on_with_an_adapter(call, trained, tmp_path):
     arguments = ("train", *TINY, *FAST, f"--adapter={trained / 'adapter'}", f"--workdir={tmp_path / 'w'}",
                  "--config.training.num_train_steps=2", "--json")  # fmt: skip
     code, _, err = call(*arguments, "--lora_rank=8")
-    assert code == 2 and "goes on with the factors that it has, so lora.rank would change nothing" in err
+    assert code == 2 and "continues training the adapter's own factors, so lora.rank would have no effect" in err
     code, out, err = call(*arguments)
     assert code == 0, err
     first, second = json.loads((trained / "result.json").read_text()), json.loads(out)
