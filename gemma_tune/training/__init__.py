@@ -1,1 +1,1 @@
-"""Step 4: fine-tune. Losses, optimizer, step, checkpoints and the loop."""
+"""Fine-tunes a model: losses, optimizer, training step, checkpoints and loop (step 4 of the pipeline)."""

@@ -1,1 +1,1 @@
-"""A run in its workdir: the loop, checkpoints and metrics."""
+"""Runs training in a workdir: the loop, its checkpoints and its metrics."""

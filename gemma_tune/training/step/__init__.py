@@ -1,1 +1,1 @@
-"""The training and evaluation steps."""
+"""The training and evaluation steps, compiled as one program or as one for each kind of decoder block."""
