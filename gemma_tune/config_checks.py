@@ -1,4 +1,4 @@
-"""What settings may be: their choices and ranges, and which don't go together."""
+"""Checks settings: the choices and ranges of each, and which of them exclude each other."""
 
 from typing import Any
 
@@ -17,14 +17,14 @@ ON_BAD_STEP = ("stop", "skip")
 REMAT = ("none", "dots", "full")
 PROGRAMS = ("auto", "whole", "per_block")
 ATTENTION = ("auto", "xla", "cudnn", "splash", "keras")
-MOST_CANDIDATES = 1024  # Sampling looks at so many of the likeliest tokens: sorting all takes longer than the model.
+MAX_TOP_K = 1024  # Sampling sorts no more tokens than these: sorting the vocabulary takes longer than the model.
 
 
 def check_values(config: Any) -> None:
-    """Looks at every setting of a `config.Config`.
+    """Checks every setting of a `config.Config`.
 
     Raises:
-        ConfigError: Says which is wrong, and what it may be.
+        ConfigError: A setting is wrong; says which, and which values are allowed.
     """
     _check_choices(config)
     _check_ranges(config)
@@ -32,9 +32,11 @@ def check_values(config: Any) -> None:
 
 
 def check_serve_values(config: Any) -> None:
-    """Looks at every setting of a `serve_config.ServeConfig`. Errors as in `check_values`."""
+    """Checks every setting of a `serve_config.ServeConfig`. Raises what `check_values` does."""
     if not config.host:
-        raise ConfigError("host must be an address such as 127.0.0.1, or 0.0.0.0 for all of this machine's; got none.")
+        raise ConfigError(
+            "host must be an address such as 127.0.0.1, or 0.0.0.0 for all addresses; got none."
+        )
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"port must lie between 0 and 65535, got {config.port}.")
     for name in ("max_concurrent", "max_queued", "max_answers"):
@@ -42,8 +44,8 @@ def check_serve_values(config: Any) -> None:
     _at_least("max_length", config.max_length, 16)
     if config.max_tokens_in_flight < config.max_length:
         raise ConfigError(
-            f"max_tokens_in_flight must be at least max_length={config.max_length}, or the longest request would never "
-            f"fit; got {config.max_tokens_in_flight}."
+            f"max_tokens_in_flight must be at least max_length={config.max_length}, so that the longest request fits; "
+            f"got {config.max_tokens_in_flight}."
         )
     _at_least("max_body_bytes", config.max_body_bytes, 1024)
     _at_least("drain_seconds", config.drain_seconds, 0)
@@ -91,8 +93,8 @@ def _check_ranges(config: Any) -> None:
         raise ConfigError(f"training.loss_spike_factor must be 0 or above 1, got {training.loss_spike_factor}.")
     _at_least("generation.max_new_tokens", generation.max_new_tokens, 1)
     _at_least("generation.temperature", generation.temperature, 0)
-    if not 0 <= generation.top_k <= MOST_CANDIDATES:
-        raise ConfigError(f"generation.top_k must lie between 0 and {MOST_CANDIDATES}, got {generation.top_k}.")
+    if not 0 <= generation.top_k <= MAX_TOP_K:
+        raise ConfigError(f"generation.top_k must lie between 0 and {MAX_TOP_K}, got {generation.top_k}.")
     if not 0 <= generation.min_p <= 1:
         raise ConfigError(f"generation.min_p must lie between 0 and 1, got {generation.min_p}.")
     if not 0 < generation.repetition_penalty < float("inf"):
@@ -114,24 +116,25 @@ def _check_combinations(config: Any) -> None:
         raise ConfigError("lora.target_layers must name at least one layer, got none.")
     if training.method == "full" and model.quantize:
         raise ConfigError(
-            f"training.method=full can't train weights in {model.quantize}. Take training.method=qlora, or leave "
-            "model.quantize away."
+            f"training.method=full can't train weights in {model.quantize}. Use training.method=qlora, or leave "
+            "model.quantize empty."
         )
     if training.qat and config.quant_spec:
         raise ConfigError(
-            f"training.qat={training.qat} trains float weights that are rounded later, but "
-            f"{'model.quantize' if model.quantize else 'training.method=qlora'} holds them in {config.quant_spec.scheme} "
-            "from the start. Take training.method=lora or full, without model.quantize, or leave training.qat away."
+            f"training.qat={training.qat} trains float weights that are quantized later, but "
+            f"{'model.quantize' if model.quantize else 'training.method=qlora'} quantizes them to "
+            f"{config.quant_spec.scheme} from the start. Use training.method=lora or full without model.quantize, or "
+            "leave training.qat empty."
         )
     if training.qat and model.double_quant:
         raise ConfigError(
-            "training.qat can't go with model.double_quant, where rounding one row depends on many others. Leave one "
-            "of them away."
+            "training.qat can't be combined with model.double_quant, where the rounding of a row depends on many "
+            "others. Leave one of them out."
         )
     if training.qat and config.lora.use_dora and training.method != "full":
         raise ConfigError(
-            "training.qat rounds W + A·B, and can't do that with lora.use_dora, whose norms are of what isn't rounded. "
-            "Leave one of them away."
+            "training.qat rounds W + A·B and can't be combined with lora.use_dora, which takes its norms from weights "
+            "that are not rounded. Leave one of them out."
         )
     if training.batch_size % training.grad_accum_steps:
         raise ConfigError(
@@ -147,24 +150,24 @@ def _check_mesh(training: Any) -> None:
     if not training.mesh:
         return
     if training.program == "per_block":
-        raise ConfigError(f"training.mesh={training.mesh} needs training.program=whole, or auto; got per_block.")
+        raise ConfigError(f"training.mesh={training.mesh} needs training.program=whole or auto, got per_block.")
     if training.mesh == AUTO_MESH:
         return
     shape, rows = parse_mesh(training.mesh), training.batch_size // training.grad_accum_steps
     if rows % shape.num_row_shards:
-        portion = " / training.grad_accum_steps" if training.grad_accum_steps > 1 else ""
+        per_micro_batch = " / training.grad_accum_steps" if training.grad_accum_steps > 1 else ""
         raise ConfigError(
-            f"training.mesh={training.mesh} cuts a batch's rows into {shape.num_row_shards} parts, so "
-            f"training.batch_size{portion} must be a multiple of that; got {rows}."
+            f"training.mesh={training.mesh} splits the rows of a batch into {shape.num_row_shards} parts, so "
+            f"training.batch_size{per_micro_batch} must be a multiple of that; got {rows}."
         )
 
 
 def _one_of(path: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        may_be = "empty or " if "" in choices else ""
+        or_empty = "empty or " if "" in choices else ""
         named = [choice for choice in choices if choice]
         raise ConfigError(
-            f"{path} must be {may_be}one of {', '.join(named)}; got {value!r}.{did_you_mean(value, named)}"
+            f"{path} must be {or_empty}one of {', '.join(named)}; got {value!r}.{did_you_mean(value, named)}"
         )
 
 

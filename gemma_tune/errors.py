@@ -1,7 +1,7 @@
-"""Errors that a user can act on, and the did-you-mean that several of them share.
+"""Errors that a user can act on, and the did-you-mean suggestion that several of them contain.
 
-Each is raised with what was expected, what came, where, and what to do. The command line prints such an error as
-one message and exits with 1; anything else that escapes is a defect of gemma_tune and keeps its traceback.
+Their messages say what was expected, what was found, where, and what to do. The command line prints such an error as
+one message and exits with a code. Any other exception is a bug in gemma_tune and keeps its traceback.
 """
 
 import difflib
@@ -12,7 +12,7 @@ class GemmaTuneError(Exception):
     """Base of all errors that gemma_tune raises on purpose."""
 
     def __str__(self) -> str:
-        """Returns the message, with half surrogate pairs escaped: damaged files hold them, no terminal prints them."""
+        """Returns the message, with lone surrogates escaped: damaged files contain them; terminals can't print them."""
         return super().__str__().encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -29,7 +29,7 @@ class ModelError(GemmaTuneError, ValueError):
 
 
 class TrainingError(GemmaTuneError, RuntimeError):
-    """A run can't start, go on or be resumed."""
+    """A run can't start, continue or be resumed."""
 
 
 class ServingError(GemmaTuneError, RuntimeError):
@@ -37,17 +37,17 @@ class ServingError(GemmaTuneError, RuntimeError):
 
 
 class EngineFull(ServingError):
-    """As many requests are waiting as may; later there is room again."""
+    """The request queue is full. A later request may be accepted."""
 
 
 class EngineClosed(ServingError):
-    """The engine takes no requests: it hasn't been started, is being drained, or is closed."""
+    """The engine accepts no requests: it has not been started, is being drained, or is closed."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Returns ' Did you mean X?' for the closest choices, or '' when nothing is close.
+    """Returns ' Did you mean X?' with the closest choices, or '' where none is close.
 
-    The leading space lets it stand directly behind a sentence.
+    The leading space lets it follow a sentence.
     """
     close = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
     if not close:

@@ -1,7 +1,7 @@
-"""Settings as earlier versions wrote them into the files of runs, in today's words.
+"""Translates the settings that earlier versions saved into today's values.
 
-A run's `config.json` outlives the version that wrote it. Values that have been renamed since are translated when they
-are read; flags and config files take today's names alone.
+A run's `config.json` outlives the version that wrote it. Values that have been renamed since then are translated when
+they are read. Flags and config files take today's values only.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ _RENAMED_VALUES = {
 }
 
 
-def in_current_words(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of saved settings in which renamed values have their names of today.
+def with_current_values(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of saved settings with renamed values replaced by today's.
 
     Args:
-        tree: Nested dicts as `Config.to_dict` gave them, in this version or an earlier one.
+        tree: Nested dicts as `Config.to_dict` returned them, in this version or an earlier one.
     """
     current = {name: dict(group) if isinstance(group, Mapping) else group for name, group in tree.items()}
     for (group, name), renamed in _RENAMED_VALUES.items():

@@ -1,4 +1,4 @@
-"""The settings of a server, their defaults, and their check: what config.py is to a run."""
+"""All settings of a server, with their defaults. config.py has those of a run."""
 
 import dataclasses
 
@@ -8,29 +8,30 @@ from gemma_tune.settings import check_types
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
-    """How a server is reached, what it lets in, and how much it does at once. Each setting is a flag of `gemma-tune
-    serve`.
+    """How a server is reached, what it accepts, and how much it does at once.
+
+    Each setting is a flag of `gemma-tune serve`.
 
     Attributes:
-        host: Address to listen at. The default is reached from this machine alone.
-        port: 0: a free one.
-        name: The model's name in requests. Empty: the last part of `--model`.
-        max_concurrent: Answers that are written at once; others wait.
-        max_tokens_in_flight: Size of the key/value cache: prompts and longest answers of all that are written, in
-            tokens.
-        max_length: Longest prompt and answer together, in tokens.
-        max_queued: Answers that may wait. When as many do, further requests get 429.
+        host: Address to listen at. Only this machine reaches the default.
+        port: Port to listen at; 0: any free port.
+        name: Name of the model in requests. Empty: the last part of `--model`.
+        max_concurrent: Number of answers that are generated at the same time; others wait.
+        max_tokens_in_flight: Size of the KV cache, in tokens: prompts and maximum answers of all answers that are being
+            generated.
+        max_length: Maximum length of a prompt and its answer together, in tokens.
+        max_queued: Number of answers that may wait. Further requests get status 429.
         max_answers: Largest `n` of a request.
-        max_body_bytes: Longest body of a request; longer ones get 413.
-        request_timeout_seconds: A request that takes longer is ended with 504.
-        drain_seconds: After SIGTERM or Ctrl-C, how long requests under way may take to end.
-        api_key_file: Keys, one a line; a request must bring one of them. Empty: none is needed.
-        allowed_hosts: Names by which the server may be addressed; empty: as a server that only this machine reaches
-            and that needs no key `localhost`, `127.0.0.1` and `[::1]`, which keeps out web pages that have a name of
-            their own lead to this machine; else any.
-        cors_origins: Web pages of other servers that may ask from a browser; empty: none.
-        feedback_db: SQLite file for what users say of answers; empty: nothing is stored, and the page doesn't ask.
-        log_requests: Prints a line for each request; never what was asked or answered.
+        max_body_bytes: Maximum size of a request's body, in bytes. Larger ones get status 413.
+        request_timeout_seconds: Maximum duration of a request. Longer ones get status 504.
+        drain_seconds: Time that running requests get to finish after SIGTERM or Ctrl-C.
+        api_key_file: File of API keys, one a line, of which a request must send one. Empty: no key is needed.
+        allowed_hosts: Host names that requests may address. Empty: any; but where only this machine reaches the server
+            and no key is needed, `localhost`, `127.0.0.1` and `[::1]` alone, so that no web page can reach it by a name
+            of its own that resolves to this machine (DNS rebinding).
+        cors_origins: Origins of web pages that may send requests from a browser. Empty: none.
+        feedback_db: SQLite file for users' feedback on answers. Empty: none is stored, and the chat page doesn't ask.
+        log_requests: Whether a line is printed for each request. Questions and answers are never printed.
     """
 
     host: str = "127.0.0.1"

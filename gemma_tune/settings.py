@@ -1,4 +1,4 @@
-"""Trees of frozen dataclasses as settings: their paths, to and from plain values, and the check of their types.
+"""Reads and writes settings that are kept in trees of frozen dataclasses, and checks their types.
 
 A setting is named by its path in the tree, such as `lora.rank`.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_tune.errors import ConfigError, did_you_mean
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 
 def setting_paths(cls: Any, prefix: str = "") -> list[str]:
@@ -45,7 +45,11 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(cls: Any, tree: Mapping[str, Any]) -> Any:
-    """Builds the dataclasses again. Missing settings take their default; an unknown one is a ConfigError."""
+    """Builds dataclasses from what `to_plain` returned, with defaults for missing settings.
+
+    Raises:
+        ConfigError: A setting is unknown (suggests the nearest), or its value is of another type.
+    """
     if not isinstance(tree, Mapping):
         raise ConfigError(f"Expected groups of settings, as Config.to_dict() gives them, got {tree!r:.60}.")
     return _build(cls, tree, "", setting_paths(cls))
@@ -67,7 +71,11 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str, known: list[str]) -> 
 
 
 def check_types(config: Any, prefix: str) -> None:
-    """Checks each value's type, and turns lists into tuples and whole numbers into floats where those are meant."""
+    """Checks the type of each value, and converts lists to tuples and whole numbers to floats where those are expected.
+
+    Raises:
+        ConfigError: A value is of another type.
+    """
     for field in dataclasses.fields(config):
         value, path = getattr(config, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):

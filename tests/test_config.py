@@ -31,8 +31,8 @@ def test_method_defaults():
     assert Config().replace({"lora.alpha": 3.0}).lora_alpha == 3.0
 
 
-def test_grids():
-    """Of the weights as they are loaded, and of the conversion that quantization-aware training prepares."""
+def test_quantization_specs():
+    """That of the weights as they are loaded, and that which quantization-aware training prepares for."""
     config = Config().replace({"model.block_size": 32})
     assert config.quant_spec is None and config.qat_spec is None
     aware = config.replace({"training.qat": "int4"})
@@ -73,9 +73,9 @@ def test_it_is_frozen():
         ({"data.row_length": 1024, "data.packing": False}, r"data.row_length must be 0 or .* with data.packing"),
         (
             {"training.attention": "flash"},
-            r"training.attention must be one of auto, blocks, cudnn, splash, keras; got 'flash'",
+            r"training.attention must be one of auto, xla, cudnn, splash, keras; got 'flash'",
         ),
-        ({"training.remat": "all"}, r"training.remat must be one of none, blocks, full; got 'all'"),
+        ({"training.remat": "all"}, r"training.remat must be one of none, dots, full; got 'all'"),
         ({"data.max_length": 4}, r"data.max_length must be at least 8"),
         ({"generation.top_p": 0.0}, r"generation.top_p must be above 0"),
         (
@@ -92,13 +92,13 @@ def test_it_is_frozen():
         ),
         (
             {"training.qat": "int4", "training.method": "qlora"},
-            r"qat=int4 trains float weights .*, but training.method=qlora holds them in nf4 from the start",
+            r"qat=int4 trains float weights .*, but training.method=qlora quantizes them to nf4 from the start",
         ),
-        ({"training.qat": "int4", "model.quantize": "int8"}, r"but model.quantize holds them in int8 from the start"),
-        ({"training.qat": "int4", "model.double_quant": True}, r"training.qat can't go with model.double_quant"),
+        ({"training.qat": "int4", "model.quantize": "int8"}, r"but model.quantize quantizes them to int8 from the start"),
+        ({"training.qat": "int4", "model.double_quant": True}, r"training.qat can't be combined with model.double_quant"),
         ({"lora.layout": "pefft"}, r"lora.layout must be one of keras, peft; got 'pefft'. Did you mean peft\?"),
         ({"lora.loraplus_lr_ratio": 0.0}, r"lora.loraplus_lr_ratio must be above 0, got 0.0"),
-        ({"training.qat": "int4", "lora.use_dora": True}, r"training.qat rounds .* can't do that with lora.use_dora"),
+        ({"training.qat": "int4", "lora.use_dora": True}, r"training.qat rounds .* can't be combined with lora.use_dora"),
         ({"lora.rnk": 3}, r"There is no setting 'lora.rnk'. Did you mean lora.rank\?"),
         ({"rank": 3}, r"There is no setting 'rank'"),
         ({"lora.rank.x": 3}, r"There is no setting 'lora.rank.x'"),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gemma_tune.config_checks import MOST_CANDIDATES
+from gemma_tune.config_checks import MAX_TOP_K
 
 MAX_LOGPROBS = 20
 _TILE = 512
@@ -147,7 +147,7 @@ def _uniform(seed: jax.Array, index: jax.Array) -> jax.Array:
 
 def _from_candidates(scaled: jax.Array, rows: RowSampling, uniform: jax.Array) -> jax.Array:
     """Draws from the most likely tokens, which stand in the order of their probability."""
-    candidates, ids = lax.top_k(scaled, min(MOST_CANDIDATES, scaled.shape[-1]))
+    candidates, ids = lax.top_k(scaled, min(MAX_TOP_K, scaled.shape[-1]))
     probabilities = jnp.exp(candidates - jax.nn.logsumexp(scaled, axis=-1, keepdims=True))
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # Of the more likely tokens together.
     rank = jnp.arange(candidates.shape[-1])

@@ -43,7 +43,7 @@ def test_formats_are_recognised(write, name, fields, turns):
     ("fields", "message"),
     [
         ({"txt": "x"}, r"no known row format has the keys \['txt'\]. Known: messages"),
-        ({"instruction": "Q", "response": None}, r"'response' must be a text, found NoneType"),
+        ({"instruction": "Q", "response": None}, r"'response' must be a string, found NoneType"),
         ({"messages": []}, r"expected a list of turns, found \[\]"),
         ({"messages": [{"role": "user"}]}, r"a turn needs 'role' and 'content'"),
         ({"messages": [{"role": "tool", "content": "x"}]}, r"role 'tool' is not one of system"),
@@ -55,7 +55,7 @@ def test_formats_are_recognised(write, name, fields, turns):
         ({"messages": [{"role": "user", "content": "x"}] * 2}, r"turn 2 should be the model's, found user"),
         (
             {"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "A"}]},
-            r"'value' must be a text, found int: 3",
+            r"'value' must be a string, found int: 3",
         ),
     ],
 )

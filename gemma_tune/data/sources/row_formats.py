@@ -139,7 +139,7 @@ def _joined(content: Any) -> Any:
 
 def _text(value: Any, name: str, origin: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{origin}: {name!r} must be a text, found {type(value).__name__}: {value!r:.60}")
+        raise DataError(f"{origin}: {name!r} must be a string, found {type(value).__name__}: {value!r:.60}")
     if not value.isascii():
         try:
             value.encode()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from gemma_tune.config_checks import MOST_CANDIDATES
+from gemma_tune.config_checks import MAX_TOP_K
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.serving.engine.request import BASE, Request
 from gemma_tune.serving.sampling import MAX_LOGPROBS, Sampling
@@ -41,7 +41,7 @@ def _check_sampling(sampling: Sampling) -> None:
     infinity = float("inf")
     bounds = {
         "temperature": (0 <= sampling.temperature < infinity, "at least 0"),
-        "top_k": (0 <= sampling.top_k <= MOST_CANDIDATES, f"from 0 to {MOST_CANDIDATES}"),
+        "top_k": (0 <= sampling.top_k <= MAX_TOP_K, f"from 0 to {MAX_TOP_K}"),
         "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1"),
         "min_p": (0 <= sampling.min_p <= 1, "from 0 to 1"),
         "repetition_penalty": (0 < sampling.repetition_penalty < infinity, "above 0"),

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from gemma_tune.config_checks import MOST_CANDIDATES
+from gemma_tune.config_checks import MAX_TOP_K
 from gemma_tune.serving.sampling import MAX_LOGPROBS
 
 _MAX_STOP_CHARACTERS = 256
@@ -129,7 +129,7 @@ class GenerationRequest(StrictBody):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=MOST_CANDIDATES, description="0 and -1 mean all tokens.")
+    top_k: int | None = Field(None, ge=-1, le=MAX_TOP_K, description="0 and -1 mean all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)

@@ -1,0 +1,200 @@
+"""The groups of settings that a Config consists of, with every default.
+
+This is the only place where a default stands. config_checks.py says which values are allowed.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and in which number format its weights are.
+
+    Attributes:
+        source: A preset, `kaggle://…`, `hf://…`, a directory, a `.gguf` file, `demo`, `tiny` or `tiny:FAMILY`, or the
+            workdir of an earlier run (its base model with its adapter).
+        precision: Number format: `float32`; `bfloat16` or `float16` (weights and arithmetic); `mixed_bfloat16` or
+            `mixed_float16` (float32 weights, 16-bit arithmetic). Training in float16 scales the loss.
+            models/precision.py says what stays float32.
+        quantize: Scheme to quantize the weights of linear layers and embedding with: `int8`, `int4` or `nf4` (QLoRA,
+            arXiv:2305.14314). Empty: `nf4` with training.method=qlora, otherwise none.
+        block_size: Number of int4 or nf4 weights that share a scale: 32, 64, 128 or 256.
+        double_quant: Whether these scales are quantized too, to eight bits.
+        or_int8: Whether layers whose input width is no multiple of `block_size` are quantized to int8 instead.
+        adapter: File or folder of LoRA factors to continue training, of an earlier run or from PEFT. Their rank, alpha,
+            layers and layout stay as they are.
+    """
+
+    source: str = "demo"
+    precision: str = "float32"
+    quantize: str = ""
+    block_size: int = 64
+    double_quant: bool = False
+    or_int8: bool = False
+    adapter: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The training data, and how it becomes batches.
+
+    Attributes:
+        source: Files (globs and comma-separated lists allowed), `tfds:name/config`, or `sample:NAME`.
+        eval_source: Source of the held-out data, written like `source`. Empty: the held-out set of the sample that
+            `source` names if it has one, otherwise `eval_fraction` of `source`.
+        split: Split to read from a TFDS data set.
+        eval_split: Split of the same TFDS data set to hold out. Empty: `eval_fraction` of `split` is held out.
+        eval_fraction: Share of the questions to hold out, chosen by a hash of their content.
+        system_prompt: System turn to put before every conversation that has none.
+        max_length: Maximum length of an example, in tokens.
+        row_length: Length of a packed row, in tokens; 0: `max_length`. Longer rows are filled better, above all when
+            many examples are nearly as long as max_length, and take more memory in proportion.
+        overlong: Treatment of longer examples: `truncate` (counted), `drop` (counted) or `error`.
+        on_error: Treatment of unreadable rows: `raise`, or `skip` (counted and reported).
+        packing: Whether several examples may share a row, kept apart by the attention mask.
+    """
+
+    source: str = "sample:smartphone_support"
+    eval_source: str = ""
+    split: str = "train"
+    eval_split: str = ""
+    eval_fraction: float = 0.1
+    system_prompt: str = ""
+    max_length: int = 512
+    row_length: int = 0
+    overlong: str = "truncate"
+    on_error: str = "raise"
+    packing: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685).
+
+    Attributes:
+        rank: Rank R of the factors.
+        alpha: Scale: updates are multiplied by alpha / rank. 0: the same as `rank`, as in KerasHub's `enable_lora`.
+        target_layers: Layer names, or one of the groups `attention` and `all-linear`. The default is KerasHub's.
+        layout: Shapes of the factors. `keras`, as in `enable_lora`: queries, keys and values have a factor A for each
+            head, and a factor B that their heads share. `peft`: factors of the flattened matrix, as everywhere else.
+        use_rslora: Whether updates are multiplied by alpha / sqrt(rank) instead (arXiv:2312.03732), so that a high rank
+            learns as fast as a low one.
+        use_dora: Whether the magnitude of each output's weights is trained too, apart from their direction
+            (arXiv:2402.09353).
+        loraplus_lr_ratio: Learning rate of B divided by that of A (LoRA+, arXiv:2402.12354, where 16 suits many tasks).
+    """
+
+    rank: int = 4
+    alpha: float = 0.0
+    target_layers: tuple[str, ...] = ("query", "value")
+    layout: str = "keras"
+    use_rslora: bool = False
+    use_dora: bool = False
+    loraplus_lr_ratio: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule (Optax) and its learning rate over time.
+
+    Attributes:
+        name: Update rule: `adamw`, `adafactor`, `lion` or `sgd`.
+        learning_rate: Peak learning rate. 0: 5e-4 for LoRA, and a tenth of it, 5e-5, for full fine-tuning, as in "LoRA
+            Without Regret" (Thinking Machines, 2025).
+        schedule: Learning rate after the warm-up: `constant`, `linear` (to zero) or `cosine` (to zero).
+        warmup_steps: Number of steps of linear warm-up from zero.
+        weight_decay: Decoupled weight decay. Norms, biases and other vectors have none.
+        b1: First decay rate of adamw and lion; momentum of sgd.
+        b2: Second decay rate of adamw and lion.
+        epsilon: Epsilon of adamw.
+        clip_norm: Largest global norm of the gradients, which are scaled down to it; 0: no limit.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 0.0
+    schedule: str = "cosine"
+    warmup_steps: int = 10
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How training runs: method, length, batches, compilation, evaluation and checkpoints.
+
+    Attributes:
+        method: What is trained: `lora`, `qlora` (LoRA on quantized weights) or `full` (all weights).
+        qat: Scheme of quantization-aware training: `int8`, `int4` or `nf4`, with `model.block_size`. It computes with
+            rounded weights, so that quantizing the trained model changes nothing. Empty: none.
+        num_epochs: Number of passes over the training data.
+        num_train_steps: Number of steps after which training stops; 0: it stops after `num_epochs`.
+        batch_size: Number of rows of `data.max_length` tokens in one optimizer step.
+        grad_accum_steps: Number of micro-batches that a batch is cut into, to save memory; must divide `batch_size`.
+        remat: Rematerialization: which activations the backward pass computes again instead of saving them. `none`;
+            `dots`: all but the outputs of matrix products (half the memory); `full`: all but each decoder block's input
+            (hardly any memory, a fifth slower).
+        program: How a training step is compiled. `whole`: as one program; `per_block`: one program for each kind of
+            decoder block, which compiles in a second and takes less memory; `auto`: per_block on CPU, otherwise whole.
+        attention: Attention kernel for training: `xla` (plain products, on any device), `cudnn` (NVIDIA GPUs), `splash`
+            (TPUs), `keras` (KerasHub's own), or `auto`: the fastest that can be used.
+        mesh: Devices to spread the run over: `data:2,fsdp:2,model:2`, with any of these axes (gemma_tune/mesh.py), or
+            `auto`: all devices. Empty: one device. A run may be resumed on another mesh.
+        eval_every_steps: Number of steps between evaluations on held-out data, which also take place at the start and
+            at the end; 0: only there.
+        checkpoint_every_steps: Number of steps between checkpoints, which are also written at the end, on Ctrl-C and on
+            SIGTERM; 0: only there.
+        keep_last: Number of checkpoints to keep besides the best one.
+        early_stopping_patience: Number of evaluations without a better held-out loss after which training stops; 0:
+            never.
+        log_every_steps: Number of steps between lines in `metrics.jsonl` and TensorBoard.
+        on_bad_step: What happens when a step's loss or gradients are not finite, or its loss is a spike: `stop`, or
+            `skip`, which leaves its update out. Its examples are written to `bad_steps.jsonl`.
+        loss_spike_factor: Multiple of the usual loss from which a loss is a spike; 0: none is.
+        num_sample_answers: Number of held-out questions answered before and after training, shown side by side.
+        num_scored_answers: Number of held-out questions whose answers are compared with the wanted ones at the end.
+    """
+
+    method: str = "lora"
+    qat: str = ""
+    num_epochs: int = 3
+    num_train_steps: int = 0
+    batch_size: int = 4
+    grad_accum_steps: int = 1
+    remat: str = "dots"
+    program: str = "auto"
+    attention: str = "auto"
+    mesh: str = ""
+    eval_every_steps: int = 50
+    checkpoint_every_steps: int = 50
+    keep_last: int = 2
+    early_stopping_patience: int = 0
+    log_every_steps: int = 1
+    on_bad_step: str = "stop"
+    loss_spike_factor: float = 0.0
+    num_sample_answers: int = 5
+    num_scored_answers: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """How answers are generated.
+
+    Attributes:
+        max_new_tokens: Maximum length of an answer, in tokens.
+        temperature: Temperature of sampling; 0: greedy decoding, always the most likely token.
+        top_k: Number of most likely tokens to sample from; 0: all.
+        top_p: Probability of the smallest set of tokens to sample from; 1: all.
+        min_p: Least probability of a token to sample, as a share of the most likely token's; 0: none.
+        repetition_penalty: Divisor of the positive logits, and factor of the negative ones, of tokens that have
+            occurred in prompt or answer; 1: no change.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
