@@ -24,7 +24,7 @@ from gemma_tune.runtime.imports import hide_packages
 from gemma_tune.runtime.process_memory import is_dedicated_process, run_cpu_programs_inline
 
 _MIN_COMPILE_SECONDS = 0.5  # Programs that compile faster aren't kept.
-_MIN_COMPILE_VARIABLE = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+_MIN_COMPILE_SETTING = "jax_persistent_cache_min_compile_time_secs"
 
 
 def _check_keras_backend(name: str) -> None:
@@ -90,8 +90,8 @@ def enable_compilation_cache() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / f"xla-{_machine_hash()}"))
     jax_default = 1.0  # Another value was set by the user's program, and a variable by the user.
-    if jax.config.jax_persistent_cache_min_compile_time_secs == jax_default and _MIN_COMPILE_VARIABLE not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+    if getattr(jax.config, _MIN_COMPILE_SETTING) == jax_default and _MIN_COMPILE_SETTING.upper() not in os.environ:
+        jax.config.update(_MIN_COMPILE_SETTING, _MIN_COMPILE_SECONDS)
 
 
 def _machine_hash() -> str:

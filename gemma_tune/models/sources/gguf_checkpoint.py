@@ -193,7 +193,7 @@ def sentencepiece_proto(file: GgufFile) -> bytes:
 def _vocabulary(file: GgufFile) -> tuple[list[bytes], np.ndarray, np.ndarray]:
     """Returns the tokens of a GGUF file, their scores and their types."""
     kind = file.text("tokenizer.ggml.model")
-    entries = [file.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
+    entries: list[Any] = [file.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
     if kind != "llama" or any(entry is None for entry in entries) or len(set(map(len, entries))) > 1:
         raise ModelError(
             f"{file.path} holds no SentencePiece vocabulary (tokenizer.ggml.model is {kind!r}, expected 'llama')."
