@@ -1,15 +1,22 @@
 """Fixtures. Everything runs on CPU with tiny models; nothing reads the network or the user's caches."""
 
 import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["HF_HUB_OFFLINE"] = "1"
+import shutil
+import tempfile
 
 import numpy as np
 import pytest
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+# All processes of a test run share the programs that any of them compiled, small ones too: most of the time of tests of
+# tiny models is compiling. The variables are set before anything imports gemma_tune, and child processes inherit them.
+_own_cache = "" if "GEMMA_TUNE_CACHE" in os.environ else tempfile.mkdtemp(prefix="gemma_tune-tests-")
+os.environ.setdefault("GEMMA_TUNE_CACHE", _own_cache)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 FAMILIES = ("gemma", "gemma2", "gemma3", "gemma4")
-# Files that take minutes begin first: else one process ends with them, and the others wait.
+# Files whose tests take longest begin first, so that no process is left with one of them at the end.
 LONGEST_FILES = ("test_mesh.py", "test_processes.py", "test_kills.py", "test_benchmarks.py", "test_litert.py")
 
 
@@ -19,11 +26,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory):
-    """Keeps what a test run caches out of the user's cache, except for the demo model's file, which is large."""
-    if "GEMMA_TUNE_CACHE" not in os.environ:
-        os.environ["GEMMA_TUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+def pytest_unconfigure(config):
+    """Removes the cache of this test run, in the process that made it."""
+    if _own_cache and not hasattr(config, "workerinput"):
+        shutil.rmtree(_own_cache, ignore_errors=True)
 
 
 @pytest.fixture

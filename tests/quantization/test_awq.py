@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rounding import as_matrix, correlated_inputs, round_by_definition
+from helpers.rounding import as_matrix, correlated_inputs, round_by_definition
 
 from gemma_tune.errors import ModelError
 from gemma_tune.quantization.awq import awq, awq_scale

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rounding import as_matrix, correlated_inputs, nearest_code, step_of, value_of
+from helpers.rounding import as_matrix, correlated_inputs, nearest_code, step_of, value_of
 
 from gemma_tune.errors import ConfigError, ModelError
 from gemma_tune.quantization.codes import dequantize, quantize

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rounding import correlated_inputs
+from helpers.rounding import correlated_inputs
 
 from gemma_tune.errors import ModelError
 from gemma_tune.quantization.codes import dequantize, quantize
