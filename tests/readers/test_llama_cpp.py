@@ -118,51 +118,55 @@ def test_ggml_rounds_weights_no_better(rng, name):
     assert 0 < ours <= 1.03 * theirs
 
 
+@pytest.fixture(scope="module")
+def written_demo(tmp_path_factory):
+    """The real Gemma 3 270M, and its GGUF files by scheme."""
+    model = load_model("demo")
+    folder = tmp_path_factory.mktemp("gguf")
+    return model, {scheme: write_gguf(model, folder / f"{scheme}.gguf", scheme) for scheme in ("f16", "q8_0", "q4_k_m")}
+
+
 @needs_demo
 @pytest.mark.demo
-class TestDemo:
-    """The real Gemma 3 270M."""
+def test_tokens_of_the_real_model_are_the_same(written_demo):
+    """But for U+2581 in a text: SentencePiece takes it for a space, and llama.cpp looks for spaces before that. And
+    `<unk>`, which is text to SentencePiece and a token to llama.cpp: it reads what stands around it as we do.
+    """
+    model, paths = written_demo
+    llama, tokenizer = LlamaCpp(paths["q8_0"]), tokenizer_of(model)
+    unknown = llama.tokenize("<unk>")
+    for text in TEXTS:
+        first, *rest = [tokenizer.encode(part) for part in text.split("<unk>")]
+        wanted = sum(([*unknown, *part] for part in rest), first)
+        assert llama.tokenize(text) == wanted, text
 
-    @pytest.fixture(scope="class")
-    def written(self, tmp_path_factory):
-        model = load_model("demo")
-        folder = tmp_path_factory.mktemp("gguf")
-        paths = {scheme: write_gguf(model, folder / f"{scheme}.gguf", scheme) for scheme in ("f16", "q8_0", "q4_k_m")}
-        return model, paths
 
-    def test_tokens_are_the_same(self, written):
-        """But for U+2581 in a text: SentencePiece takes it for a space, and llama.cpp looks for spaces before that. And
-        `<unk>`, which is text to SentencePiece and a token to llama.cpp: it reads what stands around it as we do.
-        """
-        model, paths = written
-        llama, tokenizer = LlamaCpp(paths["q8_0"]), tokenizer_of(model)
-        unknown = llama.tokenize("<unk>")
-        for text in TEXTS:
-            first, *rest = [tokenizer.encode(part) for part in text.split("<unk>")]
-            wanted = sum(([*unknown, *part] for part in rest), first)
-            assert llama.tokenize(text) == wanted, text
+@needs_demo
+@pytest.mark.demo
+def test_greedy_answers_of_the_real_model_in_float16(written_demo):
+    """Token for token, or up to where our two best logits are nearer than the programs' arithmetic: 0.05 was the
+    largest difference of any of the 262,144 logits in 78 positions.
+    """
+    model, paths = written_demo
+    num_same, unlike = compare_answers(model, LlamaCpp(paths["f16"]), near=0.1)
+    assert not unlike, unlike
+    assert num_same >= 15
 
-    def test_greedy_answers_of_float16(self, written):
-        """Token for token, or up to where our two best logits are nearer than the programs' arithmetic: 0.05 was the
-        largest difference of any of the 262,144 logits in 78 positions.
-        """
-        model, paths = written
-        num_same, unlike = compare_answers(model, LlamaCpp(paths["f16"]), near=0.1)
-        assert not unlike, unlike
-        assert num_same >= 15
 
-    @pytest.mark.parametrize(("scheme", "near"), [("q8_0", 0.5), ("q4_k_m", 0.75)])
-    def test_greedy_answers_in_fewer_bits(self, written, scheme, near):
-        """Against our own model of the same file. llama.cpp rounds the inputs of products to 8 bits: 0.13 (q8_0) and
-        0.25 (q4_k_m) is the mean difference of logits whose deviation is 5; near ties are as far as thrice that.
-        """
-        _, paths = written
-        _, unlike = compare_answers(load_model(str(paths[scheme])), LlamaCpp(paths[scheme]), near)
-        assert not unlike, unlike
+@needs_demo
+@pytest.mark.demo
+@pytest.mark.parametrize(("scheme", "near"), [("q8_0", 0.5), ("q4_k_m", 0.75)])
+def test_greedy_answers_of_the_real_model_in_fewer_bits(written_demo, scheme, near):
+    """Against our own model of the same file. llama.cpp rounds the inputs of products to 8 bits: 0.13 (q8_0) and 0.25
+    (q4_k_m) is the mean difference of logits whose deviation is 5; near ties are as far as thrice that.
+    """
+    _, paths = written_demo
+    _, unlike = compare_answers(load_model(str(paths[scheme])), LlamaCpp(paths[scheme]), near)
+    assert not unlike, unlike
 
 
 def compare_answers(model, llama, near):
-    """Returns (how many of 20 greedy answers are the same, those that part where it was no near tie)."""
+    """Returns the number of 20 greedy answers that are the same, and those that differ first where it was no near tie."""
     tokenizer, num_same, unlike = tokenizer_of(model), 0, []
     for text in PROMPTS:
         prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
