@@ -21,9 +21,9 @@ def main(source: str, scheme: str = "") -> None:
     engine.start()
 
     def answer(prompts: Sequence[Sequence[int]], num_new: Sequence[int], together: bool) -> list[list[int]]:
-        pieces: list[list[AnswerDelta]] = [[] for _ in prompts]
+        deltas: list[list[AnswerDelta]] = [[] for _ in prompts]
         handles = []
-        for prompt, count, own in zip(prompts, num_new, pieces, strict=True):
+        for prompt, count, own in zip(prompts, num_new, deltas, strict=True):
             handles.append(engine.submit(Request(tuple(prompt), count), own.append))
             if not together:
                 handles[-1].done.wait()
@@ -31,7 +31,7 @@ def main(source: str, scheme: str = "") -> None:
             handle.done.wait()
         if engine.stats.compilations_since_start:
             raise SystemExit(f"The engine compiled after its start: {engine.stats}")
-        return [[token for piece in own for token in piece.token_ids] for own in pieces]
+        return [[token for delta in own for token in delta.token_ids] for own in deltas]
 
     serve(answer)
 

@@ -8,7 +8,7 @@ as they are generated.
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,22 @@ from gemma_tune.serving.sampling import GREEDY, RowSampling, Sampling, sample, u
 _PROMPT_BUCKET = 32
 _CACHE_BUCKET = 128
 _ROW_BUCKET = 8
+
+
+class _PromptBatch(NamedTuple):
+    """Prompts padded to a bucket of rows and a bucket of positions.
+
+    Attributes:
+        token_ids: [rows, positions] int32.
+        lengths: [rows] int32, lengths of the prompts; 1 for padding rows.
+        seen: [rows, V] bool, tokens of each prompt.
+        cache_length: Positions that the KV cache needs for each row.
+    """
+
+    token_ids: np.ndarray
+    lengths: np.ndarray
+    seen: np.ndarray
+    cache_length: int
 
 
 class Decoder:
@@ -62,28 +78,17 @@ class Decoder:
             seed: Random seed of the first row; the other rows' seeds count up from it.
             params: Arrays to use in place of the model's own.
         """
-        num_rows = len(prompts)
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        padded_rows = self._min_rows if num_rows == 1 else _round_up(num_rows, _ROW_BUCKET)
-        prompt_length = _round_up(int(lengths.max()), _PROMPT_BUCKET)
-        cache_length = _round_up(max(prompt_length, int(lengths.max()) + max_new_tokens), _CACHE_BUCKET)
-        token_ids = np.zeros((padded_rows, prompt_length), np.int32)
-        for row, prompt in enumerate(prompts):
-            token_ids[row, : len(prompt)] = prompt
-        positions = np.ones(padded_rows, np.int32)
-        positions[:num_rows] = lengths
         if params is None:
             groups = parameters(self._model)
             params = {**groups.trainable, **groups.frozen}
         params = rounded_params(self._model, params)  # Here, so that it isn't done for every token.
-        rows = uniform_rows(sampling, padded_rows, seed)
-        seen_tokens = np.zeros((padded_rows, self._model.backbone.token_embedding.input_dim), bool)
-        for row, prompt in enumerate(prompts):
-            seen_tokens[row, list(prompt)] = True
+        num_rows, batch = len(prompts), self._padded(prompts, max_new_tokens)
+        rows = uniform_rows(sampling, len(batch.lengths), seed)
         # A device array, as in later steps: else the first step would be compiled apart.
-        seen = jnp.asarray(seen_tokens)
-
-        tokens, cache = self._prefill(params, token_ids, positions, rows, seen, cache_length=cache_length)
+        seen = jnp.asarray(batch.seen)
+        tokens, cache = self._prefill(
+            params, batch.token_ids, batch.lengths, rows, seen, cache_length=batch.cache_length
+        )
         stopped = [False] * num_rows
         for step in range(max_new_tokens):
             new_tokens = fetch_to_host(tokens)[:num_rows].tolist()
@@ -93,7 +98,21 @@ class Decoder:
             yield [None if done else token for done, token in zip(stopped, new_tokens, strict=True)]
             if step + 1 < max_new_tokens:
                 rows = rows._replace(index=rows.index + np.int32(1))
-                tokens, cache, seen = self._step(params, tokens, positions + step, cache, rows, seen)
+                tokens, cache, seen = self._step(params, tokens, batch.lengths + step, cache, rows, seen)
+
+    def _padded(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> _PromptBatch:
+        num_rows, longest = len(prompts), max(len(prompt) for prompt in prompts)
+        padded_rows = self._min_rows if num_rows == 1 else _round_up(num_rows, _ROW_BUCKET)
+        prompt_length = _round_up(longest, _PROMPT_BUCKET)
+        token_ids = np.zeros((padded_rows, prompt_length), np.int32)
+        lengths = np.ones(padded_rows, np.int32)
+        seen = np.zeros((padded_rows, self._model.backbone.token_embedding.input_dim), bool)
+        for row, prompt in enumerate(prompts):
+            token_ids[row, : len(prompt)] = prompt
+            lengths[row] = len(prompt)
+            seen[row, list(prompt)] = True
+        cache_length = _round_up(max(prompt_length, longest + max_new_tokens), _CACHE_BUCKET)
+        return _PromptBatch(token_ids, lengths, seen, cache_length)
 
     def _prefill_fn(
         self, params: Params, token_ids: Any, lengths: Any, rows: RowSampling, seen: Any, *, cache_length: int

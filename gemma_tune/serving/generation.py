@@ -1,6 +1,6 @@
 """Generates answers to questions and conversations, whole or as a stream."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from gemma_tune.config import GenerationConfig
 from gemma_tune.models.functional import Params
@@ -33,10 +33,10 @@ def generate(
         model: Model from `load_model` or `train`.
         prompts: One question; or a list of questions, or of conversations that end with the user's turn.
         max_new_tokens: Longest answer, in tokens.
-        temperature: Sampling temperature; 0 takes the likeliest token.
-        top_k: Number of likeliest tokens to sample from; 0: all.
+        temperature: Sampling temperature; 0 takes the most likely token.
+        top_k: Number of most likely tokens to sample from; 0: all.
         top_p: Probability that the tokens to sample from hold together; 1: all.
-        min_p: Smallest probability of a token, as a share of the likeliest one's.
+        min_p: Smallest probability of a token, as a share of the most likely one's.
         repetition_penalty: Divisor of the positive logits of tokens that have occurred; 1: none.
         seed: Random seed of the sampling.
         params: Arrays to use in place of the model's own.
@@ -54,7 +54,6 @@ def generate(
     answers = [""] * len(encoded)
     for start in range(0, len(order), _MAX_BATCH_SIZE):
         chosen = order[start : start + _MAX_BATCH_SIZE]
-        rows: list[list[int]] = [[] for _ in chosen]
         steps = decoder_of(model).generate(
             [encoded[i] for i in chosen],
             max_new_tokens,
@@ -63,11 +62,7 @@ def generate(
             seed,
             params,
         )
-        for tokens in steps:
-            for row, token in zip(rows, tokens, strict=True):
-                if token is not None:
-                    row.append(token)
-        for index, row in zip(chosen, rows, strict=True):
+        for index, row in zip(chosen, _rows(steps, len(chosen)), strict=True):
             answers[index] = encoder.tokenizer.decode(row).strip()
     return answers[0] if single else answers
 
@@ -105,3 +100,13 @@ def stream(
         yield text.finish()
 
     yield from without_outer_space(parts())
+
+
+def _rows(steps: Iterable[Sequence[int | None]], num_rows: int) -> list[list[int]]:
+    """Returns the tokens of each row, from the steps of a Decoder."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    for tokens in steps:
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows

@@ -10,8 +10,8 @@ from gemma_tune.serving.sampling import GREEDY
 
 
 @pytest.mark.slow
-def test_each_turn_is_answered_as_generate_does_and_old_turns_make_room(tiny):
-    model = tiny("gemma3")
+def test_each_turn_is_answered_as_generate_does_and_old_turns_are_dropped(shared_model):
+    model = shared_model
     turns, wanted = [Turn("system", "Be brief.")], []
     for question in ("How do I reset it?", "And the camera?", "Thanks!"):
         turns.append(Turn("user", question))
@@ -32,6 +32,6 @@ def test_each_turn_is_answered_as_generate_does_and_old_turns_make_room(tiny):
     conversation.close()
 
 
-def test_an_answer_longer_than_the_conversation_is_refused(tiny):
+def test_an_answer_longer_than_the_conversation_is_refused(shared_model):
     with pytest.raises(ConfigError, match="must be below 64 in a chat, got 64"):
-        Conversation(tiny(), 64, 64, GREEDY)
+        Conversation(shared_model, 64, 64, GREEDY)

@@ -11,18 +11,26 @@ from gemma_tune.serving.prompt_encoder import prompt_encoder_of
 QUESTIONS = ["How do I reset it?", "Where is the menu with all the settings for the camera of my phone, please?", "Hi"]
 
 
-def test_the_stream_is_the_answer_in_pieces(tiny):
-    model = tiny("gemma3")
+def test_the_stream_is_the_answer_in_parts(shared_model):
     for question in QUESTIONS:
-        pieces = list(gemma_tune.stream(model, question, max_new_tokens=20))
-        assert "".join(pieces) == gemma_tune.generate(model, question, max_new_tokens=20)
-        assert len(pieces) > 3
+        parts = list(gemma_tune.stream(shared_model, question, max_new_tokens=20))
+        assert "".join(parts) == gemma_tune.generate(shared_model, question, max_new_tokens=20)
+        assert len(parts) > 3
 
 
-def test_a_batch_answers_as_each_question_alone(tiny):
-    model = tiny("gemma2")
-    together = gemma_tune.generate(model, QUESTIONS * 4, max_new_tokens=8)
-    assert together == [gemma_tune.generate(model, question, max_new_tokens=8) for question in QUESTIONS] * 4
+def test_a_stream_decodes_no_token_often(shared_model, monkeypatch):
+    """However long the answer is, each token costs the same."""
+    tokenizer, num_decoded = tokenizer_of(shared_model), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: num_decoded.append(len(ids)) or decode(ids))
+    assert list(gemma_tune.stream(shared_model, QUESTIONS[0], max_new_tokens=60))
+    # Twice for each token: with the few before it, whose text is known, and without. All of them at once would be 60.
+    assert len(num_decoded) <= 2 * 61 and max(num_decoded) < 20
+
+
+def test_a_batch_answers_as_each_question_alone(shared_model):
+    together = gemma_tune.generate(shared_model, QUESTIONS * 4, max_new_tokens=8)
+    assert together == [gemma_tune.generate(shared_model, question, max_new_tokens=8) for question in QUESTIONS] * 4
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])

@@ -1,10 +1,10 @@
-"""Text as it comes, against the text of all tokens at once."""
+"""Text token by token, against the text of all tokens at once."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_tune.serving.text_stream import TextStream
+from gemma_tune.serving.text_stream import TextStream, without_outer_space
 
 BYTES = st.lists(st.integers(0, 255), max_size=30)
 
@@ -62,3 +62,14 @@ def test_the_tokenizer_s_pieces_are_its_text(tiny_tokenizer, text):
     ids = tiny_tokenizer.encode(text)
     stream = TextStream(tiny_tokenizer.decode)
     assert "".join([*map(stream.push, ids), stream.finish()]) == tiny_tokenizer.decode(ids) == text
+
+
+@given(st.lists(st.text(" \n\tab", max_size=5), max_size=8))
+def test_white_space_around_the_whole_is_left_out(parts):
+    found = list(without_outer_space(parts))
+    assert "".join(found) == "".join(parts).strip()
+    assert all(found)
+
+
+def test_text_comes_as_soon_as_it_cannot_be_outer_space():
+    assert list(without_outer_space([" ", "a", " ", "b ", "c\n"])) == ["a", " b", " c"]

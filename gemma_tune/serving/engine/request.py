@@ -14,8 +14,8 @@ class Request(NamedTuple):
         prompt_ids: Token ids up to where the answer begins, `<bos>` included.
         max_new_tokens: Longest answer, in tokens.
         sampling: Sampling settings.
-        seed: Random seed of the sampling. The same request with the same seed gets the same answer, whatever else is
-            asked.
+        seed: Random seed of the sampling. The same request with the same seed gets the same answer, whatever other
+            requests run beside it.
         stop_ids: Tokens before the first of which the answer ends.
         stop_strings: Texts before the first of which the answer ends, also where one spans several tokens.
         adapter: Name of the engine's LoRA adapter that answers, or `BASE`.

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gemma_tune.errors import ConfigError
 from gemma_tune.serving.http.api_errors import ApiError
 
-_BODY_TIMEOUT_SECONDS = 30.0
+BODY_TIMEOUT_SECONDS = 30.0
 _MAX_DISCARDED_BODIES = 10  # Of a refused body, at most this many times the longest allowed one is received.
 
 
@@ -91,7 +91,7 @@ class AccessControl:
         """
         received = 0
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_BODY_TIMEOUT_SECONDS):
+            async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
                 while received < _MAX_DISCARDED_BODIES * self._max_body_bytes:
                     message = await receive()
                     received += len(message.get("body", b""))
@@ -113,7 +113,7 @@ class AccessControl:
     def _with_limits(self, receive: Receive) -> Receive:
         """Returns a `receive` that raises when the body is too long or takes too long."""
         received, is_complete = 0, False
-        deadline = asyncio.get_running_loop().time() + _BODY_TIMEOUT_SECONDS
+        deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT_SECONDS
 
         async def limited() -> Message:
             nonlocal received, is_complete
@@ -124,7 +124,7 @@ class AccessControl:
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(
-                    408, f"the body was not complete within {_BODY_TIMEOUT_SECONDS:g} seconds"
+                    408, f"the body was not complete within {BODY_TIMEOUT_SECONDS:g} seconds"
                 ) from None
             received += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)

@@ -16,7 +16,7 @@ from gemma_tune.serving.http.prometheus import Metrics
 from gemma_tune.serving.http.served_models import Cancellable, RunningEngine
 
 Result = TypeVar("Result")
-_KEEP_ALIVE_SECONDS = 15.0  # Proxies close connections that are silent for long.
+KEEP_ALIVE_SECONDS = 15.0  # Proxies close connections that are silent for long.
 
 
 class IndexedDelta(NamedTuple):
@@ -110,7 +110,7 @@ class PendingAnswers:
         if remaining <= 0:
             raise timed_out(self._timeout_seconds)
         try:
-            async with asyncio.timeout(min(remaining, _KEEP_ALIVE_SECONDS)):
+            async with asyncio.timeout(min(remaining, KEEP_ALIVE_SECONDS)):
                 return await self._queue.get()
         except TimeoutError:
             return IndexedDelta(0, None)

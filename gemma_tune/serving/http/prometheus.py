@@ -20,29 +20,31 @@ class Metrics:
     """
 
     def __init__(self, gauges: Callable[[], tuple[float, float, float]]):
-        self.registry = here = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "gemma_tune_requests", "Requests by path and status.", ["path", "status"], registry=here
+            "gemma_tune_requests", "Requests by path and status.", ["path", "status"], registry=registry
         )
         self.request_seconds = Histogram(
             "gemma_tune_request_seconds",
             "Seconds from a request to the end of its reply.",
             ["path"],
             buckets=_REQUEST_BUCKETS,
-            registry=here,
+            registry=registry,
         )
         self.first_token_seconds = Histogram(
             "gemma_tune_first_token_seconds",
             "Seconds from a request to its first token.",
             buckets=_FIRST_TOKEN_BUCKETS,
-            registry=here,
+            registry=registry,
         )
-        self.prompt_tokens = Counter("gemma_tune_prompt_tokens", "Prompt tokens.", ["model"], registry=here)
-        self.generated_tokens = Counter("gemma_tune_generated_tokens", "Generated tokens.", ["model"], registry=here)
+        self.prompt_tokens = Counter("gemma_tune_prompt_tokens", "Prompt tokens.", ["model"], registry=registry)
+        self.generated_tokens = Counter(
+            "gemma_tune_generated_tokens", "Generated tokens.", ["model"], registry=registry
+        )
         self.cancelled = Counter(
             "gemma_tune_cancelled_answers",
             "Answers that were cancelled: the client disconnected, or the request timed out.",
-            registry=here,
+            registry=registry,
         )
         for index, (name, text) in enumerate(
             (
@@ -51,7 +53,7 @@ class Metrics:
                 ("gemma_tune_compilations_since_start", "Programs compiled since the server was ready; should be 0."),
             )
         ):
-            Gauge(name, text, registry=here).set_function(functools.partial(lambda at: gauges()[at], index))
+            Gauge(name, text, registry=registry).set_function(functools.partial(lambda at: gauges()[at], index))
 
     def text(self) -> bytes:
         """Returns all metrics in Prometheus's text format."""

@@ -121,7 +121,7 @@ def test_a_client_that_sends_much_too_much_still_sees_why_it_is_refused(scripted
 def test_a_body_that_does_not_come_is_408(scripted, listen, monkeypatch):
     import socket
 
-    monkeypatch.setattr("gemma_tune.serving.http.access_control._BODY_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("gemma_tune.serving.http.access_control.BODY_TIMEOUT_SECONDS", 0.2)
     with listen(scripted().asgi) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=5) as slow:

@@ -104,17 +104,17 @@ def test_a_conversation_side_by_side_is_judged_and_stored(scripted, open_page, t
     store = FeedbackStore(tmp_path / "f.db")
     client = scripted(store=store)
     opened = open_page(answering(client, "It is ", "**fine**."))
-    opened.get_by_label("beside").select_option("t")
+    opened.get_by_label("Compare with").select_option("t")
     ask(opened, "How is it?")
     answers = opened.get_by_role("article")
     expect(answers).to_have_count(2)
     expect(answers.first.locator("strong")).to_have_text("fine")
     answers.nth(1).get_by_role("button", name="Better").click()
     answers.nth(1).get_by_role("button", name="Good answer").click()
-    answers.nth(0).get_by_role("button", name="Correct").click()
-    answers.nth(0).get_by_label("What it should have said").fill("It is great.")
+    answers.nth(0).get_by_role("button", name="Suggest correction").click()
+    answers.nth(0).get_by_label("What the answer should have been").fill("It is great.")
     answers.nth(0).get_by_role("button", name="Save").click()
-    expect(opened.get_by_role("status")).to_have_text("Noted. Thank you.")
+    expect(opened.get_by_role("status")).to_have_text("Feedback saved. Thank you.")
     expect(answers.nth(0).locator(".corrected")).to_contain_text("It is great.")
     (said,) = store
     assert said.answers == (
@@ -187,7 +187,7 @@ def test_stop_and_again_by_keyboard(scripted, open_page):
         opened.wait_for_timeout(20)
     assert not client.engine.under_way  # The server has noticed too.
     answering(client, "Hello yourself")
-    again = opened.get_by_role("button", name="Again")
+    again = opened.get_by_role("button", name="Regenerate")
     again.focus()
     opened.keyboard.press("Enter")
     expect(opened.get_by_role("article")).to_have_count(1)
@@ -212,7 +212,7 @@ def test_settings_reach_the_engine_and_are_kept(scripted, open_page):
     ask(opened, "Hello")
     assert client.engine.asked[-1][0] == client.engine.asked[0][0]
     opened.get_by_role("button", name="Settings").click()
-    opened.get_by_role("button", name="As the server has it").click()
+    opened.get_by_role("button", name="Reset to defaults").click()
     assert opened.get_by_label("Temperature").input_value() == "0.5"
 
 
@@ -221,7 +221,7 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(scripted, open_page):
     from playwright.sync_api import expect
 
     opened = open_page(answering(scripted(keys=["secret"]), "Hi"))
-    dialog = opened.get_by_role("dialog", name="This server asks for a key")
+    dialog = opened.get_by_role("dialog", name="This server needs an API key")
     expect(dialog).to_be_visible()
     dialog.get_by_role("textbox").fill("wrong")
     opened.keyboard.press("Enter")
@@ -229,6 +229,7 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(scripted, open_page):
     dialog.get_by_role("textbox").fill("secret")
     opened.keyboard.press("Enter")
     expect(dialog).to_be_hidden()
+    expect(opened.get_by_label("Model")).to_have_value("m")
     ask(opened, "Hello")
     assert opened.context.storage_state()["origins"] == []  # Nothing of it is kept on the disk.
 
@@ -239,7 +240,7 @@ def test_errors_are_said_where_the_answer_would_be(scripted, open_page):
 
     client = scripted()
     opened = open_page(client.asgi)
-    ask(opened, "word " * 200, expected="That didn't work.")
+    ask(opened, "word " * 200, expected="The request failed.")
     expect(opened.locator(".error")).to_contain_text("together may have at most 64")
 
 
@@ -253,7 +254,7 @@ def test_it_fits_and_can_be_read(scripted, open_page, width, scheme):
         width,
         color_scheme=scheme,
     )
-    opened.get_by_label("beside").select_option("t")
+    opened.get_by_label("Compare with").select_option("t")
     ask(opened, "W" * 200)
     assert opened.locator("html").evaluate("node => node.scrollWidth") <= width
     for control in opened.locator("button:visible, input:visible, select:visible, textarea:visible").all():
@@ -284,11 +285,11 @@ def test_on_the_real_engine(url, service, open_page):
     from playwright.sync_api import expect
 
     opened = open_page(url)
-    opened.get_by_label("beside").select_option("tiny:gemma3")
+    opened.get_by_label("Compare with").select_option("tiny:gemma3")
     ask(opened, "How do I reset it?")
     answers = opened.get_by_role("article")
     expect(answers).to_have_count(2)
-    expect(answers.first).to_contain_text("tuned from tiny:gemma3")
+    expect(answers.first).to_contain_text("fine-tuned from tiny:gemma3")
     texts = [answer.locator(".text").inner_text() for answer in answers.all()]
     assert texts[0] != texts[1] and all(texts)
     expect(answers.first.locator(".took")).to_contain_text("12 tokens")

@@ -328,7 +328,7 @@ def test_an_answer_that_takes_too_long_is_504_and_is_let_go(scripted):
 def test_silence_is_filled_so_that_proxies_wait(scripted, monkeypatch):
     from gemma_tune.serving.http import pending_answers
 
-    monkeypatch.setattr(pending_answers, "_KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(pending_answers, "KEEP_ALIVE_SECONDS", 0.05)
     client = scripted()
     threading.Timer(0.2, lambda: client.engine.asked[0][1](AnswerDelta("Hi", (1,), finish_reason="stop"))).start()
     reply = client.post(CHAT, json={"model": "m", "messages": USER, "stream": True})

@@ -1,4 +1,4 @@
-// The conversation: what was asked, what was answered, and what the user said of it.
+// The conversation: questions, answers, and the user's feedback on them.
 
 import * as server from "./server.js";
 import * as options from "./options.js";
@@ -6,7 +6,7 @@ import { refresh, show } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const exchanges = [];
-let models = [], hasFeedback = false, underWay = null;
+let models = [], hasFeedback = false, running = null;
 
 const say = (text) => ($("status").textContent = text);
 const last = () => exchanges[exchanges.length - 1];
@@ -16,7 +16,7 @@ function chosenModels() {
   return [...new Set(names)].map((name) => models.find((model) => model.id === name));
 }
 
-/** The conversation so far, up to an exchange's question. It goes on with the better of two answers, or the first. */
+/** Returns the conversation up to an exchange's question. Of two answers, it continues with the preferred or first one. */
 function messagesFor(exchange) {
   const before = exchanges.slice(0, exchanges.indexOf(exchange)).flatMap((earlier) => {
     const answer = earlier.answers[earlier.choice ?? 0];
@@ -35,7 +35,7 @@ function newExchange(question) {
 }
 
 async function ask(question, replaced = null) {
-  if (underWay || !models.length) return;
+  if (running || !models.length) return;
   if (replaced) {
     exchanges.splice(exchanges.indexOf(replaced), 1);
     replaced.node.remove();
@@ -51,16 +51,16 @@ async function ask(question, replaced = null) {
 }
 
 async function answerAll(exchange) {
-  underWay = new AbortController();
+  running = new AbortController();
   $("log").setAttribute("aria-busy", "true");
   setBusy(true);
-  say("Writing…");
-  await Promise.all(exchange.answers.map((answer) => answerOne(exchange, answer, underWay.signal)));
-  const wasStopped = underWay.signal.aborted;
-  underWay = null;
+  say("Generating…");
+  await Promise.all(exchange.answers.map((answer) => answerOne(exchange, answer, running.signal)));
+  const wasStopped = running.signal.aborted;
+  running = null;
   setBusy(false);
   $("log").setAttribute("aria-busy", "false");
-  say(wasStopped ? "Stopped." : exchange.answers.some((answer) => answer.error) ? "That didn't work." : "Done.");
+  say(wasStopped ? "Stopped." : exchange.answers.some((answer) => answer.error) ? "The request failed." : "Done.");
   if (document.activeElement === document.body) $("question").focus();
 }
 
@@ -77,7 +77,7 @@ async function answerOne(exchange, answer, signal) {
     });
     const seconds = (performance.now() - started) / 1000;
     const tokens = usage ? `${usage.completion_tokens} tokens, ` : "";
-    answer.took = `${tokens}${seconds.toFixed(1)} s${answer.finish === "length" ? ", cut at its longest" : ""}`;
+    answer.took = `${tokens}${seconds.toFixed(1)} s${answer.finish === "length" ? ", stopped at the maximum length" : ""}`;
   } catch (error) {
     if (error.name === "AbortError") answer.took = "stopped";
     else if (error.status === 401) (answer.error = error.message), askForKey();
@@ -95,9 +95,9 @@ async function store(exchange) {
   };
   try {
     const { stored } = await server.tell(said);
-    say(stored ? "Noted. Thank you." : "Taken back.");
+    say(stored ? "Feedback saved. Thank you." : "Feedback removed.");
   } catch (error) {
-    say(`Not stored: ${error.message}`);
+    say(`The feedback was not saved: ${error.message}`);
   }
 }
 
@@ -153,7 +153,7 @@ function fillModels() {
   const chosen = $("model").value;
   $("model").replaceChildren(...models.map((model) => option(model.id, model.id)));
   if (chosen) $("model").value = chosen;
-  $("other").replaceChildren(option("", "nothing"), ...models.map((model) => option(model.id, model.id)));
+  $("other").replaceChildren(option("", "no other model"), ...models.map((model) => option(model.id, model.id)));
   $("other").parentElement.hidden = models.length < 2;
 }
 
@@ -164,7 +164,7 @@ async function start() {
     hasFeedback = known.feedback;
     fillModels();
     options.prepare(known.defaults, models[0].max_model_len);
-    $("about").textContent = models.length > 1 ? "Choose a second model to see both answers side by side." : "";
+    $("about").textContent = models.length > 1 ? "Choose a second model to compare their answers side by side." : "";
     say("");
     $("question").focus();
   } catch (error) {
@@ -176,7 +176,7 @@ async function start() {
 $("composer").onsubmit = (event) => {
   event.preventDefault();
   const question = $("question").value.trim();
-  if (!question || underWay) return;
+  if (!question || running || !models.length) return;
   $("question").value = "";
   fit();
   ask(question);
@@ -188,8 +188,8 @@ $("question").onkeydown = (event) => {
     $("composer").requestSubmit();
   }
 };
-document.addEventListener("keydown", (event) => event.key === "Escape" && !document.querySelector("dialog[open]") && underWay?.abort());
-$("stop").onclick = () => (underWay?.abort(), $("question").focus());
+document.addEventListener("keydown", (event) => event.key === "Escape" && !document.querySelector("dialog[open]") && running?.abort());
+$("stop").onclick = () => (running?.abort(), $("question").focus());
 $("new").onclick = () => {
   exchanges.splice(0).forEach((exchange) => exchange.node.remove());
   $("welcome").hidden = false;

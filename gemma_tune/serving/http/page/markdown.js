@@ -1,5 +1,5 @@
-// A model's Markdown as nodes. Every text goes in as textContent and no HTML is ever parsed, so whatever a model writes
-// is shown, not run.
+// Renders a model's Markdown as nodes. All text is inserted as textContent and no HTML is ever parsed, so whatever a
+// model writes is shown, not run.
 
 const INLINE = /(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)|\*\*(?=\S)([\s\S]*?\S)\*\*|\*(?=[^\s*])([^*]*?[^\s*])\*(?!\*)|\[([^\]\n]+)\]\((https?:\/\/[^\s()]+)\)/g;
 

@@ -1,4 +1,4 @@
-// Sampling and system prompt: fields of the settings dialog, kept in this browser.
+// The settings dialog: sampling and system prompt, kept in this browser.
 
 const KEPT = "gemma_tune.settings";
 const NAMES = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
@@ -9,7 +9,7 @@ function remember() {
   const values = Object.fromEntries(["system", ...NAMES].map((name) => [name, field(name).value]));
   try {
     localStorage.setItem(KEPT, JSON.stringify(values));
-  } catch { /* Not kept, then. */ }
+  } catch { /* Storage is blocked: the settings last until the page is closed. */ }
 }
 
 function recall() {
@@ -20,11 +20,11 @@ function recall() {
   }
 }
 
-/** Fills the fields: what was set here before, else the server's. */
+/** Fills the fields with what was set here before, or else with the server's defaults. */
 export function prepare(serverDefaults, longest) {
   defaults = serverDefaults;
   const kept = recall();
-  field("longest").textContent = `of ${longest.toLocaleString("en")} for question and answer`;
+  field("longest").textContent = `conversation and answer: at most ${longest.toLocaleString("en")}`;
   field("max_tokens").max = longest;
   field("system").value = kept.system || "";
   for (const name of NAMES) {
@@ -39,13 +39,13 @@ export function prepare(serverDefaults, longest) {
   };
 }
 
-/** Returns what a request says of sampling. A field that holds no valid number counts as the server has it. */
+/** Returns the sampling settings for a request. A field without a valid number is left to the server's default. */
 export function sampling() {
   const set = NAMES.filter((name) => field(name).value !== "" && field(name).checkValidity());
   return Object.fromEntries(set.map((name) => [name, Number(field(name).value)]));
 }
 
-/** Returns the system prompt as messages: one or none. */
+/** Returns the system prompt as a list of one message, or of none. */
 export function system() {
   const content = field("system").value.trim();
   return content ? [{ role: "system", content }] : [];

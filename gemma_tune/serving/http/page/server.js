@@ -1,16 +1,16 @@
-// What the page asks of the server.
+// Calls to the server.
 
 const KEY = "gemma_tune.key";
 let key = "";
 try {
   key = sessionStorage.getItem(KEY) || "";
-} catch { /* Kept in memory alone, then. */ }
+} catch { /* Storage is blocked: the key is kept in memory only. */ }
 
 export function keep(newKey) {
   key = newKey.trim();
   try {
     sessionStorage.setItem(KEY, key);
-  } catch { /* As above. */ }
+  } catch { /* Storage is blocked, as above. */ }
 }
 
 export class ServerError extends Error {
@@ -32,20 +32,20 @@ async function ask(path, body, signal) {
   }
   if (response.ok) return response;
   const said = await response.json().catch(() => null);
-  throw new ServerError(response.status, said?.error?.message || `The server answered ${response.status}.`);
+  throw new ServerError(response.status, said?.error?.message || `The server returned status ${response.status}.`);
 }
 
-/** Returns the models, what a request gets that doesn't say, and whether feedback is stored. */
+/** Returns the models, the defaults of requests, and whether feedback is stored. */
 export async function settings() {
   return (await ask("page-settings")).json();
 }
 
-/** Stores what is said of an exchange. */
+/** Sends the feedback on an exchange. */
 export async function tell(exchange) {
   return (await ask("feedback", exchange)).json();
 }
 
-/** Calls `on` with each piece of an answer: {text, finish, version}, and returns the tokens it took. */
+/** Calls `on` with each delta of an answer, {text, finish, version}, and returns the numbers of tokens. */
 export async function answer(request, signal, on) {
   const body = { ...request, stream: true, stream_options: { include_usage: true } };
   const response = await ask("v1/chat/completions", body, signal);

@@ -1,4 +1,4 @@
-// An exchange on the page: a question, and an answer or two with what can be said of them.
+// Shows an exchange: a question, and one or two answers with buttons for feedback.
 
 import { render } from "./markdown.js";
 
@@ -29,7 +29,7 @@ function button(label, act, ...children) {
   return node;
 }
 
-/** Shows an answer's text again, not more often than the screen does. */
+/** Returns a function that redraws an answer's text, at most once a frame. */
 function drawer(answer) {
   let isDue = false;
   return () => {
@@ -43,7 +43,7 @@ function drawer(answer) {
   };
 }
 
-/** Adds an exchange's nodes to the log. `acts`: what its buttons do. */
+/** Adds an exchange to the log. `acts` holds the functions of its buttons. */
 export function show(log, exchange, acts, hasFeedback) {
   const answers = make("div", { className: exchange.answers.length > 1 ? "answers two" : "answers" });
   exchange.node = make("section", { className: "exchange" }, make("p", { className: "asked" }, exchange.question), answers);
@@ -52,15 +52,15 @@ export function show(log, exchange, acts, hasFeedback) {
 }
 
 function card(exchange, answer, index, acts, hasFeedback) {
-  const kind = make("span", { className: "kind" }, answer.parent ? `tuned from ${answer.parent}` : "base model");
+  const kind = make("span", { className: "kind" }, answer.parent ? `fine-tuned from ${answer.parent}` : "base model");
   const text = make("div", { className: "text" });
-  text.dataset.empty = "(It said nothing.)";
+  text.dataset.empty = "(empty answer)";
   const error = make("p", { className: "error", hidden: true });
   const took = make("span", { className: "took" });
   const row = make("div", { className: "acts", hidden: true });
   const below = make("div");
   const node = make("article", { className: "answer writing" }, make("h2", {}, answer.model, kind), text, error, row, below);
-  node.setAttribute("aria-label", `Answer of ${answer.model}`);
+  node.setAttribute("aria-label", `Answer by ${answer.model}`);
   node.setAttribute("aria-busy", "true");
   answer.parts = { node, text, error, row, took, below, pressed: {} };
   answer.draw = drawer(answer);
@@ -70,15 +70,15 @@ function card(exchange, answer, index, acts, hasFeedback) {
     }
     if (exchange.answers.length > 1) answer.parts.pressed.choice = button("Better", () => acts.choose(exchange, index));
     row.append(...Object.values(answer.parts.pressed));
-    row.append(button("Correct", () => correct(exchange, answer, index, acts)));
+    row.append(button("Suggest correction", () => correct(exchange, answer, index, acts)));
   }
   row.append(button("Copy", () => acts.copy(answer.text)));
-  answer.parts.again = button("Again", () => acts.again(exchange));
+  answer.parts.again = button("Regenerate", () => acts.again(exchange));
   row.append(answer.parts.again, took);
   return node;
 }
 
-/** Shows what is known of an answer besides its text. */
+/** Updates everything of an exchange's answers: text, state, buttons and errors. */
 export function refresh(exchange, isLast) {
   exchange.answers.forEach((answer, index) => {
     const { node, error, row, took, pressed, again } = answer.parts;
@@ -97,7 +97,7 @@ export function refresh(exchange, isLast) {
   });
 }
 
-/** Lets the user write what an answer should have been. */
+/** Opens a form in which the user writes what the answer should have been. */
 function correct(exchange, answer, index, acts) {
   const { below } = answer.parts;
   if (below.querySelector("form")) return below.querySelector("textarea").focus();
@@ -106,7 +106,7 @@ function correct(exchange, answer, index, acts) {
   const form = make(
     "form",
     { className: "correct", onsubmit: (event) => (event.preventDefault(), acts.correct(exchange, index, area.value.trim()), close()) },
-    make("label", {}, "What it should have said", area),
+    make("label", {}, "What the answer should have been", area),
     make("div", { className: "row" }, Object.assign(button("Cancel", close), { className: "quiet" }), make("button", {}, "Save")),
   );
   form.onkeydown = (event) => event.key === "Escape" && (event.stopPropagation(), close());
@@ -117,7 +117,7 @@ function correct(exchange, answer, index, acts) {
 
 function showCorrection(answer) {
   const shown = answer.correction
-    ? [make("p", { className: "corrected" }, make("b", {}, "What it should have said"), answer.correction)]
+    ? [make("p", { className: "corrected" }, make("b", {}, "What the answer should have been"), answer.correction)]
     : [];
   answer.parts.below.replaceChildren(...shown);
   answer.parts.row.querySelector("button")?.focus();
