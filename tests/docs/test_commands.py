@@ -4,6 +4,8 @@ On a tiny model in the place of a real one: what the real one does with such com
 """
 
 import configparser
+import functools
+import importlib
 import io
 import json
 import os
@@ -13,13 +15,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 from helpers.documents import PAGES, README, ROOT, blocks, commands, inline_codes, name_of
 
+import gemma_tune
 from gemma_tune.cli.main import VERBS, run
 from gemma_tune.cli.verb import Invocation, Verb
-from gemma_tune.config import Config
+from gemma_tune.config import Config, GenerationConfig
 from gemma_tune.settings import setting_paths
 
 URL = "http://127.0.0.1:8000"
@@ -36,8 +40,6 @@ REAL_MODELS = re.compile(r"\b(demo|gemma3_1b)\b")
 
 
 def verb_of(name) -> Verb:
-    import importlib
-
     return importlib.import_module(f"gemma_tune.cli.{name}").VERB
 
 
@@ -109,6 +111,8 @@ def finished_run(tmp_path_factory):
 class PageRunner:
     """Runs the blocks of a page, one after the other."""
 
+    run_already: ClassVar[set[tuple[str, ...]]] = set()
+
     def __init__(self, folder, monkeypatch, capfd):
         self.folder, self.monkeypatch, self.capfd = folder, monkeypatch, capfd
         self.server, self.url = None, URL
@@ -117,7 +121,10 @@ class PageRunner:
     def run_block(self, block):
         text = REAL_MODELS.sub("tiny", block.text).replace(URL, self.url)
         if block.language == "python":
-            exec(compile(text, "page", "exec"), {"__name__": "page"})
+            short = functools.partial(Config, generation=GenerationConfig(max_new_tokens=2))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(gemma_tune, "Config", short, raising=False)
+                exec(compile(text, "page", "exec"), {"__name__": "page"})
             return
         for words, real_words in zip(commands(text), commands(block.text.replace(URL, self.url)), strict=True):
             if words[0] == "gemma-tune":
@@ -132,6 +139,10 @@ class PageRunner:
         if words[1] == "serve":
             self.start_server(words[1:])
             return
+        if words[1] in ("quickstart", "doctor", "models"):  # They read nothing of the folder: once is enough.
+            if tuple(words) in self.run_already:
+                return
+            self.run_already.add(tuple(words))
         self.monkeypatch.setattr("sys.stdin", io.StringIO("How do I reset my phone?\n"))
         code = run(with_tiny_model(words))
         assert code == 0, (shlex.join(words), self.capfd.readouterr().err[-2000:])
@@ -182,8 +193,15 @@ def runner(tmp_path, finished_run, monkeypatch, capfd):
     runner.stop_server()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh", "python")], ids=name_of)
+def pages_to_run():
+    """Yields the pages with commands: README for every run of CI, the others for the night."""
+    for page in PAGES:
+        if blocks(page, "sh", "python"):
+            mark = pytest.mark.slow if page == README else pytest.mark.nightly
+            yield pytest.param(page, id=name_of(page), marks=mark)
+
+
+@pytest.mark.parametrize("page", pages_to_run())
 def test_every_command_and_program_runs(page, runner, finished_run):
     if page != README:  # Other pages go on from a finished run; README makes its own.
         for name in ("mine", "other"):

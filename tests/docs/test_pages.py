@@ -132,6 +132,7 @@ class Links(HTMLParser):
         self.loaded += [values[name] for name in ("src", *(["href"] if loads else [])) if values.get(name)]
 
 
+@pytest.mark.slow  # CI installs what it needs before its slow tests.
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
     pytest.importorskip("zensical", reason="pip install -e '.[docs]'")
     pytest.importorskip("mkdocstrings_handlers", reason="pip install -e '.[docs]'")
