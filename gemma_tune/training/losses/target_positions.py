@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class TargetPositions(NamedTuple):
@@ -21,7 +22,7 @@ class TargetPositions(NamedTuple):
 
 
 def gather_targets(
-    hidden: jax.Array, target_ids: jax.Array, loss_weights: jax.Array, num_targets: int
+    hidden: jax.Array, target_ids: jax.Array | np.ndarray, loss_weights: jax.Array | np.ndarray, num_targets: int
 ) -> TargetPositions:
     """Gathers the positions whose loss weight is not 0.
 
@@ -32,11 +33,11 @@ def gather_targets(
         num_targets: T. Of a batch with more positions than that, the last ones are left out. Of one with fewer, the
             rest is filled up with the batch's first position at weight 0.
     """
-    weights = loss_weights.reshape(-1)
+    weights = jnp.asarray(loss_weights).reshape(-1)
     (indices,) = jnp.nonzero(weights, size=num_targets, fill_value=0)
     is_target = jnp.arange(num_targets) < jnp.count_nonzero(weights)
     return TargetPositions(
         hidden.reshape(-1, hidden.shape[-1])[indices],
-        target_ids.reshape(-1)[indices],
+        jnp.asarray(target_ids).reshape(-1)[indices],
         jnp.where(is_target, weights[indices], 0.0),
     )
