@@ -5,18 +5,17 @@ import jinja2
 import numpy as np
 import pytest
 from helpers.logits import logits
+from helpers.lora import with_lora
+from helpers.variants import variant
 
 from gemma_tune.data.chat_template import template_for
 from gemma_tune.data.example import Turn
 from gemma_tune.errors import ModelError
 from gemma_tune.export.gguf.modelfile import modelfile
 from gemma_tune.export.gguf.writer import estimate_gguf, write_gguf
-from gemma_tune.models.family import FAMILIES
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora.enable import enable_lora
 from gemma_tune.models.sources.gguf_reader import GgufFile
-from gemma_tune.models.sources.tiny import tiny_config
 from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.quantization.spec import QuantSpec
 
@@ -51,9 +50,7 @@ def test_weights_are_those_rounded(tiny, tmp_path, scheme):
 
 def test_lora_counts_as_merged_and_the_model_stays(tiny, tmp_path, rng):
     model = tiny("gemma3")
-    enable_lora(model.backbone, 2, 4.0, ["all-linear"], seed=0)
-    for layer in lora_layers(model.backbone):
-        layer.lora_kernel_b.assign(rng.standard_normal(layer.lora_kernel_b.shape) * 0.1)
+    with_lora(model, rng, {})
     before = logits(model)
     again = load_model(str(write_gguf(model, tmp_path / "m.gguf", "f32")))
     # One product with the merged kernel for two beside each other: float32's rounding.
@@ -120,9 +117,6 @@ def test_what_cannot_be_written_is_refused(tiny, tmp_path):
         ("gemma3", {"use_bidirectional_attention": True}, "bidirectional attention"),
     ],
 )
-def test_what_llama_cpp_would_compute_otherwise_is_refused(tiny, tmp_path, family, changed, message):
-    model = tiny(family)
-    backbone = FAMILIES[family].causal_lm.backbone_cls(**{**tiny_config(family), **changed})
-    other = FAMILIES[family].causal_lm(preprocessor=model.preprocessor, backbone=backbone)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path, family, changed, message):
     with pytest.raises(ModelError, match=message):
-        write_gguf(other, tmp_path / "m.gguf")
+        write_gguf(variant(family, **changed), tmp_path / "m.gguf")

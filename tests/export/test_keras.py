@@ -6,19 +6,21 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.logits import logits_of
+from helpers.lora import with_lora
 
 from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError, ModelError
 from gemma_tune.export import export_model
 from gemma_tune.export.card.provenance import Provenance, read_provenance
 from gemma_tune.export.options import EXPORT_MARKER
-from gemma_tune.models.functional import hidden_states, variables_by_path
+from gemma_tune.models.functional import variables_by_path
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora.adapter import save_adapter
-from gemma_tune.models.lora.enable import enable_lora
 from gemma_tune.quantization.spec import QuantSpec
 
+TARGETS = ("query", "value", "ffw_gating")
 READ_BY_KERAS_HUB = """
 import os, sys
 os.environ["KERAS_BACKEND"] = "jax"
@@ -32,29 +34,14 @@ assert "gemma_tune" not in sys.modules
 """
 
 
-def logits_of(model, ids):
-    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    hidden = hidden_states(model.backbone, ids, np.ones_like(ids), positions)
-    return np.asarray(model.backbone.token_embedding(hidden, reverse=True))
-
-
 @pytest.fixture
 def ids(rng):
     return rng.integers(4, 1000, (2, 24), dtype=np.int32)
 
 
-def with_lora(model, rng, targets=("query", "value", "ffw_gating")):
-    """LoRA as after training: B isn't zero."""
-    enable_lora(model.backbone, 4, 8.0, targets, seed=0)
-    for path, variable in variables_by_path(model).items():
-        if "lora_" in path:
-            variable.assign(0.2 * rng.standard_normal(variable.shape).astype(np.float32))
-    return model
-
-
 @pytest.mark.slow
 def test_keras_hub_alone_reads_it_in_a_fresh_process(tiny, some_family, rng, ids, tmp_path):
-    model = with_lora(tiny(some_family), rng)
+    model = with_lora(tiny(some_family), rng, {}, TARGETS)
     export_model(model, "keras", tmp_path / "keras")
     np.save(tmp_path / "ids.npy", ids)
     arguments = [*(str(tmp_path / name) for name in ("keras", "ids.npy", "logits.npy")), type(model).__name__]
@@ -70,7 +57,7 @@ def test_keras_hub_alone_reads_it_in_a_fresh_process(tiny, some_family, rng, ids
 
 
 def test_the_model_stays_as_it_is(tiny, rng, ids, tmp_path):
-    model = with_lora(tiny(), rng)
+    model = with_lora(tiny(), rng, {}, TARGETS)
     before = {path: variable.value for path, variable in variables_by_path(model).items()}
     export_model(model, "keras", tmp_path / "keras")
     after = {path: variable.value for path, variable in variables_by_path(model).items()}
@@ -79,7 +66,7 @@ def test_the_model_stays_as_it_is(tiny, rng, ids, tmp_path):
 
 
 def test_lora_beside_the_base(tiny, rng, ids, tmp_path):
-    model = with_lora(tiny(), rng)
+    model = with_lora(tiny(), rng, {}, TARGETS)
     wanted = logits_of(model, ids)
     done = export_model(model, "keras", tmp_path / "keras", merge=False)
     assert "adapter/adapter.safetensors" in done.files
@@ -91,11 +78,7 @@ def test_lora_beside_the_base(tiny, rng, ids, tmp_path):
 
 @pytest.mark.parametrize("way", [{"layout": "peft"}, {"layout": "peft", "use_dora": True}, {"use_rslora": True}])
 def test_every_kind_of_lora_is_merged(tiny, rng, ids, tmp_path, way):
-    model = tiny()
-    enable_lora(model.backbone, 4, 8.0, ("query", "value", "ffw_gating"), seed=0, **way)
-    for path, variable in variables_by_path(model).items():
-        if "lora_" in path:
-            variable.assign(np.asarray(variable.value) + 0.2 * rng.standard_normal(variable.shape).astype(np.float32))
+    model = with_lora(tiny(), rng, way, TARGETS)
     wanted = logits_of(model, ids)
     for name in ("keras", "hf"):
         export_model(model, name, tmp_path / name)
@@ -126,7 +109,7 @@ def test_the_card_may_be_edited_but_not_the_weights(tiny, tmp_path):
 
 
 def test_an_adapter_of_another_base_is_an_error(tiny, rng, tmp_path):
-    save_adapter(with_lora(tiny(), rng), tmp_path / "adapter", base_model="tiny")
+    save_adapter(with_lora(tiny(), rng, {}, TARGETS), tmp_path / "adapter", base_model="tiny")
     with pytest.raises(ModelError, match="was trained on another base"):
         export_model("tiny", "keras", tmp_path / "out", adapter=str(tmp_path / "adapter"), seed=1)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -104,7 +104,10 @@ def test_without_lora_there_is_nothing_to_write(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING'. gemma_tune reads only PEFT adapters of type LORA"),
+        (
+            {"peft_type": "PREFIX_TUNING"},
+            "peft_type is 'PREFIX_TUNING'. gemma_tune reads only PEFT adapters of type LORA",
+        ),
         ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'"),
         ({"bias": "all"}, "bias is 'all', which gemma_tune doesn't support"),
         ({"modules_to_save": ["lm_head"]}, r"it sets modules_to_save=\['lm_head'\]"),

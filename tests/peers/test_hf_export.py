@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.logits import logits_of
+from helpers.variants import shake, variant
 
 from gemma_tune.data import Turn, template_for
 from gemma_tune.export import export_model
 from gemma_tune.export.options import ExportOptions
-from gemma_tune.models.functional import hidden_states
 from gemma_tune.models.load import load_model
 from gemma_tune.models.sources.tokenizer import tokenizer_of
 
@@ -39,12 +40,6 @@ CONVERSATIONS = (
 )
 
 
-def logits_of(model, ids):
-    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    hidden = hidden_states(model.backbone, ids, np.ones_like(ids), positions)
-    return np.asarray(model.backbone.token_embedding(hidden, reverse=True), np.float32)
-
-
 def peer_logits(folder, ids, dtype=None):
     import torch
     import transformers
@@ -55,12 +50,6 @@ def peer_logits(folder, ids, dtype=None):
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     with torch.no_grad():
         return peer.eval()(torch.tensor(ids.astype(np.int64))).logits.float().numpy()
-
-
-def shake(model, rng):
-    """Moves every weight: norms that are all alike would hide a mix-up."""
-    for variable in model.backbone.weights:
-        variable.assign(np.asarray(variable.value) + 0.1 * rng.standard_normal(variable.shape).astype(np.float32))
 
 
 def check_tokenizer(peer, tokenizer, template):
@@ -114,12 +103,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(("family", "sizes"), VARIANTS.values(), ids=VARIANTS.keys())
-def test_what_published_sizes_have(tiny, rng, tmp_path, monkeypatch, family, sizes):
+def test_what_published_sizes_have(rng, tmp_path, family, sizes):
     """Each of them in a tiny model: equal to transformers, and to itself when read back."""
-    from gemma_tune.models.sources import tiny as module
-
-    monkeypatch.setitem(module._CONFIGS, family, {**module._CONFIGS[family], **sizes})
-    model = tiny(family)
+    model = variant(family, **sizes)
     shake(model, rng)
     ids = rng.integers(4, 1000, (2, 40), dtype=np.int32)
     export_model(model, "hf", tmp_path / "hf")

@@ -7,11 +7,11 @@ import warnings
 
 import numpy as np
 import pytest
+from helpers.logits import logits_of
 from helpers.lora import METHODS, with_lora
 
 from gemma_tune.config import Config
 from gemma_tune.export.peft.adapter import write_peft_adapter
-from gemma_tune.models.functional import hidden_states
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
 from gemma_tune.models.lora.enable import lora_specs
@@ -76,9 +76,7 @@ def their_logits(folder, adapter):
 
 
 def our_logits(model, token_ids=TOKEN_IDS):
-    positions = np.arange(token_ids.shape[1], dtype=np.int32)[None]
-    hidden = hidden_states(model.backbone, token_ids, np.ones_like(token_ids), positions)
-    return np.asarray(model.backbone.token_embedding(hidden, reverse=True))
+    return logits_of(model, token_ids)
 
 
 def assert_same(ours, theirs):
