@@ -189,7 +189,7 @@ def jsonl_reader(folder: Path) -> Reader:
     """JSON Lines: read, cleaned, rendered, tokenized and packed."""
     del folder
     from gemma_tune.data.chat_template import template_for
-    from gemma_tune.data.clean import Cleaner
+    from gemma_tune.data.cleaning import Cleaner
     from gemma_tune.data.packing import make_batch, num_positions, plan_rows
     from gemma_tune.data.sources.readers import read_rows
     from gemma_tune.data.sources.row_formats import to_examples

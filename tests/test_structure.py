@@ -36,7 +36,7 @@ LAYERS = {
         ("example", "dedup", "chunks"),
         ("storage",),
         ("sources",),
-        ("chat_template", "clean", "packing"),
+        ("chat_template", "cleaning", "heldout_split", "packing"),
         ("tokenize",),
         ("cleaning_report",),
         ("splits",),

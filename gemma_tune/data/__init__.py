@@ -1,4 +1,4 @@
-"""Steps 2 and 3: collect and preprocess. Pure functions from files to packed batches; imports no Keras."""
+"""Steps 2 and 3, collect and preprocess: pure functions that turn files into packed batches, without Keras."""
 
 from gemma_tune.data.chat_template import ChatTemplate, template_for
 from gemma_tune.data.cleaning_report import DataReport

@@ -1,9 +1,9 @@
-"""Gemma's chat templates: the text that a conversation becomes, and which parts of it are learnt.
+"""Renders conversations with Gemma's chat templates, and says which parts of them the model learns.
 
-The rendered text is what the Jinja template in each family's tokenizer_config.json gives
+The text equals what the Jinja template in each family's tokenizer_config.json renders
 (huggingface.co/google/gemma-3-1b-it, …/gemma-2-2b-it, …/gemma-4-E2B-it; Google's "Gemma formatting" guide describes
-both forms). Gemma 1 and 2 were trained without a system role and their template refuses one; the guide says to put
-instructions into the first user turn, which is what Gemma 3's template does and what is done here for all three.
+both forms). Gemma 1 and 2 were trained without a system role, and their template refuses one. The guide says to put
+instructions into the first user turn, as Gemma 3's template does; here all three do so.
 """
 
 import dataclasses
@@ -13,8 +13,13 @@ from typing import NamedTuple
 from gemma_tune.data.example import Turn
 
 
-class Piece(NamedTuple):
-    """A part of a rendered conversation that is tokenized by itself, and whether it is learnt."""
+class TextSpan(NamedTuple):
+    """A part of a rendered conversation that is tokenized by itself.
+
+    Attributes:
+        text: The text.
+        is_target: Whether the model learns it.
+    """
 
     text: str
     is_target: bool
@@ -22,11 +27,14 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """How one family writes turns.
+    """The chat template of one family.
 
     Attributes:
-        start_of_turn, end_of_turn: Control tokens around a turn.
-        system_has_turn: Whether a system turn stands by itself; else it opens the first user turn.
+        start_of_turn: Control token before a turn.
+        end_of_turn: Control token after a turn.
+        system_has_turn: Whether the system prompt is a turn of its own. Otherwise it opens the first user turn.
+        bos: Control token before a text.
+        eos: Control token after a document.
     """
 
     start_of_turn: str
@@ -37,28 +45,33 @@ class ChatTemplate:
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """Tokens that must not occur in what a turn says."""
+        """Returns the tokens that must not occur in the content of a turn."""
         return (self.start_of_turn, self.end_of_turn, self.bos, self.eos, "<pad>")
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
-        """Returns the whole text, `<bos>` included, as the family's own template renders it."""
-        text = self.bos + "".join(piece.text for piece in self.pieces(turns))
+        """Returns the whole text, including `<bos>`, as the family's own template renders it.
+
+        Args:
+            turns: Turns of a conversation, or a document.
+            add_generation_prompt: Whether the beginning of an answer follows.
+        """
+        text = self.bos + "".join(span.text for span in self.spans(turns))
         return text + self.generation_prompt if add_generation_prompt else text
 
     @property
     def generation_prompt(self) -> str:
-        """What stands before an answer."""
+        """Returns the text before an answer."""
         return f"{self.start_of_turn}model\n"
 
-    def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
-        """Returns the text behind `<bos>` in pieces.
+    def spans(self, turns: Sequence[Turn]) -> list[TextSpan]:
+        """Returns the text after `<bos>` in spans.
 
-        Learnt are what the model says and its end of turn, in every turn.
+        The model learns what it says and the end of its turn, in every turn of a conversation.
         """
         if turns and turns[0].role == "text":
-            return [Piece(turns[0].content, True), Piece(self.eos, True)]
-        pieces: list[Piece] = []
-        context = ""  # Grows until something is to be learnt.
+            return [TextSpan(turns[0].content, True), TextSpan(self.eos, True)]
+        spans: list[TextSpan] = []
+        context = ""  # Grows until the next target.
         system = ""
         for turn in turns:
             content = turn.content.strip()
@@ -68,11 +81,11 @@ class ChatTemplate:
             context += f"{self.start_of_turn}{turn.role}\n{system}"
             system = ""
             if turn.role == "model":
-                pieces += [Piece(context, False), Piece(content + self.end_of_turn, True)]
+                spans += [TextSpan(context, False), TextSpan(content + self.end_of_turn, True)]
                 context = "\n"
             else:
                 context += f"{content}{self.end_of_turn}\n"
-        return [*pieces, Piece(context, False)] if context else pieces
+        return [*spans, TextSpan(context, False)] if context else spans
 
 
 _GEMMA = ChatTemplate("<start_of_turn>", "<end_of_turn>", system_has_turn=False)

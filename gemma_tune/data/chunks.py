@@ -1,4 +1,4 @@
-"""A stream in pieces of bounded size, and without needless work between them."""
+"""Takes a stream in chunks of bounded size, with little work between them."""
 
 import contextlib
 import gc
@@ -6,19 +6,19 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
-CHUNK = 2000  # Examples in memory at a time: megabytes, and enough for arrays to be quicker than loops.
+EXAMPLES_PER_CHUNK = 2000  # Megabytes, and enough for operations on arrays to be faster than loops.
 _T = TypeVar("_T")
 
 
-def in_chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    """Yields lists of `size` items; the last one may be shorter."""
+def in_chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
+    """Yields lists of `EXAMPLES_PER_CHUNK` items; the last one may be shorter."""
     iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
+    while chunk := list(islice(iterator, EXAMPLES_PER_CHUNK)):
         yield chunk
 
 
 def one_ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """Yields each item when the next one has been asked for."""
+    """Yields each item after the next one has been fetched."""
     iterator = iter(items)
     for previous in islice(iterator, 1):
         for item in iterator:
@@ -29,10 +29,10 @@ def one_ahead(items: Iterable[_T]) -> Iterator[_T]:
 
 @contextlib.contextmanager
 def garbage_collector_paused() -> Iterator[None]:
-    """While open, Python doesn't look for reference cycles.
+    """Pauses Python's search for reference cycles.
 
-    Each chunk makes ten thousands of tuples and frees them; looking for cycles among them, and there are none, takes a
-    third of the time.
+    Each chunk creates and frees tens of thousands of tuples. Searching them for cycles, of which there are none, takes
+    a third of the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""What happened to the rows on their way to the model."""
+"""Counts what happens to the rows of a data set before training."""
 
 import dataclasses
 from typing import Any
@@ -10,11 +10,27 @@ from gemma_tune.data.tokenize import TokenizedChunk
 
 @dataclasses.dataclass
 class DataReport:
-    """What happened to the rows, in the order in which it happens. lengths are in tokens, before shortening."""
+    """The numbers of rows that were read, dropped, shortened and kept.
+
+    Attributes:
+        num_rows: Number of rows that were read.
+        num_unreadable: Number of rows dropped because they can't be read.
+        errors: Messages of the first unreadable rows.
+        num_empty: Number of rows dropped because a turn is empty.
+        num_control_tokens: Number of rows dropped because they contain control tokens.
+        num_duplicates: Number of rows dropped because they are duplicates.
+        num_in_heldout: Number of training rows dropped because their question is in the held-out source.
+        num_truncated: Number of examples shortened to the maximum length.
+        num_overlong_dropped: Number of examples dropped because they are too long.
+        num_without_target: Number of examples dropped because no answer fits after the question.
+        num_train: Number of examples for training.
+        num_heldout: Number of held-out examples.
+        lengths: [n] int32 tokens in each example, before shortening.
+    """
 
     num_rows: int = 0
     num_unreadable: int = 0
-    errors: list[str] = dataclasses.field(default_factory=list)  # The first unreadable rows' messages.
+    errors: list[str] = dataclasses.field(default_factory=list)
     num_empty: int = 0
     num_control_tokens: int = 0
     num_duplicates: int = 0
@@ -27,12 +43,12 @@ class DataReport:
     lengths: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int32))
 
     def counts(self) -> dict[str, Any]:
-        """Returns everything but the lengths, as plain values."""
+        """Returns everything except the lengths, as plain values."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "lengths"]
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, with the lengths summed up."""
+        """Returns plain values, with a summary of the lengths."""
         values = self.counts()
         if len(self.lengths):
             values["length_tokens"] = {
@@ -44,13 +60,13 @@ class DataReport:
         return values
 
     def count_tokenized(self, chunk: TokenizedChunk) -> None:
-        """Adds what was shortened and dropped in a chunk."""
+        """Adds the numbers of examples that were shortened and dropped in a chunk."""
         self.num_truncated += chunk.num_truncated
         self.num_overlong_dropped += chunk.num_overlong_dropped
         self.num_without_target += chunk.num_without_target
 
-    def reasons(self) -> str:
-        """Returns why cleaning and splitting dropped rows, as a sentence."""
+    def drop_reasons(self) -> str:
+        """Returns a sentence that says why cleaning and splitting dropped rows."""
         reasons = {
             "unreadable": self.num_unreadable,
             "empty": self.num_empty,

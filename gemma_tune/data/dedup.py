@@ -1,4 +1,4 @@
-"""A set of hashes in little more than their own memory."""
+"""Recognizes duplicates by their hashes, in little more memory than the hashes take."""
 
 import hashlib
 
@@ -6,25 +6,25 @@ import numpy as np
 
 
 def hash_text(text: str) -> int:
-    """Returns 8 bytes of a text's BLAKE2b hash.
+    """Returns a 64-bit BLAKE2b hash of a text.
 
-    Among a million different texts the chance that any two share theirs is 1 in 37 million (n²/2⁶⁵), and what comes of
-    it is one example too few.
+    Among a million different texts, two have the same hash with a probability of 1 in 37 million (n²/2⁶⁵). Then one
+    example is lost.
     """
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest(), "big")
 
 
 class DedupIndex:
-    """Remembers uint64 hashes in sorted arrays, 8 bytes each; a Python set takes some hundred.
+    """A set of uint64 hashes in sorted arrays, of 8 bytes a hash. A Python set takes about a hundred.
 
-    Each array is at least twice as long as the next, so there are few of them, and each hash is moved few times.
+    Each array is at least twice as long as the next, so there are few arrays, and each hash is moved only a few times.
     """
 
     def __init__(self) -> None:
         self._arrays: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Adds [n] uint64 hashes; returns [n] bool: whether each is seen for the first time."""
+        """Adds [n] uint64 hashes and returns [n] bool: whether each is new."""
         values, first = np.unique(hashes, return_index=True)
         is_known = np.zeros(len(values), bool)
         for array in self._arrays:

@@ -1,4 +1,4 @@
-"""The values that travel through the data pipeline."""
+"""Defines the values that travel through the data pipeline."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -9,40 +9,57 @@ from gemma_tune.errors import DataError
 
 
 class Row(NamedTuple):
-    """One record as a file holds it, and where it stood: `support.jsonl:17`."""
+    """One record of a file or data set.
+
+    Attributes:
+        fields: Values by name.
+        origin: File and line, such as `support.jsonl:17`.
+    """
 
     fields: Mapping[str, Any]
     origin: str
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation. role: `system`, `user` or `model`; `text` for a document that is no conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: `system`, `user` or `model`; `text` for a document, which is no conversation.
+        content: Text of the turn.
+    """
 
     role: str
     content: str
 
 
 class Example(NamedTuple):
-    """One conversation, or one document (a single `text` turn), and where it came from."""
+    """One conversation, or one document.
+
+    Attributes:
+        turns: Turns of the conversation, or a single `text` turn.
+        origin: File and line that it was read from.
+    """
 
     turns: tuple[Turn, ...]
     origin: str = ""
 
     @property
     def question(self) -> str:
-        """What the split goes by: the first user turn, or the document itself."""
+        """Returns the first user turn, or the document itself. Equal questions are never split."""
         return next((turn.content for turn in self.turns if turn.role in ("user", "text")), "")
 
     @property
     def answer(self) -> str:
-        """The last model turn; empty for a document."""
+        """Returns the last model turn; empty for a document."""
         return next((turn.content for turn in reversed(self.turns) if turn.role == "model"), "")
 
 
 class TokenizedExample(NamedTuple):
-    """Token ids of an example and which of them are to be learnt.
+    """An example as tokens.
 
-    token_ids: [n] int32, beginning with `<bos>`. is_target: [n] bool; never true for the first token.
+    Attributes:
+        token_ids: [n] int32 token ids, beginning with `<bos>`.
+        is_target: [n] bool, true for tokens that the model learns; never for the first one.
     """
 
     token_ids: np.ndarray
@@ -50,10 +67,16 @@ class TokenizedExample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows of packed examples. Every field is [B, L]; int32 except loss_weights, which is float32.
+    """Rows of packed examples.
 
-    Position t of a row reads token_ids[t] and is scored on predicting target_ids[t], the token behind it. segment_ids
-    number the examples of a row from 1; 0 is padding. positions count from 0 within each example.
+    At position t of a row, the model reads token_ids[t] and predicts target_ids[t], the next token.
+
+    Attributes:
+        token_ids: [B, L] int32 tokens to read.
+        segment_ids: [B, L] int32 number of the example in its row, from 1; 0 is padding.
+        positions: [B, L] int32 position in the example, from 0.
+        target_ids: [B, L] int32 tokens to predict.
+        loss_weights: [B, L] float32 weight of each prediction; 0 where nothing is learnt.
     """
 
     token_ids: np.ndarray
@@ -64,17 +87,22 @@ class Batch(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline asks of a tokenizer. Special tokens such as `<end_of_turn>` in a text become their ids.
+    """The part of a tokenizer that the data pipeline uses. Control tokens such as `<end_of_turn>` become their ids.
 
-    proto: the serialized SentencePiece model.
+    Attributes:
+        proto: Serialized SentencePiece model.
+        bos_id: Token id of `<bos>`.
+        eos_id: Token id of `<eos>`.
     """
 
     proto: bytes
     bos_id: int
     eos_id: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Returns the token ids of a text."""
+        ...
 
 
-# Called with each unreadable row: raises it, or counts it and returns.
-Report = Callable[[DataError], None]
+# A function that is called with each unreadable row's error: it raises the error, or counts it and returns.
+OnRowError = Callable[[DataError], None]

@@ -1,8 +1,8 @@
 """Packs examples of different lengths into rows of one length, and rows into batches.
 
-Best-fit decreasing (Johnson 1973): examples are placed from the longest to the shortest, each into the row with the
-least room that still holds it. Examples share a row without seeing each other: the model's attention mask goes by
-segment ids.
+The method is best-fit decreasing (Johnson 1973): examples are placed from the longest to the shortest, each into the
+row with the least room that is still enough. Examples in one row don't see each other: attention is masked by segment
+ids.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from gemma_tune.data.storage.array_files import offsets_of
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Which examples are in which row, without a Python object for each.
+    """The assignment of examples to rows, as arrays instead of a Python object for each row.
 
     Attributes:
-        indices: [n] examples, one row behind the other.
-        starts: [rows + 1] where in `indices` each row begins.
+        indices: [n] indices of examples, row after row.
+        starts: [rows + 1] positions in `indices` where each row begins.
     """
 
     indices: np.ndarray
@@ -45,21 +45,21 @@ class Rows:
         return Rows(self.indices[places], starts)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Returns [rows]: the sum over each row of a value [n] of the examples."""
+        """Returns [rows] sums, over the examples in each row, of [n] values."""
         return np.diff(offsets_of(values[self.indices])[self.starts])
 
 
 class EpochPlan:
-    """The rows of each epoch in the order of training: the same for the same seed and epoch, else shuffled anew.
+    """The rows of each epoch in the order of training, which depends on the seed and the epoch alone.
 
-    An epoch shuffles the examples and places them by length. So in each of them the k-th longest example is in the same
-    row, though it is another one of its length: the search for places is done once.
+    An epoch shuffles the examples and places them by length. Examples of one length swap their places, but the k-th
+    longest example is in the same row in each epoch, so the places are searched for only once.
 
     Args:
-        lengths: [n] positions of each example, at most row_length.
-        row_length: Positions in a row.
-        packing: False puts each example into a row of its own.
-        seed: Of the order.
+        lengths: [n] number of positions of each example, at most row_length.
+        row_length: Number of positions in a row.
+        packing: Whether examples may share a row.
+        seed: Random seed of the order.
     """
 
     def __init__(self, lengths: Sequence[int] | np.ndarray, row_length: int, packing: bool, seed: int):
@@ -77,12 +77,12 @@ class EpochPlan:
 
 
 def num_positions(example: TokenizedExample) -> int:
-    """Positions that an example takes in a row: its last token is only predicted, never read."""
+    """Returns how many positions an example takes in a row. Its last token is only predicted, never read."""
     return len(example.token_ids) - 1
 
 
 def plan_rows(lengths: Sequence[int] | np.ndarray, row_length: int, packing: bool = True) -> Rows:
-    """Returns rows of examples in the order given. Arguments as in `EpochPlan`."""
+    """Returns rows of examples, without shuffling them. Arguments as in `EpochPlan`."""
     if not packing:
         return _one_each(len(lengths))
     order = _longest_first(np.asarray(lengths, np.int64))
@@ -99,11 +99,11 @@ def _longest_first(lengths: np.ndarray) -> np.ndarray:
 
 
 def _fitted(lengths: np.ndarray, row_length: int) -> Rows:
-    """Places examples whose lengths don't increase, each into the row with the least room that still holds it."""
+    """Places examples, longest first, each into the row with the least room that is still enough."""
     row_of = array("q")
     num_rows = 0
-    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # Room -> rows that have just so much.
-    rooms = 0  # Bit r is set when with_room[r] is not empty: the best fit is the lowest bit at or above a length.
+    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # Rows by their room.
+    rooms = 0  # Bit r is set if with_room[r] is not empty. The best fit is the lowest set bit at or above a length.
     for length in lengths.tolist():
         fitting = rooms >> length
         if fitting:
@@ -122,7 +122,13 @@ def _fitted(lengths: np.ndarray, row_length: int) -> Rows:
 
 
 def make_batch(rows: Sequence[Sequence[TokenizedExample]], num_rows: int, row_length: int) -> Batch:
-    """Lays out rows of examples as a Batch of [num_rows, row_length]; rows that are not given stay padding."""
+    """Returns rows of examples as a Batch.
+
+    Args:
+        rows: Examples of each row, at most `num_rows`.
+        num_rows: Number of rows in the batch; those that are not given are padding.
+        row_length: Number of positions in a row.
+    """
     token_ids, segment_ids, positions, target_ids = np.zeros((4, num_rows, row_length), np.int32)
     batch = Batch(token_ids, segment_ids, positions, target_ids, np.zeros((num_rows, row_length), np.float32))
     for row, examples in enumerate(rows):

@@ -1,7 +1,7 @@
-"""From a source's name to cleaned training and held-out conversations.
+"""Reads and cleans a data set, and splits it into training and held-out examples.
 
-Rows go by in a stream; what is left of them is on disk. It needs no model, and a second run with the same files and
-settings reads no row.
+Rows are read as a stream, and the cleaned examples are stored on disk. No model is needed. A second run with the same
+files and settings uses what the first one stored.
 """
 
 import dataclasses
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from gemma_tune.data.chunks import CHUNK, garbage_collector_paused, in_chunks
-from gemma_tune.data.clean import Cleaner, heldout_by_question, question_hash
+from gemma_tune.data.chunks import garbage_collector_paused, in_chunks
+from gemma_tune.data.cleaning import Cleaner
 from gemma_tune.data.cleaning_report import DataReport
 from gemma_tune.data.example import Example
+from gemma_tune.data.heldout_split import heldout_by_question, question_hash
 from gemma_tune.data.sources.content_hash import source_fingerprint
 from gemma_tune.data.sources.readers import heldout_of, read_rows
 from gemma_tune.data.sources.row_formats import to_examples
@@ -31,7 +32,14 @@ _PARTS = "parts"
 
 @dataclasses.dataclass
 class Splits:
-    """Cleaned examples before tokenization, on disk. key: of their cache entry."""
+    """Cleaned examples, on disk.
+
+    Attributes:
+        train: Examples for training.
+        heldout: Held-out examples.
+        report: Numbers of rows read and dropped.
+        key: Key of the cache entry that holds them.
+    """
 
     train: ExampleStore
     heldout: ExampleStore
@@ -40,15 +48,15 @@ class Splits:
 
 
 def load_examples(source: str, split: str = "train", on_error: str = "raise") -> list[Example]:
-    """Reads a source into Examples, as they stand in it.
+    """Reads all examples of a source, without cleaning them.
 
     Args:
-        source: As in `data.source`: files, globs, `tfds:name/config`, `sample:NAME`.
-        split: Of a TFDS data set.
-        on_error: `raise` at the first unreadable row, or `skip` such rows.
+        source: Files, globs, `tfds:name/config` or `sample:NAME`, as in `data.source`.
+        split: Split of a TFDS data set.
+        on_error: Treatment of unreadable rows: `raise` or `skip`.
 
     Raises:
-        DataError: Nothing there, or an unreadable row; says where, what was found and what to do.
+        DataError: The source doesn't exist, or a row is unreadable; says where, what was found and what to do.
     """
     return list(_read_examples(source, split, on_error, DataReport()))
 
@@ -66,16 +74,17 @@ def load_splits(
     seed: int,
     cache: Path | None = None,
 ) -> Splits:
-    """Reads, cleans and splits, or finds what an earlier run left.
+    """Reads, cleans and splits a data set, or finds the result of an earlier run.
 
     Args:
-        source, eval_source, split, eval_split, eval_fraction, system_prompt, on_error: As in `config.DataConfig`.
-        control_tokens: As in `Cleaner`.
-        seed: Of the split.
-        cache: Folder for what can be made again; None: a temporary one.
+        source, eval_source, split, eval_split, eval_fraction, system_prompt, on_error: Settings as in
+            `config.DataConfig`.
+        control_tokens: Control tokens as in `Cleaner`.
+        seed: Random seed of the split.
+        cache: Folder of the cache; None: a temporary folder.
 
     Raises:
-        DataError: As `load_examples`; or nothing is left to train on.
+        DataError: A source doesn't exist, a row is unreadable, or no training example is left.
     """
     if not eval_source:
         eval_source = source if eval_split else heldout_of(source)
@@ -100,7 +109,7 @@ def load_splits(
         parts = _parts(hashes, eval_fraction)
         report.num_in_heldout = int((parts == _DROPPED).sum())
         if not (parts == _TRAIN).any():
-            raise DataError(f"{source}: no training examples are left of {report.num_rows} rows. {report.reasons()}")
+            raise DataError(f"{source}: none of {report.num_rows} rows can be trained on. {report.drop_reasons()}")
         write_array(folder / _PARTS, parts)
         return report.counts()
 
@@ -114,7 +123,7 @@ def load_splits(
 def _read_examples(source: str, split: str, on_error: str, report: DataReport) -> Iterator[Example]:
     def count_or_raise(error: DataError) -> None:
         if on_error == "raise":
-            raise DataError(f"{error} (--on_error=skip goes on without such rows.)") from error
+            raise DataError(f"{error} (--on_error=skip skips such rows.)") from error
         report.num_unreadable += 1
         if len(report.errors) < _ERRORS_KEPT:
             report.errors.append(str(error))
@@ -132,10 +141,10 @@ def _read_examples(source: str, split: str, on_error: str, report: DataReport) -
 def _write_cleaned(
     examples: Iterator[Example], cleaner: Cleaner, seed: int, writer: ExampleWriter, report: DataReport
 ) -> np.ndarray:
-    """Cleans a stream and writes what stays; returns [n] uint64: the hashes of their questions."""
+    """Cleans a stream of examples, writes those that are kept, and returns the [n] uint64 hashes of their questions."""
     hashes = [np.empty(0, np.uint64)]
     with progress.track_progress("read rows") as advance:
-        for chunk in in_chunks(examples, CHUNK):
+        for chunk in in_chunks(examples):
             cleaned = cleaner.clean(chunk)
             writer.append(each.example for each in cleaned)
             hashes.append(np.array([question_hash(each.question_key, seed) for each in cleaned], np.uint64))
@@ -147,7 +156,7 @@ def _write_cleaned(
 
 
 def _parts(hashes: Sequence[np.ndarray], eval_fraction: float) -> np.ndarray:
-    """Returns [n] uint8: to which part each example belongs, from the questions' hashes of one source or of two."""
+    """Returns the [n] uint8 part that each example belongs to, from the question hashes of one or two sources."""
     train, *heldout = hashes
     if heldout:
         parts = np.where(np.isin(train, heldout[0]), _DROPPED, _TRAIN)

@@ -1,7 +1,7 @@
-"""Turns examples into token ids with a mark on each token that is to be learnt.
+"""Tokenizes examples and marks the tokens that the model learns.
 
-Chunks of examples are tokenized together: SentencePiece spreads a list of texts over threads of its own, without
-Python's lock, and what follows is array arithmetic.
+Examples are tokenized in chunks: SentencePiece spreads a list of texts over threads of its own, without Python's lock,
+and the rest is done with arrays.
 """
 
 import os
@@ -12,24 +12,31 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemma_tune.data.chat_template import ChatTemplate, Piece
-from gemma_tune.data.chunks import CHUNK, in_chunks, one_ahead
+from gemma_tune.data.chat_template import ChatTemplate, TextSpan
+from gemma_tune.data.chunks import in_chunks, one_ahead
 from gemma_tune.data.example import Example, Tokenizer
 from gemma_tune.data.storage.array_files import offsets_of
 from gemma_tune.data.storage.token_store import TokenStore
 from gemma_tune.errors import DataError
 
-_PARALLEL_FROM = 5000  # Below, a second SentencePiece processor takes longer to make than it saves.
+MIN_PARALLEL_EXAMPLES = 5000  # For fewer, a second SentencePiece processor takes longer to create than it saves.
 
 Encode = Callable[[list[str]], list[list[int]]]
 
 
 class TokenizedChunk(NamedTuple):
-    """Some examples tokenized, and what was shortened or dropped.
+    """A chunk of tokenized examples. Of m examples, n are kept, with T tokens.
 
-    token_ids [T] int32 and is_target [T] bool of the n examples kept, one behind the other; num_tokens and num_targets
-    [n] of each, and kept [n], which of those given they are. lengths: token counts of all examples given, before
-    anything was shortened or dropped.
+    Attributes:
+        token_ids: [T] int32 token ids, example after example.
+        is_target: [T] bool, true for tokens that the model learns.
+        num_tokens: [n] number of tokens of each kept example.
+        num_targets: [n] number of tokens to learn of each kept example.
+        kept: [n] indices of the kept examples.
+        lengths: [m] number of tokens of each example, before shortening.
+        num_truncated: Number of shortened examples.
+        num_overlong_dropped: Number of examples dropped because they are too long.
+        num_without_target: Number of examples dropped because nothing is left to learn.
     """
 
     token_ids: np.ndarray
@@ -44,7 +51,12 @@ class TokenizedChunk(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """Tokenized examples, and the other values as in TokenizedChunk."""
+    """Tokenized examples in memory.
+
+    Attributes:
+        examples: Tokens of the kept examples.
+        kept, lengths, num_truncated, num_overlong_dropped, num_without_target: Values as in `TokenizedChunk`.
+    """
 
     examples: TokenStore
     kept: np.ndarray
@@ -57,7 +69,7 @@ class Tokenized(NamedTuple):
 def tokenize_examples(
     examples: Sequence[Example], template: ChatTemplate, tokenizer: Tokenizer, max_length: int, overlong: str
 ) -> Tokenized:
-    """Tokenizes examples in memory. Arguments and errors as in `tokenize_chunks`."""
+    """Tokenizes examples and keeps them in memory. Arguments and errors as in `tokenize_chunks`."""
     parts = list(tokenize_chunks(examples, template, tokenizer, max_length, overlong))
     if not parts:
         return Tokenized(TokenStore.of([]), np.empty(0, np.int64), np.empty(0, np.int64), 0, 0, 0)
@@ -77,33 +89,33 @@ def tokenize_examples(
 def tokenize_chunks(
     examples: Sequence[Example], template: ChatTemplate, tokenizer: Tokenizer, max_length: int, overlong: str
 ) -> Iterator[TokenizedChunk]:
-    """Tokenizes examples and fits them into rows of max_length positions, yielding them in chunks.
+    """Tokenizes examples, shortens them to max_length positions, and yields them in chunks.
 
-    A row of max_length positions holds max_length + 1 tokens, since the last token is only predicted, never read. While
-    a chunk is looked at, the next one is being tokenized.
+    max_length positions hold max_length + 1 tokens, because the last token is only predicted, never read. While the
+    caller uses a chunk, the next one is being tokenized.
 
     Args:
-        examples: What to tokenize.
-        template: The model family's.
-        tokenizer: The model's.
-        max_length: Positions in a row.
-        overlong: `truncate`, `drop` or `error`.
+        examples: Examples to tokenize.
+        template: Chat template of the model's family.
+        tokenizer: Tokenizer of the model.
+        max_length: Maximum number of positions of an example.
+        overlong: Treatment of longer examples: `truncate`, `drop` or `error`.
 
     Raises:
-        DataError: An example is longer and `overlong` is `error`; names its origin and length.
+        DataError: An example is too long and `overlong` is `error`; says which one, and its length.
     """
     encode = encoder(tokenizer, len(examples))
     start = 0
 
-    def submit(pool: ThreadPoolExecutor) -> Iterator[tuple[list[Example], list[list[Piece]], Future]]:
-        for chunk in in_chunks(examples, CHUNK):
-            pieces = [template.pieces(example.turns) for example in chunk]
-            texts = [piece.text for piece in chain.from_iterable(pieces) if piece.text != template.eos]
-            yield chunk, pieces, pool.submit(encode, texts)
+    def submit(pool: ThreadPoolExecutor) -> Iterator[tuple[list[Example], list[list[TextSpan]], Future]]:
+        for chunk in in_chunks(examples):
+            spans = [template.spans(example.turns) for example in chunk]
+            texts = [span.text for span in chain.from_iterable(spans) if span.text != template.eos]
+            yield chunk, spans, pool.submit(encode, texts)
 
     with ThreadPoolExecutor(1) as pool:
-        for chunk, pieces, future in one_ahead(submit(pool)):
-            tokens = _trimmed(_joined(pieces, future.result(), template, tokenizer))
+        for chunk, spans, future in one_ahead(submit(pool)):
+            tokens = _trimmed(_joined(spans, future.result(), template, tokenizer))
             if overlong == "error":
                 _refuse_overlong(chunk, tokens.lengths, max_length)
             fitted = _fitted(tokens, max_length, overlong == "drop")
@@ -112,9 +124,9 @@ def tokenize_chunks(
 
 
 def encoder(tokenizer: Tokenizer, num_examples: int) -> Encode:
-    """Returns texts -> ids of each: one after the other for few examples, else on all of the machine's cores."""
+    """Returns a function that tokenizes a list of texts: one by one for few examples, otherwise on all cores."""
     num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if num_examples < _PARALLEL_FROM or num_threads == 1:
+    if num_examples < MIN_PARALLEL_EXAMPLES or num_threads == 1:
         return lambda texts: [tokenizer.encode(text) for text in texts]
     from sentencepiece import SentencePieceProcessor
 
@@ -123,7 +135,14 @@ def encoder(tokenizer: Tokenizer, num_examples: int) -> Encode:
 
 
 class _Tokens(NamedTuple):
-    """ids [T] and is_target [T] of n examples, where each begins [n], and its length [n]."""
+    """The tokens of n examples, T together.
+
+    Attributes:
+        ids: [T] token ids, example after example.
+        is_target: [T] bool, true for tokens that the model learns.
+        starts: [n] index of the first token of each example.
+        lengths: [n] number of tokens of each example.
+    """
 
     ids: np.ndarray
     is_target: np.ndarray
@@ -131,41 +150,41 @@ class _Tokens(NamedTuple):
     lengths: np.ndarray
 
     def positions(self) -> np.ndarray:
-        """Returns [T]: the place of each token in its example."""
+        """Returns the [T] position of each token in its example."""
         return np.arange(len(self.ids)) - self.spread(self.starts)
 
     def spread(self, values: np.ndarray) -> np.ndarray:
-        """Returns [T]: the value [n] of the example that each token belongs to."""
+        """Returns [T] values: for each token, the one of [n] values that belongs to its example."""
         return np.repeat(values, np.diff(self.starts, append=len(self.ids)))
 
 
 def _joined(
-    pieces: Sequence[Sequence[Piece]], encoded: Iterable[list[int]], template: ChatTemplate, tokenizer: Tokenizer
+    spans: Sequence[Sequence[TextSpan]], encoded: Iterable[list[int]], template: ChatTemplate, tokenizer: Tokenizer
 ) -> _Tokens:
-    """Puts `<bos>` and the pieces' tokens together.
+    """Joins `<bos>` and the tokens of the spans of each example.
 
-    Each piece is tokenized by itself. That gives the tokens of the whole text, because pieces meet at a control token
-    or at a line feed, which Gemma's vocabularies never join with other signs.
+    Each span is tokenized by itself. This gives the tokens of the whole text, because spans meet at a control token or
+    at a line feed, which Gemma's vocabularies never merge with other characters.
     """
     next_encoded = iter(encoded)
     parts: list[list[int]] = []
     is_target: list[bool] = []
-    for example in pieces:
+    for example in spans:
         parts.append([tokenizer.bos_id])
         is_target.append(False)
-        for piece in example:
+        for span in example:
             # Encoding the text "<eos>" would spell it out.
-            parts.append([tokenizer.eos_id] if piece.text == template.eos else next(next_encoded))
-            is_target.append(piece.is_target)
+            parts.append([tokenizer.eos_id] if span.text == template.eos else next(next_encoded))
+            is_target.append(span.is_target)
     part_lengths = np.fromiter(map(len, parts), np.int64, len(parts))
-    first_parts = offsets_of(np.array([1 + len(example) for example in pieces]))[:-1]
+    first_parts = offsets_of(np.array([1 + len(example) for example in spans]))[:-1]
     lengths = np.add.reduceat(part_lengths, first_parts)
     ids = np.fromiter(chain.from_iterable(parts), np.int32, int(part_lengths.sum()))
     return _Tokens(ids, np.repeat(np.array(is_target, bool), part_lengths), offsets_of(lengths)[:-1], lengths)
 
 
 def _trimmed(tokens: _Tokens) -> _Tokens:
-    """Leaves out tokens behind the last one to be learnt: nothing that is learnt depends on them."""
+    """Drops the tokens after the last one to learn: they have no influence on what is learnt."""
     positions = tokens.positions()
     last = np.maximum.reduceat(np.where(tokens.is_target, positions + 1, 0), tokens.starts)
     lengths = np.where(last > 0, last, tokens.lengths)
@@ -176,8 +195,8 @@ def _trimmed(tokens: _Tokens) -> _Tokens:
 def _refuse_overlong(examples: Sequence[Example], lengths: np.ndarray, max_length: int) -> None:
     for index in np.flatnonzero(lengths > max_length + 1)[:1]:
         raise DataError(
-            f"{examples[index].origin}: {lengths[index]} tokens, more than data.max_length={max_length} allows. Raise "
-            "data.max_length, or set data.overlong to truncate or drop."
+            f"{examples[index].origin}: the example has {lengths[index]} tokens, too many for "
+            f"data.max_length={max_length}. Raise data.max_length, or set data.overlong to truncate or drop."
         )
 
 
@@ -187,7 +206,7 @@ def _fitted(tokens: _Tokens, max_length: int, drop: bool) -> TokenizedChunk:
     inside = tokens.positions() < tokens.spread(lengths)
     num_targets = np.add.reduceat(tokens.is_target & inside, tokens.starts, dtype=np.int64)
     is_dropped = is_overlong & drop
-    # Without a target the question alone fills the row, so that no answer is left to learn.
+    # An example without targets is one whose question alone is too long: no answer is left to learn.
     keep = (num_targets > 0) & ~is_dropped
     here = inside & tokens.spread(keep)
     return TokenizedChunk(

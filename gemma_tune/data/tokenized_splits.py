@@ -1,4 +1,4 @@
-"""From cleaned conversations to their tokens, on disk: a second run with the same ones tokenizes nothing."""
+"""Tokenizes training and held-out examples and stores the tokens on disk, where a second run finds them."""
 
 import dataclasses
 from pathlib import Path
@@ -25,7 +25,15 @@ _KEPT_TRAIN, _KEPT_HELDOUT, _LENGTHS = "train.kept", "heldout.kept", "lengths"
 
 @dataclasses.dataclass
 class TokenizedSplits:
-    """Tokenized examples on disk, their conversations (same order as the tokens), and the report."""
+    """Tokenized examples, on disk.
+
+    Attributes:
+        train: Tokens of the training examples.
+        heldout: Tokens of the held-out examples.
+        train_examples: Conversations of the training examples, in the order of their tokens.
+        heldout_examples: Conversations of the held-out examples, in the order of their tokens.
+        report: Numbers of rows read, dropped and shortened.
+    """
 
     train: TokenStore
     heldout: TokenStore
@@ -42,7 +50,12 @@ def tokenize_splits(
     overlong: str,
     cache: Path | None = None,
 ) -> TokenizedSplits:
-    """Tokenizes both parts, or finds what an earlier run left. Arguments as in `tokenize_chunks` and `load_splits`.
+    """Tokenizes both splits, or finds the result of an earlier run.
+
+    Args:
+        splits: Cleaned examples.
+        template, tokenizer, max_length, overlong: Arguments as in `tokenize_chunks`.
+        cache: Folder of the cache; None: a temporary folder.
 
     Raises:
         DataError: No training example has anything left to learn, or one is too long and `overlong` is `error`.
@@ -93,6 +106,7 @@ def tokenize_splits(
 
 def _refuse_to_learn_nothing(lengths: np.ndarray, max_length: int) -> None:
     raise DataError(
-        f"All {len(lengths)} training examples are too long for data.max_length={max_length}: no answer fits behind "
-        f"its question, so there is nothing to learn. The shortest has {lengths.min()} tokens. Raise data.max_length."
+        f"All {len(lengths)} training examples are too long for data.max_length={max_length}: their questions leave no "
+        f"room for answers, so there is nothing to learn. The shortest has {lengths.min()} tokens. Raise "
+        "data.max_length."
     )

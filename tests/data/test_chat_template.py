@@ -56,11 +56,11 @@ def test_generation_prompt():
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])
 def test_exactly_what_the_model_says_is_learnt(family):
     template = template_for(family)
-    pieces = template.pieces((SYSTEM, USER, MODEL, AGAIN, REPLY))
-    learnt = [piece.text for piece in pieces if piece.is_target]
+    spans = template.spans((SYSTEM, USER, MODEL, AGAIN, REPLY))
+    learnt = [span.text for span in spans if span.is_target]
     assert learnt == ["Hello!" + template.end_of_turn, "Fine." + template.end_of_turn]
 
 
 def test_a_document_is_learnt_whole():
     assert template_for("gemma3").render((Turn("text", "Once."),)) == "<bos>Once.<eos>"
-    assert all(piece.is_target for piece in template_for("gemma3").pieces((Turn("text", "Once."),)))
+    assert all(span.is_target for span in template_for("gemma3").spans((Turn("text", "Once."),)))

@@ -13,10 +13,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from gemma_tune.data import Turn, load_examples, load_splits, template_for, tokenize, tokenize_splits
+from gemma_tune.data import Turn, chunks, load_examples, load_splits, template_for, tokenize, tokenize_splits
 from gemma_tune.data import splits as splits_module
 from gemma_tune.data.chunks import garbage_collector_paused
-from gemma_tune.data.clean import comparison_key, normalize
+from gemma_tune.data.cleaning import comparison_key, normalize
 from gemma_tune.data.storage.cache import CONTENTS
 from gemma_tune.errors import DataError
 
@@ -111,9 +111,9 @@ def reference_tokens(part, tokenizer, max_length, overlong, counts, lengths):
     kept = []
     for place, turns in enumerate(part):
         ids, marks = [tokenizer.bos_id], [False]
-        for piece in template_for("gemma3").pieces([Turn(*turn) for turn in turns]):
-            ids += tokenizer.encode(piece.text)
-            marks += [piece.is_target] * (len(ids) - len(marks))
+        for span in template_for("gemma3").spans([Turn(*turn) for turn in turns]):
+            ids += tokenizer.encode(span.text)
+            marks += [span.is_target] * (len(ids) - len(marks))
         while not marks[-1] and any(marks):
             ids.pop(), marks.pop()
         lengths.append(len(ids))
@@ -139,8 +139,8 @@ COUNTS = (
 @pytest.mark.parametrize("has_eval_source", [True, False])
 @pytest.mark.parametrize("seed", range(3))
 def test_streaming_gives_what_lists_in_memory_give(write, monkeypatch, tiny_tokenizer, seed, has_eval_source, overlong):
-    for module in (splits_module, tokenize):
-        monkeypatch.setattr(module, "CHUNK", 7)  # Many borders between chunks, and a last one that isn't full.
+    # Many borders between chunks, and a last one that isn't full.
+    monkeypatch.setattr(chunks, "EXAMPLES_PER_CHUNK", 7)
     source = str(write("train.jsonl", to_jsonl(random_rows(seed, 150))))
     eval_source = str(write("eval.jsonl", to_jsonl(random_rows(seed + 100, 20)))) if has_eval_source else ""
     system_prompt = "Answer." if seed == 1 else ""
@@ -171,7 +171,7 @@ def test_parallel_gives_the_same_ids(write, monkeypatch, counting):
     _, serial = prepare(source, counting)
     num_serial = counting.num_texts
     assert num_serial > 100
-    monkeypatch.setattr(tokenize, "_PARALLEL_FROM", 1)
+    monkeypatch.setattr(tokenize, "MIN_PARALLEL_EXAMPLES", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     _, parallel = prepare(source, counting)
     assert counting.num_texts == num_serial  # The other way was taken.
@@ -272,7 +272,7 @@ def test_a_failed_run_leaves_nothing_behind(write, tmp_path, counting):
     source = write("a.jsonl", to_jsonl(random_rows(0, 40)) + "broken\n")
     with pytest.raises(DataError, match=r"a.jsonl:41: not valid JSON"):
         prepare(source, counting, cache=tmp_path / "cache")
-    with pytest.raises(DataError, match=r"data.max_length=8 allows"):
+    with pytest.raises(DataError, match=r"too many for data.max_length=8"):
         prepare(source, counting, cache=tmp_path / "cache", on_error="skip", overlong="error", max_length=8)
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
 
@@ -298,9 +298,8 @@ def test_nothing_stays_without_a_cache(write, tmp_path, monkeypatch, counting):
 
 
 def test_memory_does_not_grow_with_the_data(write, monkeypatch, tiny_tokenizer):
-    for module in (splits_module, tokenize):
-        monkeypatch.setattr(module, "CHUNK", 200)
-    monkeypatch.setattr(tokenize, "_PARALLEL_FROM", 1)
+    monkeypatch.setattr(chunks, "EXAMPLES_PER_CHUNK", 200)
+    monkeypatch.setattr(tokenize, "MIN_PARALLEL_EXAMPLES", 1)
     peaks = []
     for count in (2_000, 8_000):
         lines = (f'{{"prompt": "What is {i} and {i} again?", "completion": "{2 * i}."}}\n' for i in range(count))

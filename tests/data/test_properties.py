@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 
 from gemma_tune.data.chat_template import template_for
-from gemma_tune.data.clean import Cleaner, comparison_key, normalize
+from gemma_tune.data.cleaning import Cleaner, comparison_key, normalize
 from gemma_tune.data.example import Example, Row, TokenizedExample, Turn
 from gemma_tune.data.packing import EpochPlan, make_batch, num_positions, plan_rows
 from gemma_tune.data.sources.readers import read_rows
-from gemma_tune.data.sources.row_formats import FORMATS, to_examples
+from gemma_tune.data.sources.row_formats import ROW_FORMATS, to_examples
 from gemma_tune.data.tokenize import tokenize_examples
 from gemma_tune.errors import DataError
 
@@ -227,7 +227,7 @@ def test_every_format_is_met():
         def meet(row):
             for found in to_examples([Row(row, "f:1")], lambda error: None):
                 del found
-                met.add(next(known.name for known in FORMATS if known.matches(row)))
+                met.add(next(known.name for known in ROW_FORMATS if known.matches(row)))
 
         meet()
         if {"text", "instruction", "prompt_completion"} <= met:

@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 
-from gemma_tune.data.clean import comparison_key
+from gemma_tune.data.cleaning import comparison_key
 from gemma_tune.data.sources.readers import SAMPLES
 
 

@@ -91,13 +91,13 @@ def test_the_sample_and_its_heldout_part():
         ("a.csv", b"text\n\xe9\n", r"a.csv: byte 6 of the line is not UTF-8"),
         ("a.csv", "text\n", r"a.csv has no rows"),
         ("a.parquet", "PAR1 but no more", r"a.parquet is not readable as Parquet"),
-        ("a.jsonl.gz", "not gzip", r"a.jsonl.gz is damaged behind line 0"),
+        ("a.jsonl.gz", "not gzip", r"a.jsonl.gz is damaged after line 0"),
         (
             "a.jsonl.gz",
             gzip.compress(CONTENTS["a.jsonl"].encode() * 50)[:-40],
-            r"a.jsonl.gz is damaged behind line \d+",
+            r"a.jsonl.gz is damaged after line \d+",
         ),
-        ("a.xlsx", "x", r"a.xlsx has a name that no reader knows. Known endings: .jsonl"),
+        ("a.xlsx", "x", r"a.xlsx has an unknown suffix. Known suffixes: .jsonl"),
     ],
 )
 def test_damage_is_named(write, name, content, message):
@@ -130,7 +130,7 @@ def test_skipping_counts_and_goes_on(write):
     assert [row["text"] for row in rows_of(path, errors.append) if "text" in row] == ["a", "b"]
     assert len(errors) == 2
     assert [example.turns[0].content for example in load_examples(str(path), on_error="skip")] == ["a", "b"]
-    with pytest.raises(DataError, match=r"a.jsonl:2: not valid JSON.*--on_error=skip goes on"):
+    with pytest.raises(DataError, match=r"a.jsonl:2: not valid JSON.*--on_error=skip skips such rows"):
         load_examples(str(path))
 
 

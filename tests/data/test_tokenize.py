@@ -1,4 +1,4 @@
-"""Tokenizing in pieces gives the tokens of the whole, with the right ones marked; nothing is emptied silently."""
+"""Tokenizing span by span gives the tokens of the whole, with the right ones marked; nothing is emptied silently."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def whole_text_ids(example, template, tokenizer):
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_pieces_give_the_tokens_of_the_whole(tiny_tokenizer, family, example):
+def test_spans_give_the_tokens_of_the_whole(tiny_tokenizer, family, example):
     template = template_for(family)
     tokens = tokenize_example(example, template, tiny_tokenizer)
     whole = whole_text_ids(example, template, tiny_tokenizer)
@@ -71,7 +71,7 @@ def test_overlong_examples_are_counted(tiny_tokenizer, overlong, num_kept):
 
 def test_overlong_examples_can_be_refused(tiny_tokenizer):
     example = Example((Turn("user", "Q"), Turn("model", "word " * 50)), "a.jsonl:7")
-    with pytest.raises(DataError, match=r"a.jsonl:7: \d+ tokens, more than data.max_length=40 allows"):
+    with pytest.raises(DataError, match=r"a.jsonl:7: the example has \d+ tokens, too many for data.max_length=40"):
         tokenize_examples([example], template_for("gemma3"), tiny_tokenizer, 40, "error")
 
 

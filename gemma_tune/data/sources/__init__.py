@@ -1,1 +1,1 @@
-"""Step 2: rows from files, TFDS data sets and samples, and the examples that they hold."""
+"""Step 2: reads rows from files, TFDS data sets and samples, and makes examples of them."""

@@ -1,4 +1,4 @@
-"""What a source and a tokenizer are known by: their content."""
+"""Identifies sources and tokenizers by their content."""
 
 import hashlib
 from pathlib import Path
@@ -11,13 +11,17 @@ from gemma_tune.errors import DataError
 
 
 def source_fingerprint(source: str, split: str) -> list[Any]:
-    """Returns plain values that change when what `source` holds changes.
+    """Returns plain values that change when the content of a source changes.
 
-    Of files: their names, since their ending says how to read them and messages name them, and their SHA-256. Of a
-    TFDS data set: its name with version, the split, and its files with size and time.
+    For files, these are their names, which say how they are read and occur in messages, and their SHA-256. For a TFDS
+    data set, they are its name with version, the split, and its files with size and time.
+
+    Args:
+        source: Source as in `read_rows`.
+        split: Split of a TFDS data set.
 
     Raises:
-        DataError: As `read_rows`, where something isn't there or can't be opened.
+        DataError: Something doesn't exist or can't be opened.
     """
     if source.startswith(TFDS):
         info = open_tfds(source.removeprefix(TFDS), split).dataset_info
@@ -28,7 +32,7 @@ def source_fingerprint(source: str, split: str) -> list[Any]:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Returns the SHA-256 of a tokenizer's SentencePiece model."""
+    """Returns the SHA-256 hash of a tokenizer's SentencePiece model."""
     return hashlib.sha256(tokenizer.proto).hexdigest()
 
 

@@ -1,7 +1,8 @@
 """Reads rows from files, TFDS data sets and the shipped samples.
 
-A reader yields `Row(fields, origin)`. A row that can't be read is handed to `report`, which raises (the default) or
-counts it and lets the reader go on (`data.on_error=skip`). What makes a whole file unreadable always raises.
+A reader yields `Row(fields, origin)`. The error of an unreadable row is passed to `on_error`, which raises it (the
+default) or counts it and lets the reader continue (`data.on_error=skip`). What makes a whole file unreadable always
+raises.
 """
 
 import csv
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from gemma_tune.data.example import Report, Row
+from gemma_tune.data.example import OnRowError, Row
 from gemma_tune.data.sources.tfds import TFDS, read_tfds
 from gemma_tune.errors import DataError, did_you_mean
 
@@ -24,39 +25,39 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _LONGEST_CSV_FIELD = 1 << 27
 
 
-def read_rows(source: str, split: str, report: Report) -> Iterator[Row]:
+def read_rows(source: str, split: str, on_error: OnRowError) -> Iterator[Row]:
     """Yields the rows of everything that `source` names.
 
     Args:
-        source: Files, globs, or several of them with commas between; `tfds:name/config` or `tfds:/directory`;
+        source: Files, globs, or several of them with commas between; `tfds:NAME/CONFIG` or `tfds:/DIRECTORY`;
             `sample:NAME` (its training part) or `sample:NAME/heldout`.
-        split: Which split of a TFDS data set.
-        report: Called with a DataError for each unreadable row.
+        split: Split of a TFDS data set.
+        on_error: Function that is called with the error of each unreadable row.
 
     Raises:
-        DataError: Nothing there, not readable as what its name says, or empty.
+        DataError: A file doesn't exist, is empty, or is not in the format that its name says.
     """
     if source.startswith(TFDS):
         yield from read_tfds(source.removeprefix(TFDS), split)
         return
     num_seen = 0
 
-    def count_and_report(error: DataError) -> None:
+    def count_and_pass_on(error: DataError) -> None:
         nonlocal num_seen
         num_seen += 1
-        report(error)
+        on_error(error)
 
     for path in resolve_files(source):
         num_seen = 0
-        for row in _READERS[_suffix(path)](path, count_and_report):
+        for row in _READERS[_suffix(path)](path, count_and_pass_on):
             num_seen += 1
             yield row
         if not num_seen:
-            raise DataError(f"{path} has no rows. Expected at least one.")
+            raise DataError(f"{path} has no rows. At least one was expected.")
 
 
 def heldout_of(source: str) -> str:
-    """Returns the held-out source that belongs to a sample, or ''."""
+    """Returns the held-out source of a sample, or an empty string where there is none."""
     if source.startswith("sample:") and "/" not in source:
         heldout = source + "/heldout"
         return heldout if _sample_path(heldout).exists() else ""
@@ -64,7 +65,11 @@ def heldout_of(source: str) -> str:
 
 
 def resolve_files(source: str) -> list[Path]:
-    """Returns the existing files that `source` names, in order, each once."""
+    """Returns the files that a source names, in order and without repetition.
+
+    Raises:
+        DataError: A file doesn't exist, or has an unknown suffix.
+    """
     if source.startswith("sample:"):
         return [_existing_sample(source)]
     paths: list[Path] = []
@@ -78,9 +83,7 @@ def resolve_files(source: str) -> list[Path]:
         if path.is_dir():
             raise DataError(f"{path} is a directory. Name its files, for example {path}/*.jsonl.")
         if _suffix(path) not in _READERS:
-            raise DataError(
-                f"{path} has a name that no reader knows. Known endings: {', '.join(SUFFIXES)}, each also with .gz."
-            )
+            raise DataError(f"{path} has an unknown suffix. Known suffixes: {', '.join(SUFFIXES)}, each also with .gz.")
     return list(dict.fromkeys(paths))
 
 
@@ -107,7 +110,7 @@ def _existing_sample(source: str) -> Path:
 
 
 def _suffix(path: Path) -> str:
-    """Returns the ending that says the format, without `.gz`: `.jsonl` for `a.jsonl.gz`."""
+    """Returns the suffix that names the format, without `.gz`: `.jsonl` for `a.jsonl.gz`."""
     name = path.name.lower().removesuffix(".gz")
     ending = os.path.splitext(name)[1]
     return ".jsonl" if ending == ".ndjson" else ending
@@ -123,14 +126,18 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (number, line) of a text file; a damaged or truncated .gz is named."""
+    """Yields (number, line) of a text file.
+
+    Raises:
+        DataError: The file can't be opened, or is a damaged or truncated .gz file.
+    """
     with _open(path) as file:
         number = 0
         while True:
             try:
                 line = file.readline()
             except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{path} is damaged behind line {number}: {error}.") from error
+                raise DataError(f"{path} is damaged after line {number}: {error}.") from error
             if not line:
                 return
             number += 1
@@ -138,7 +145,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _text_lines(path: Path) -> Iterator[str]:
-    """Yields the lines of a text file, with their ends of whichever of the three kinds."""
+    """Yields the lines of a text file with their line ends, of which there are three kinds."""
     num_bytes = 0
     for _, line in _lines(path):
         yield from io.StringIO(_decode(line, str(path), num_bytes), newline="")
@@ -155,7 +162,7 @@ def _decode(line: bytes, origin: str, num_bytes_before: int = 0) -> str:
         ) from error
 
 
-def _read_jsonl(path: Path, report: Report) -> Iterator[Row]:
+def _read_jsonl(path: Path, on_error: OnRowError) -> Iterator[Row]:
     for number, line in _lines(path):
         origin = f"{path}:{number}"
         if not line.strip():
@@ -163,7 +170,7 @@ def _read_jsonl(path: Path, report: Report) -> Iterator[Row]:
         try:
             yield Row(_parse_object(_decode(line, origin), origin), origin)
         except DataError as error:
-            report(error)
+            on_error(error)
 
 
 def _parse_object(text: str, origin: str) -> dict:
@@ -176,7 +183,7 @@ def _parse_object(text: str, origin: str) -> dict:
 
 
 def _why_no_json(error: Exception, place: str) -> str:
-    """Says what `json.loads` found, in the place where it knows one."""
+    """Returns what `json.loads` found and, if it says so, where."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at {place}"
     return "nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
@@ -193,13 +200,15 @@ def _shorten(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def _read_json(path: Path, report: Report) -> Iterator[Row]:
+def _read_json(path: Path, on_error: OnRowError) -> Iterator[Row]:
     text = _decode(b"".join(line for _, line in _lines(path)), str(path))
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = _why_no_json(error, f"line {getattr(error, 'lineno', '')}, column {getattr(error, 'colno', '')}")
-        raise DataError(f"{path} is not valid JSON: {reason}. For an object on each line name it .jsonl.") from error
+        raise DataError(
+            f"{path} is not valid JSON: {reason}. If each line is an object, name the file .jsonl."
+        ) from error
     if isinstance(value, dict):
         lists = [name for name, entry in value.items() if isinstance(entry, list)]
         if len(lists) != 1:
@@ -214,10 +223,10 @@ def _read_json(path: Path, report: Report) -> Iterator[Row]:
         try:
             yield Row(_require_object(entry, origin), origin)
         except DataError as error:
-            report(error)
+            on_error(error)
 
 
-def _read_csv(path: Path, report: Report) -> Iterator[Row]:
+def _read_csv(path: Path, on_error: OnRowError) -> Iterator[Row]:
     delimiter = "\t" if _suffix(path) == ".tsv" else ","
     csv.field_size_limit(_LONGEST_CSV_FIELD)
     reader = csv.reader(_text_lines(path), delimiter=delimiter, strict=True)
@@ -237,13 +246,13 @@ def _read_csv(path: Path, report: Report) -> Iterator[Row]:
             if len(set(header)) != len(header):
                 raise DataError(f"{origin}: two columns have the same name: {header}.")
         elif len(record) != len(header):
-            report(DataError(f"{origin}: expected {len(header)} columns ({', '.join(header)}), found {len(record)}."))
+            on_error(DataError(f"{origin}: expected {len(header)} columns ({', '.join(header)}), found {len(record)}."))
         else:
             yield Row(dict(zip(header, record, strict=True)), origin)
 
 
-def _read_parquet(path: Path, report: Report) -> Iterator[Row]:
-    del report  # Parquet is read whole or not at all.
+def _read_parquet(path: Path, on_error: OnRowError) -> Iterator[Row]:
+    del on_error  # A Parquet file is read completely or not at all.
     import pyarrow
     import pyarrow.parquet
 

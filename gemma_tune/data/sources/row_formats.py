@@ -1,18 +1,18 @@
-"""Recognises what a row holds, and makes an Example of it.
+"""Recognizes the format of a row and makes an Example of it.
 
     chat                 {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     sharegpt             {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
     instruction          {"instruction": "…", "response": "…"}, with an optional "input" or "context"
     prompt_completion    {"prompt": "…", "completion": "…"}, as texts or as lists of messages
-    text                 {"text": "…"}: a document, learnt whole
+    text                 {"text": "…"}: a document, learnt completely
 
-All rows of one file have the same format: that of its first row.
+All rows of a file have the format of its first row.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from gemma_tune.data.example import Example, Report, Row, Turn
+from gemma_tune.data.example import Example, OnRowError, Row, Turn
 from gemma_tune.errors import DataError
 
 _ROLES = {
@@ -26,47 +26,57 @@ _INPUTS = ("input", "context")
 _RESPONSES = ("response", "output", "answer", "completion")
 
 
-class Format(NamedTuple):
-    """A row format: its name, whether a row has it, and the row's turns."""
+class RowFormat(NamedTuple):
+    """A row format.
+
+    Attributes:
+        name: Name of the format.
+        matches: Function that returns whether a row's fields have the format.
+        turns: Function that returns the turns in a row's fields, given the row's origin.
+    """
 
     name: str
     matches: Callable[[Mapping[str, Any]], bool]
     turns: Callable[[Mapping[str, Any], str], list[Turn]]
 
 
-def to_examples(rows: Iterable[Row], report: Report) -> Iterator[Example]:
-    """Yields an Example for each row. Rows that can't be used go to `report`."""
-    formats: dict[str, tuple[Format, str]] = {}  # File -> its format, and the row that settled it.
+def to_examples(rows: Iterable[Row], on_error: OnRowError) -> Iterator[Example]:
+    """Yields an Example for each row.
+
+    Args:
+        rows: Rows of one or several files.
+        on_error: Function that is called with the error of each row that can't be used.
+    """
+    formats: dict[str, tuple[RowFormat, str]] = {}  # Format of each file, and the row that it comes from.
     for row in rows:
         try:
             file = _file(row.origin)
             if file not in formats:
-                formats[file] = (detect(row), row.origin)
+                formats[file] = (detect_format(row), row.origin)
             settled, first = formats[file]
             if not settled.matches(row.fields):
                 raise DataError(
                     f"{row.origin}: {first} has the format {settled.name!r}, but this row has the keys "
-                    f"{sorted(row.fields)}. "
-                    "Keep one format in a file."
+                    f"{sorted(row.fields)}. Use one format in a file."
                 )
             yield Example(tuple(_checked(settled.turns(row.fields, row.origin), row.origin)), row.origin)
         except DataError as error:
-            report(error)
+            on_error(error)
 
 
-def detect(row: Row) -> Format:
+def detect_format(row: Row) -> RowFormat:
     """Returns the format of a row.
 
     Raises:
-        DataError: No format fits; says which keys were found and which are known.
+        DataError: The row has no known format; says which keys were found and which are known.
     """
-    for candidate in FORMATS:
+    for candidate in ROW_FORMATS:
         if candidate.matches(row.fields):
             return candidate
     raise DataError(
         f"{row.origin}: no known row format has the keys {sorted(map(str, row.fields))}. Known: messages; "
-        "conversations; instruction "
-        "(+ input or context) and response or output; prompt and completion; question and answer; text."
+        "conversations; instruction (+ input or context) and response or output; prompt and completion; question and "
+        "answer; text."
     )
 
 
@@ -129,7 +139,7 @@ def _messages(messages: Any, role_key: str, content_key: str, origin: str) -> li
 
 
 def _joined(content: Any) -> Any:
-    """Joins the parts of a content list, [{"type": "text", "text": "…"}], as OpenAI-style chats have it."""
+    """Joins the parts of a content list, `[{"type": "text", "text": "…"}]`, as in OpenAI's chat format."""
     if isinstance(content, list) and all(
         isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
     ):
@@ -143,14 +153,14 @@ def _text(value: Any, name: str, origin: str) -> str:
     if not value.isascii():
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # JSON can say half of a sign; no tokenizer can read it.
+        except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, which no tokenizer can read.
             half = value[error.start]
             raise DataError(f"{origin}: {name!r} holds {half!r}, half of a surrogate pair.") from error
     return value
 
 
 def _checked(turns: list[Turn], origin: str) -> list[Turn]:
-    """Checks the order that the chat templates ask for: an optional system turn, then user and model in turn."""
+    """Checks the order of turns that the chat templates need: maybe a system turn, then user and model alternately."""
     if turns[0].role == "text":
         return turns
     spoken = turns[1:] if turns[0].role == "system" else turns
@@ -158,11 +168,11 @@ def _checked(turns: list[Turn], origin: str) -> list[Turn]:
         expected = ("user", "model")[index % 2]
         if turn.role != expected:
             raise DataError(
-                f"{origin}: turn {index + 1} should be the {expected}'s, found {turn.role}. Turns alternate, user "
-                "first."
+                f"{origin}: turn {index + 1} should be the {expected}'s, found {turn.role}. User and model take turns, "
+                "and the user begins."
             )
     if len(spoken) < 2:
-        raise DataError(f"{origin}: there is no model turn, so nothing to learn.")
+        raise DataError(f"{origin}: there is no model turn, so there is nothing to learn.")
     return turns
 
 
@@ -171,10 +181,12 @@ def _is_list_with(fields: Mapping[str, Any], name: str, key: str) -> bool:
     return isinstance(entries, list) and bool(entries) and isinstance(entries[0], Mapping) and key in entries[0]
 
 
-FORMATS = (
-    Format("chat", lambda f: "messages" in f or _is_list_with(f, "conversations", "role"), _chat_turns),
-    Format("sharegpt", lambda f: "conversations" in f, _sharegpt_turns),
-    Format("instruction", lambda f: "instruction" in f and bool(_first(f, _RESPONSES)), _instruction_turns),
-    Format("prompt_completion", lambda f: bool(_first(f, _PROMPTS)) and bool(_first(f, _COMPLETIONS)), _prompt_turns),
-    Format("text", lambda f: "text" in f, _text_turns),
+ROW_FORMATS = (
+    RowFormat("chat", lambda f: "messages" in f or _is_list_with(f, "conversations", "role"), _chat_turns),
+    RowFormat("sharegpt", lambda f: "conversations" in f, _sharegpt_turns),
+    RowFormat("instruction", lambda f: "instruction" in f and bool(_first(f, _RESPONSES)), _instruction_turns),
+    RowFormat(
+        "prompt_completion", lambda f: bool(_first(f, _PROMPTS)) and bool(_first(f, _COMPLETIONS)), _prompt_turns
+    ),
+    RowFormat("text", lambda f: "text" in f, _text_turns),
 )

@@ -1,4 +1,4 @@
-"""Reads rows from TensorFlow Datasets that are prepared on this machine, without TensorFlow."""
+"""Reads rows from data sets of TensorFlow Datasets that are on this machine, without TensorFlow."""
 
 import os
 from collections.abc import Iterator
@@ -11,10 +11,14 @@ TFDS = "tfds:"
 
 
 def open_tfds(name: str, split: str) -> Any:
-    """Opens `name/config[:version]`, or a prepared data set's directory, without TensorFlow.
+    """Opens a data set without TensorFlow.
+
+    Args:
+        name: `NAME/CONFIG[:VERSION]`, or the directory of a prepared data set.
+        split: Name of the split.
 
     Raises:
-        DataError: It isn't there, or doesn't have the split.
+        DataError: The data set isn't on this machine, or doesn't have the split.
     """
     import tensorflow_datasets as tfds
 
@@ -22,28 +26,27 @@ def open_tfds(name: str, split: str) -> Any:
         if os.path.isdir(name):
             return tfds.builder_from_directory(name).as_data_source(split=split)
         return tfds.data_source(name, split=split, data_dir=os.environ.get("TFDS_DATA_DIR"), download=False)
-    except Exception as error:  # TFDS raises many kinds; whichever it is, the user can act on the text.
+    except Exception as error:  # TFDS raises many kinds, and users can act on the text of each.
         raise DataError(
-            f"{TFDS}{name}, split {split!r}, can't be read: {_shorten_lines(error)} Data sets are looked for in "
-            "TFDS_DATA_DIR "
-            f"(now {os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')}) as array_record files; prepare one with "
-            "tfds.builder(NAME, file_format='array_record').download_and_prepare()."
+            f"{TFDS}{name}, split {split!r}, can't be read: {_first_line(error)} Data sets are looked for in "
+            f"TFDS_DATA_DIR (now {os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')}) as array_record files. "
+            "Prepare one with tfds.builder(NAME, file_format='array_record').download_and_prepare()."
         ) from error
 
 
 def read_tfds(name: str, split: str) -> Iterator[Row]:
-    """Yields a split's rows, with text and lists instead of bytes and arrays; name and errors as in `open_tfds`."""
+    """Yields the rows of a split, with strings and lists for bytes and arrays; arguments as in `open_tfds`."""
     for number, fields in enumerate(open_tfds(name, split), 1):
         yield Row({key: _plain(value) for key, value in fields.items()}, f"{TFDS}{name}[{number}]")
 
 
-def _shorten_lines(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return first if first.endswith(".") else first + "."
 
 
 def _plain(value):
-    """Turns TFDS's bytes and arrays into text and lists."""
+    """Converts the bytes and arrays of TFDS to strings and lists."""
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
     if isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""Examples and tokens on disk, found again by their content."""
+"""Stores examples and tokens on disk, and finds them again by their content."""

@@ -1,7 +1,7 @@
-"""Folders on disk with what took long to make: found again by a key, and whole or not there.
+"""Caches folders of files that take long to make, under a key.
 
-An entry is built in a folder beside its place and renamed into it. Its last file, written when all others are on the
-disk, holds their checksums; an entry where these don't fit is thrown away and built again.
+An entry is complete or not there: it is written to another folder, which is renamed. It holds the checksums of its
+files; an entry that doesn't match them is deleted and built again.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from gemma_tune.runtime.atomic_files import disk_errors_as, find_damage, write_t
 from gemma_tune.runtime.atomic_folder import PARTIAL, atomic_folder
 
 CONTENTS = "contents.json"
-_FORMAT = 2  # Raise it when the files of an entry, or what they mean, change.
+_FORMAT = 2  # Increase it when the files of an entry, or their meaning, change.
 _DAYS_KEPT_UNUSED = 30
 _DAYS_KEPT_PARTIAL = 1
 _ADVICE = "Make room there, or name another folder in the environment variable GEMMA_TUNE_CACHE."
 
 
-class Entry(NamedTuple):
-    """One entry.
+class CacheEntry(NamedTuple):
+    """An entry of the cache.
 
     Attributes:
-        folder: Where its files are.
-        values: What the builder returned.
-        owner: Without a cache: the temporary folder, which goes when nobody holds this any more.
+        folder: Folder of its files.
+        values: Plain values that were stored with them.
+        owner: Temporary folder where there is no cache. It is deleted when nothing refers to it any more.
     """
 
     folder: Path
@@ -41,26 +41,27 @@ class Entry(NamedTuple):
 
 
 def cache_key(settings: dict[str, Any]) -> str:
-    """Returns a key for settings of plain values: another one for each change in any of them."""
+    """Returns a key for settings, which are plain values. Any change of a setting changes the key."""
     text = json.dumps({"format": _FORMAT, **settings}, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:32]
 
 
-def cached(root: Path | None, key: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
-    """Returns the entry of a key, and builds it if it isn't there or is damaged.
+def cached(root: Path | None, key: str, build: Callable[[Path], dict[str, Any]]) -> CacheEntry:
+    """Returns the entry of a key. Builds it first if it doesn't exist or is damaged.
 
     Args:
-        root: Folder of the entries. None, or a folder that can't be written: builds in a temporary folder.
-        key: From `cache_key`.
-        build: Writes files into the folder it is given, and returns plain values to keep with them.
+        root: Folder of the cache. If it is None or can't be written, the entry is built in a temporary folder.
+        key: Key from `cache_key`.
+        build: Function that writes files to the folder it is given, and returns plain values to store with them.
 
     Raises:
-        DataError: The disk is full, or fails otherwise; and whatever `build` raises. Nothing is left behind then.
+        DataError: Writing failed, for example because the disk is full. What `build` raises is raised too. Nothing is
+            left behind then.
     """
     if root is None or not _is_writable(root):
         owner = tempfile.TemporaryDirectory(prefix="gemma_tune-", ignore_cleanup_errors=True)
         with disk_errors_as(DataError, f"The prepared data in {owner.name}", _ADVICE):
-            return Entry(Path(owner.name), build(Path(owner.name)), owner)
+            return CacheEntry(Path(owner.name), build(Path(owner.name)), owner)
     folder = root / key
     values = _read(folder)
     if values is None:
@@ -68,8 +69,8 @@ def cached(root: Path | None, key: str, build: Callable[[Path], dict[str, Any]])
             values = _build(folder, build)
         _remove_unused(root)
     with contextlib.suppress(OSError):
-        os.utime(folder)  # Used now.
-    return Entry(folder, values)
+        os.utime(folder)  # It is in use.
+    return CacheEntry(folder, values)
 
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """Returns the values of a whole entry, else None."""
+    """Returns the values of an entry, or None where it is missing or damaged."""
     try:
         return None if find_damage(folder) else json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Conversations on disk, as a sequence: only those that are looked at are in memory."""
+"""Stores examples on disk and reads them back as a sequence, of which only the items in use are in memory."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ _FORGET_EVERY_BYTES = 16 << 20
 
 
 class ExampleWriter(contextlib.ExitStack):
-    """Writes examples into a folder, as lines `["origin", [["role", "content"], …]]`. Use as a context manager."""
+    """Writes examples to a folder, as lines `["origin", [["role", "content"], …]]`. Use as a context manager."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -26,20 +26,20 @@ class ExampleWriter(contextlib.ExitStack):
         self._text, self._offsets = text, OffsetWriter(offsets)
 
     def append(self, examples: Iterable[Example]) -> None:
-        """Adds examples."""
+        """Appends examples."""
         lines = [_to_line(example) for example in examples]
         self._text.write(b"".join(lines))
         self._offsets.append([len(line) for line in lines])
 
 
 class ExampleStore(LazySequence[Example]):
-    """Examples that an ExampleWriter wrote, or some of them.
+    """A sequence of n examples, out of m that an ExampleWriter wrote.
 
     Args:
-        text: The lines.
-        offsets: [all + 1] where each begins.
-        indices: [n] which of them are here, in which order.
-        owner: Kept as long as this is, such as the temporary folder of mapped files.
+        text: Lines of all examples.
+        offsets: [m + 1] positions in `text` where each line begins, and where the last one ends.
+        indices: [n] indices of the examples in this sequence, in order.
+        owner: Object to keep alive as long as the store, such as the temporary folder of its files.
     """
 
     def __init__(self, text: mmap.mmap | bytes, offsets: np.ndarray, indices: np.ndarray, owner: Any = None):
@@ -47,7 +47,7 @@ class ExampleStore(LazySequence[Example]):
 
     @staticmethod
     def open(folder: Path, owner: Any = None) -> "ExampleStore":
-        """Maps what an ExampleWriter wrote."""
+        """Opens what an ExampleWriter wrote to a folder."""
         offsets = read_array(folder / _OFFSETS, np.int64)
         text: mmap.mmap | bytes = b""  # An empty file can't be mapped.
         if len(offsets) > 1:
@@ -56,14 +56,14 @@ class ExampleStore(LazySequence[Example]):
         return ExampleStore(text, offsets, np.arange(len(offsets) - 1), owner)
 
     def select(self, places: np.ndarray) -> "ExampleStore":
-        """Returns the examples at these places of this sequence."""
+        """Returns the examples at the given positions of this sequence."""
         return ExampleStore(self._text, self._offsets, self._indices[places], self._owner)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def item(self, index: int) -> Example:
-        """Reads one example."""
+        """Returns one example."""
         line = self._indices[index]
         return _from_line(self._text[self._offsets[line] : self._offsets[line + 1]])
 
@@ -74,13 +74,13 @@ class ExampleStore(LazySequence[Example]):
             offset = int(self._offsets[self._indices[place]])
             if offset - last > _FORGET_EVERY_BYTES and isinstance(self._text, mmap.mmap):
                 last = offset
-                if hasattr(mmap, "MADV_DONTNEED"):  # Else what has been read counts as this process's memory.
+                if hasattr(mmap, "MADV_DONTNEED"):  # Otherwise what was read counts as memory of this process.
                     self._text.madvise(mmap.MADV_DONTNEED)
 
 
 def _to_line(example: Example) -> bytes:
     text = json.dumps([example.origin, example.turns], ensure_ascii=False, separators=(",", ":")) + "\n"
-    return text.encode("utf-8", errors="surrogatepass")  # JSON may spell halves of surrogate pairs.
+    return text.encode("utf-8", errors="surrogatepass")  # JSON can spell lone surrogates.
 
 
 def _from_line(line: bytes) -> Example:

@@ -1,4 +1,4 @@
-"""What stores of examples have in common."""
+"""A base class of sequences whose items are created on access."""
 
 import abc
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ Item = TypeVar("Item")
 
 
 class LazySequence(Sequence[Item]):
-    """A sequence whose items are made when they are looked at; a slice is a list."""
+    """A sequence whose items are created on access. A slice is a list."""
 
     @abc.abstractmethod
     def item(self, index: int) -> Item:
-        """Returns item `index`, which is neither negative nor too large."""
+        """Returns an item. The index is neither negative nor too large."""
 
     @overload
     def __getitem__(self, place: int) -> Item: ...

@@ -1,4 +1,4 @@
-"""Tokenized examples as a sequence of views into a few long arrays, in memory or mapped from disk."""
+"""Stores tokenized examples in a few long arrays, in memory or on disk, and reads them as a sequence of views."""
 
 import contextlib
 from collections.abc import Sequence
@@ -13,21 +13,29 @@ from gemma_tune.data.storage.lazy_sequence import LazySequence
 
 
 class TokenCounts(NamedTuple):
-    """What plans need of n examples. num_tokens: [n] int64 tokens; num_targets: [n] int64 tokens to learn."""
+    """The sizes of n examples.
+
+    Attributes:
+        num_tokens: [n] int64 number of tokens of each example.
+        num_targets: [n] int64 number of tokens to learn of each example.
+    """
 
     num_tokens: np.ndarray
     num_targets: np.ndarray
 
 
 class TokenStore(LazySequence[TokenizedExample]):
-    """n tokenized examples, T tokens together.
+    """A sequence of n tokenized examples, with T tokens together.
 
     Args:
-        token_ids: [T] int32, one example behind the other.
-        is_target: [T] bool.
-        offsets: [n + 1] where each example begins.
-        num_targets: [n] tokens to learn in each.
-        owner: Kept as long as this is, such as the temporary folder of mapped files.
+        token_ids: [T] int32 token ids, example after example.
+        is_target: [T] bool, true for tokens that the model learns.
+        offsets: [n + 1] positions where each example begins, and where the last one ends.
+        num_targets: [n] number of tokens to learn of each example.
+        owner: Object to keep alive as long as the store, such as the temporary folder of its files.
+
+    Attributes:
+        counts: Sizes of the examples.
     """
 
     def __init__(
@@ -43,7 +51,7 @@ class TokenStore(LazySequence[TokenizedExample]):
 
     @staticmethod
     def open(folder: Path, name: str, owner: Any = None) -> "TokenStore":
-        """Maps what a TokenWriter wrote."""
+        """Opens what a TokenWriter wrote to a folder under a name."""
         return TokenStore(
             read_array(folder / f"{name}.ids", np.int32),
             read_array(folder / f"{name}.targets", np.bool_),
@@ -54,7 +62,7 @@ class TokenStore(LazySequence[TokenizedExample]):
 
     @staticmethod
     def of(examples: Sequence[TokenizedExample]) -> "TokenStore":
-        """Returns examples as a store; copies them unless they are one."""
+        """Returns examples as a store, which is a copy unless they are one already."""
         if isinstance(examples, TokenStore):
             return examples
         ids = [np.asarray(example.token_ids, np.int32) for example in examples]
@@ -70,17 +78,17 @@ class TokenStore(LazySequence[TokenizedExample]):
         return len(self._offsets) - 1
 
     def item(self, index: int) -> TokenizedExample:
-        """Returns views of one example's tokens."""
+        """Returns one example, as views of the arrays."""
         here = slice(self._offsets[index], self._offsets[index + 1])
         return TokenizedExample(self._token_ids[here], self._is_target[here])
 
 
 class TokenWriter(contextlib.ExitStack):
-    """Writes tokenized examples into files of a folder, a chunk at a time. Use as a context manager.
+    """Writes tokenized examples to a folder, in chunks. Use as a context manager.
 
     Args:
-        folder: Where.
-        name: How the files' names begin.
+        folder: Folder for the files.
+        name: Prefix of their names.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -94,7 +102,7 @@ class TokenWriter(contextlib.ExitStack):
     def append(
         self, token_ids: np.ndarray, is_target: np.ndarray, num_tokens: np.ndarray, num_targets: np.ndarray
     ) -> None:
-        """Adds n examples: [T] int32 and [T] bool, all in one; [n] tokens and targets of each."""
+        """Appends a chunk of examples. Arguments as the fields of `TokenizedChunk`."""
         self._ids.write(token_ids.astype(np.int32).data)
         self._targets.write(is_target.astype(bool).data)
         self._offsets.append(num_tokens)

@@ -1,6 +1,5 @@
-"""Normalises text, drops what can't teach anything, finds duplicates, and splits by content."""
+"""Cleans examples: normalizes their text, and drops empty ones, duplicates and those with control tokens."""
 
-import hashlib
 import itertools
 import re
 import unicodedata
@@ -21,13 +20,13 @@ _ASCII_NOT_WORD = {code: " " for code in range(128) if not chr(code).isalnum()}
 
 
 def normalize(text: str) -> str:
-    """Returns text in Unicode form NFC, without control characters and surplus white space.
+    """Returns a text in Unicode form NFC, without control characters and superfluous white space.
 
-    Line ends become `\\n`, runs of spaces inside a line one space, runs of blank lines one blank line; indentation
-    stays.
+    Line ends become `\\n`, several spaces inside a line become one, and several blank lines become one. Indentation
+    is kept.
     """
     if text.isascii() and text.isprintable() and "  " not in text:
-        return text.strip()  # Most texts; what follows would find nothing to do in one line.
+        return text.strip()  # Most texts: the rest would change nothing in them.
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ")
     text = _CONTROL.sub("", text)
     text = _SPACES_AT_END.sub("", _SPACES_INSIDE.sub(" ", text))
@@ -35,45 +34,49 @@ def normalize(text: str) -> str:
 
 
 def comparison_key(text: str) -> str:
-    """Returns what stays of a text when case, spaces and punctuation don't count.
-
-    Two texts with equal keys are duplicates.
-    """
+    """Returns a text without case, spaces and punctuation. Texts with equal keys are duplicates."""
     if text.isascii():
-        words = " ".join(text.lower().translate(_ASCII_NOT_WORD).split())  # The same, in a third of the time.
+        words = " ".join(text.lower().translate(_ASCII_NOT_WORD).split())  # The same as below, in a third of the time.
     else:
         words = _NOT_WORD.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
-    return words or text.strip()  # A text of signs alone is compared as it is.
+    return words or text.strip()  # A text of punctuation alone is compared as it is.
 
 
 class Cleaned(NamedTuple):
-    """An example that stays, and the comparison key of its question."""
+    """An example that is kept.
+
+    Attributes:
+        example: Example with normalized text.
+        question_key: Comparison key of its question.
+    """
 
     example: Example
     question_key: str
 
 
 class Cleaner:
-    """Normalises the turns, and drops empty rows, rows with control tokens in them, and duplicates.
+    """Normalizes the turns of examples, and drops empty examples, duplicates, and examples with control tokens.
 
-    Of what went by it keeps a hash each, to know duplicates.
+    It keeps a hash of each example, to recognize duplicates.
 
     Args:
-        control_tokens: Such as `<end_of_turn>`: in a turn's content they would end the turn early. Documents may hold
+        control_tokens: Control tokens such as `<end_of_turn>`, which would end a turn early. Documents may contain
             them.
-        system_prompt: Put before conversations that have no system turn.
+        system_prompt: System turn to put before conversations that have none.
 
     Attributes:
-        num_empty, num_control_tokens, num_duplicates: Rows dropped so far.
+        num_empty: Number of empty examples dropped so far.
+        num_control_tokens: Number of examples with control tokens dropped so far.
+        num_duplicates: Number of duplicates dropped so far.
     """
 
     def __init__(self, control_tokens: Sequence[str], system_prompt: str = ""):
         self._control_tokens, self._system_prompt = control_tokens, system_prompt
-        self._seen = DedupIndex()
+        self._index = DedupIndex()
         self.num_empty = self.num_control_tokens = self.num_duplicates = 0
 
     def clean(self, examples: Iterable[Example]) -> list[Cleaned]:
-        """Returns what stays of the next examples of a stream."""
+        """Cleans the next examples of a stream and returns those that are kept."""
         kept: list[Cleaned] = []
         hashes: list[int] = []
         for example in examples:
@@ -87,12 +90,12 @@ class Cleaner:
                 if self._system_prompt and turns[0].role == "user":
                     turns = (Turn("system", self._system_prompt), *turns)
                 kept.append(Cleaned(Example(turns, example.origin), "" if question is None else keys[question]))
-        is_new = self._seen.add(np.array(hashes, np.uint64))
+        is_new = self._index.add(np.array(hashes, np.uint64))
         self.num_duplicates += len(kept) - int(is_new.sum())
         return list(itertools.compress(kept, is_new))
 
     def _usable_turns(self, example: Example) -> tuple[Turn, ...]:
-        """Returns normalised turns, or none, counting why."""
+        """Returns normalized turns, or none if the example is dropped, which is counted."""
         turns = tuple(Turn(turn.role, normalize(turn.content)) for turn in example.turns)
         turns = tuple(turn for turn in turns if turn.content or turn.role != "system")
         if not all(turn.content for turn in turns):
@@ -102,29 +105,3 @@ class Cleaner:
             self.num_control_tokens += 1
             return ()
         return turns
-
-
-def question_hash(question_key: str, seed: int) -> int:
-    """Returns a pseudo-random 64-bit number that depends on the question and the seed alone."""
-    digest = hashlib.sha256(f"{seed}\x00{question_key}".encode("utf-8", errors="surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big")
-
-
-def heldout_by_question(question_hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Chooses what to hold out so that equal questions stay on one side.
-
-    A question is held out when its hash, as a share of the largest there can be, falls below `fraction`. So the split
-    stays put when rows are added, removed or put in another order. Where chance holds out nothing, the question with
-    the smallest hash is.
-
-    Args:
-        question_hashes: [n] uint64, from `question_hash`.
-        fraction: Between 0 and 1.
-
-    Returns:
-        [n] bool: held out.
-    """
-    places = question_hashes.astype(np.float64) / 2.0**64
-    if not len(places) or places.min() == places.max():
-        return np.zeros(len(places), bool)  # One question can't be on both sides.
-    return places <= max(fraction, places.min())

@@ -6,7 +6,7 @@ import pytest
 
 from gemma_tune.data import Turn, load_examples
 from gemma_tune.data.example import Row
-from gemma_tune.data.sources.row_formats import detect
+from gemma_tune.data.sources.row_formats import detect_format
 from gemma_tune.errors import DataError
 
 QUESTION_ANSWER = (Turn("user", "Q"), Turn("model", "A"))
@@ -33,7 +33,7 @@ SYSTEM = Turn("system", "S")
     ],
 )  # fmt: skip
 def test_formats_are_recognised(write, name, fields, turns):
-    assert detect(Row(fields, "a:1")).name == name
+    assert detect_format(Row(fields, "a:1")).name == name
     (example,) = load_examples(str(write("a.jsonl", json.dumps(fields))))
     assert example.turns == turns
     assert example.origin.endswith("a.jsonl:1")
@@ -47,7 +47,7 @@ def test_formats_are_recognised(write, name, fields, turns):
         ({"messages": []}, r"expected a list of turns, found \[\]"),
         ({"messages": [{"role": "user"}]}, r"a turn needs 'role' and 'content'"),
         ({"messages": [{"role": "tool", "content": "x"}]}, r"role 'tool' is not one of system"),
-        ({"messages": [{"role": "user", "content": "x"}]}, r"there is no model turn, so nothing to learn"),
+        ({"messages": [{"role": "user", "content": "x"}]}, r"there is no model turn, so there is nothing to learn"),
         (
             {"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]},
             r"turn 1 should be the user's, found model",

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gemma_tune.data import Example, Turn, load_splits
-from gemma_tune.data.clean import Cleaner, comparison_key, heldout_by_question, normalize, question_hash
+from gemma_tune.data.cleaning import Cleaner, comparison_key, normalize
+from gemma_tune.data.heldout_split import heldout_by_question, question_hash
 
 CONTROL = ("<end_of_turn>", "<start_of_turn>")
 
