@@ -72,9 +72,7 @@ def learn(model: str, scheme: str, block_size: int, steps: int, rank: int, point
     most = setup.batches.most_targets
     gradients, _ = PerBlockGradients(
         PerBlockProgram(setup.model, "dots"), {most: make_loss_of_hidden(setup.model, most)}
-    )(
-        {path: jax.numpy.asarray(value) for path, value in point.items()}, setup.frozen, None, setup.batches[0]
-    )
+    )({path: jax.numpy.asarray(value) for path, value in point.items()}, setup.frozen, None, setup.batches[0])
     return Learnt(point, {path: np.asarray(value) for path, value in gradients.items()}, before, after)
 
 

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
         page = browser.new_page(viewport=size, color_scheme=_SCHEME.value)
         page.goto(server.url)
         if len(server.models) > 1:
-            page.get_by_label("Compare with").select_option(server.models[-1])
+            page.get_by_label("Compare").select_option(server.models[-1])
         page.get_by_label("Your question").fill(_QUESTION.value)
         page.keyboard.press("Enter")
         expect(page.get_by_role("status")).to_have_text("Done.", timeout=_SECONDS_TO_ANSWER * 1000)

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.machine import describe
 from benchmarks.processes import Contender, take_turns
+from benchmarks.verdicts import Verdict, verdict_table
 
 _PARTS = flags.DEFINE_list("parts", ["training", "learning", "rounding"], "Which.")
 _MODEL = flags.DEFINE_string("model", "demo", "The model.")
@@ -105,7 +106,7 @@ def rounding() -> dict[str, Any]:
     return rounded_losses(_MODEL.value, _BLOCK_SIZE.value, _TOKENS.value, _HELDOUT.value)
 
 
-def verdicts(result: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
+def verdicts(result: dict[str, Any]) -> list[Verdict]:
     """Returns (what, figure, what it must be, whether it is)."""
     found = []
 
@@ -149,10 +150,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         for scheme, loss in result["rounding"].items():
             table.add_row(scheme, f"{loss:.4f}", f"{loss - result['rounding']['float32']:+.4f}")
         console.print(table)
-    table = Table("", "measured", "must be", "", title="What must be reached", title_justify="left")
-    for what, value, must, is_reached in result["verdicts"]:
-        table.add_row(what, f"{value:.4g}", must, "reached" if is_reached else "missed")
-    console.print(table)
+    console.print(verdict_table(result["verdicts"]))
 
 
 def main(arguments: Sequence[str]) -> None:

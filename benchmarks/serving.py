@@ -24,6 +24,7 @@ from benchmarks.jobs import documents
 from benchmarks.machine import describe
 from benchmarks.processes import Contender
 from benchmarks.sources import installed
+from benchmarks.verdicts import Verdict, verdict_table
 
 _MODEL = flags.DEFINE_string("model", "demo", "The model. transformers can answer with `demo` alone.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Rounds; the median counts.", lower_bound=1)
@@ -124,7 +125,7 @@ def agreement(measured: dict[str, dict[str, Any]]) -> dict[str, bool]:
     return found
 
 
-def verdicts(figures: dict[str, dict[str, Any]]) -> list[tuple[str, float, str, bool]]:
+def verdicts(figures: dict[str, dict[str, Any]]) -> list[Verdict]:
     """Returns (what, figure, what it must be, whether it is)."""
     found = []
 
@@ -154,10 +155,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     for what, is_equal in result["agreement"].items():
         console.print(f"{what}: {'yes' if is_equal else 'no'}")
-    table = Table("", "measured", "must be", "", title="What must be reached", title_justify="left")
-    for what, value, must, is_reached in result["verdicts"]:
-        table.add_row(what, f"{value:.4g}", must, "reached" if is_reached else "missed")
-    console.print(table)
+    console.print(verdict_table(result["verdicts"]))
 
 
 def main(argv: list[str]) -> None:

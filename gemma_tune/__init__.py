@@ -11,10 +11,10 @@ and the environment variable KERAS_BACKEND isn't set, it is set to `jax`. A back
 loading a model then raises a ConfigError.
 """
 
-import importlib
 import os
 import sys
 
+from gemma_tune.lazy_names import lazy_names
 from gemma_tune.version import __version__
 
 if "keras" not in sys.modules and not os.environ.get("KERAS_BACKEND"):
@@ -50,10 +50,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'gemma_tune' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+__getattr__ = lazy_names("gemma_tune", _PUBLIC)
 
 
 def __dir__():

