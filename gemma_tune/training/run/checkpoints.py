@@ -223,8 +223,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _late_callbacks_ignored() -> Iterator[None]:
-    """Within it, nothing is printed when TensorStore calls back into the event loop of a save that has failed, which is
-    closed by then.
+    """A context that suppresses the errors of late callbacks.
+
+    TensorStore calls back into the event loop of a save that has failed. The loop is closed by then, and Python would
+    print each of these errors.
     """
     before = sys.unraisablehook
 
