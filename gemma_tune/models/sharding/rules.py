@@ -1,4 +1,4 @@
-"""Says by its path which mesh axes each array of a model is cut along.
+"""Assigns mesh axes to each array of a model, by rules on its path.
 
 Weights are cut along two axes of the mesh: `model`, which also cuts the products that they are in, and `fsdp`, along
 which a layer's parts are gathered before it computes. The rows of an embedding are cut along both. LoRA factors follow
@@ -70,7 +70,7 @@ def matrix_mesh_axes(path: str, shape: tuple[int, ...], matrix_shape: tuple[int,
     Args:
         path: Path of the float variable.
         shape: Shape of the float kernel.
-        matrix_shape: Its shape as [P, C, Q].
+        matrix_shape: Shape of the kernel as [P, C, Q].
     """
     axes = mesh_axes_of(path, len(shape))
     if len(shape) == 3:
