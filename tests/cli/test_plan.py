@@ -10,7 +10,7 @@ def test_it_prints_memory_time_and_cost(call):
         "plan", "--model=gemma3_27b", "--hardware=v5e,h100", "--mesh=fsdp:16", "--batch_size=16", "--precision=bfloat16"
     )
     assert code == 0
-    for text in ("together", "16 × v5e", "16 × h100", "most rows", "gemma-tune train --model=gemma3_27b"):
+    for text in ("total", "16 × v5e", "16 × h100", "max rows", "gemma-tune train --model=gemma3_27b"):
         assert text in out
 
 
