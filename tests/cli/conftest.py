@@ -1,9 +1,10 @@
 """Commands as a user types them, and a run that they can be tried on."""
 
 import json
+import shutil
 
 import pytest
-from helpers.cli_arguments import FAST, TINY
+from helpers.cli_arguments import FAST, NUM_STEPS, TINY
 
 from gemma_tune.cli.main import run
 
@@ -30,9 +31,9 @@ def call(capfd):
     return call_with
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The workdir of a finished tiny run, made once."""
+    """The workdir of a finished tiny run, made once. Tests that write to it take `own_copy`."""
     workdir = tmp_path_factory.mktemp("run") / "w"
     code = run(
         [
@@ -42,8 +43,14 @@ def trained(tmp_path_factory):
             f"--workdir={workdir}",
             "--data=sample:smartphone_support",
             "--num_epochs=1",
-            "--config.training.num_train_steps=6",
+            f"--config.training.num_train_steps={NUM_STEPS}",
         ]
     )
     assert code == 0
     return workdir
+
+
+@pytest.fixture
+def own_copy(trained, tmp_path):
+    """A copy of the run, to change."""
+    return shutil.copytree(trained, tmp_path / "copied run")

@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from helpers.cli_arguments import FAST, TINY
+from helpers.cli_arguments import FAST, NUM_STEPS, TINY
 
 from gemma_tune.cli import eval as evaluate
 from gemma_tune.cli import train
@@ -18,6 +19,7 @@ from gemma_tune.cli.output import Output
 from gemma_tune.cli.verb import Invocation
 from gemma_tune.models.attention.choice import first_device
 from gemma_tune.models.precision import suitable_precisions
+from gemma_tune.runtime.shell import gemma_tune_command
 
 
 def test_overview_and_version(call):
@@ -41,15 +43,54 @@ def test_every_verb_has_help_with_examples_that_name_its_flags(call, verb):
     assert call("help", verb)[1] == out
 
 
-def test_help_is_fast():
-    """Under a second for a verb's help, half a second for the overview, process start included."""
-    for arguments, most in (((), 0.5), (("train", "--help"), 1.0), (("quickstart", "--help"), 1.0)):
-        seconds = []
-        for _ in range(7):  # Other tests run at the same time.
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "gemma_tune", *arguments], check=True, capture_output=True)
-            seconds.append(time.perf_counter() - start)
-        assert min(seconds) < most, arguments
+@pytest.mark.parametrize(
+    ("arguments", "most"), [((), 0.5), (("train", "--help"), 1.0), (("quickstart", "--help"), 1.0)]
+)
+def test_help_is_fast(arguments, most):
+    """Under half a second for the overview, a second for a verb's help, process start included."""
+    seconds = []
+    while len(seconds) < 7 and not (seconds and seconds[-1] < most):  # Other tests run at the same time.
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "gemma_tune", *arguments], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < most
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_fits_the_terminal(call, monkeypatch, verb, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = call(*([verb] if verb else []), "--help")
+    words = [line for line in out.splitlines() if len(line) > columns and len(line.split()) > 1]
+    assert not [line for line in words if not line.startswith("    --")], words
+
+
+def test_help_groups_flags_and_says_defaults(call):
+    _, out, _ = call("train", "--help")
+    headings = [line.strip() for line in out.partition("flags:")[2].splitlines() if re.fullmatch(r"  \w+", line)]
+    assert headings == [
+        "Model",
+        "Quantization",
+        "Data",
+        "LoRA",
+        "Optimizer",
+        "Training",
+        "Devices",
+        "Output",
+        "General",
+    ]
+    text = " ".join(out.split())
+    for words in ("--lora_rank=N Rank of the LoRA factors. (default: 4)", "(default: query,value)", "--use_dora Also"):
+        assert words in text
+    assert "(default: 0.0014)" in call("quickstart", "--help")[1]  # Its recipe's, not Config's.
+
+
+def test_examples_in_help_can_be_pasted(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = call("generate", "--help")
+    examples = out.partition("examples:\n")[2].partition("\nflags:")[0]
+    words = shlex.split(examples.replace("\\\n", ""))
+    assert "--adapter=runs/mine/adapter" in words and "My screen is black." in words
 
 
 @pytest.mark.parametrize(
@@ -143,9 +184,9 @@ def test_models(call):
 
 
 def test_doctor(call):
-    code, out, _ = call("doctor")
-    assert code == 0 and "Python" in out and "devices" in out
-    found = json.loads(call("doctor", "--json")[1])
+    code, out, err = call("doctor", "--json")
+    assert code == 0 and "This machine" in err
+    found = json.loads(out)
     values = {finding["name"]: finding["value"] for finding in found["findings"]}
     assert {"Python", "jax", "devices", "memory", "disk", "cache", "Kaggle token"} <= values.keys()
     assert values["suitable precisions"] == ", ".join(suitable_precisions(first_device()))
@@ -183,21 +224,35 @@ def test_data_shows_counts_and_writes_splits(call, write, tmp_path, questions):
     assert again["num_duplicates"] == again["num_in_heldout"] == 0
 
 
+def test_histograms_have_ten_rows_at_most_and_none_for_one_value(call, write):
+    def histogram(lengths):
+        rows = [{"prompt": f"{i}", "completion": "yes " * length} for i, length in enumerate(lengths)]
+        file = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        code, out, err = call("data", "--model=tiny", f"--data={file}", "--num_examples=0")
+        assert code == 0, err
+        return re.findall(r"^ +(\d+(?:–\d+)?) +([\d,]+) +[█▏]*", out, re.MULTILINE), out
+
+    rows, _ = histogram(range(1, 60))
+    assert len(rows) <= 10 and sum(int(count) for _, count in rows) == 59
+    rows, _ = histogram([1, 2])
+    assert [count for _, count in rows if count != "0"] == ["1", "1"] and "–" not in rows[0][0]
+    rows, out = histogram([3, 3, 3])
+    assert not rows and "All examples have" in out
+
+
 def test_dry_run_trains_nothing(call, tmp_path, questions):
-    arguments = ("train", *TINY, f"--data={questions}", f"--workdir={tmp_path / 'w'}", "--dry_run")
-    code, out, _ = call(*arguments)
-    assert (
-        code == 0
-        and re.search(r"attention +causal blocks", out)
-        and "trained parameters" in out
-        and "memory of a step" in out
-        and "lora.rank = 4" in out
-    )
-    assert not (tmp_path / "w").exists()
-    report = json.loads(call(*arguments, "--json")[1])
+    workdir = tmp_path / "a run"
+    arguments = ("train", *TINY, f"--data={questions}", f"--workdir={workdir}")
+    code, out, err = call(*arguments, "--dry_run", "--json")
+    assert code == 0, err
+    for words in ("attention", "trained parameters", "memory of a step", "lora.rank = 4"):
+        assert words in err
+    assert not workdir.exists()
+    report = json.loads(out)
     assert 0 < report["num_trainable_parameters"] < report["num_parameters"]
     assert report["memory"]["total_bytes"] > 4 * report["num_parameters"]
     assert report["proposal"] is None and report["attention"] == {"kernel": "xla", "reason": ""}
+    assert shlex.split(report["next"][0]) == ["gemma-tune", *arguments, "--json"]
 
 
 def test_dry_run_proposes_what_to_change_for_a_small_device(call, questions):
@@ -226,7 +281,7 @@ def test_train_writes_a_run(trained):
         "report.html",
     }
     result = json.loads((trained / "result.json").read_text())
-    assert result["num_steps"] == 6 and result["heldout_after"]["loss"] < result["heldout_before"]["loss"]
+    assert result["num_steps"] == NUM_STEPS and result["heldout_after"]["loss"] < result["heldout_before"]["loss"]
     assert len(result["samples"]) == 2 and result["num_answers_scored"] == 3
     assert json.loads((trained / "versions.json").read_text()).keys() >= {"python", "jax", "keras"}
     report = (trained / "report.html").read_text()
@@ -235,26 +290,26 @@ def test_train_writes_a_run(trained):
     ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
 
 
-def test_train_again_goes_on_or_says_what_differs(call, trained):
+def test_train_again_goes_on_or_says_what_differs(call, own_copy):
     same = (
         "train",
         *TINY,
         *FAST,
-        f"--workdir={trained}",
+        f"--workdir={own_copy}",
         "--data=sample:smartphone_support",
         "--num_epochs=1",
-        "--config.training.num_train_steps=6",
+        f"--config.training.num_train_steps={NUM_STEPS}",
         "--json",
     )
-    before = json.loads((trained / "result.json").read_text())
+    before = json.loads((own_copy / "result.json").read_text())
     code, out, err = call(*same)
-    assert code == 0 and "Resuming from the checkpoint of step 6" in err and err.count("Attention: causal blocks") == 1
+    assert code == 0 and f"Resuming from the checkpoint of step {NUM_STEPS}" in err and err.count("Attention: XLA") == 1
     result = json.loads(out)
     assert {key: result[key] for key in before} == before
-    assert result["next"][0] == f"gemma-tune chat --model={trained}"
+    assert shlex.split(result["next"][0]) == ["gemma-tune", "chat", f"--model={own_copy}"]
     code, _, err = call(*same, "--lora_rank=7")
     assert code == 1 and "holds a run with other settings: lora.rank was 4, is 7" in err
-    code, _, err = call("train", *TINY, f"--config={trained}", "--json")  # The run's own config.
+    code, _, err = call("train", *TINY, f"--config={own_copy}", "--json")  # The run's own config.
     assert code == 0
 
 
@@ -291,7 +346,7 @@ def test_eval(call, trained, questions):
     assert with_adapter["tuned"]["loss"] == pytest.approx(result["tuned"]["loss"], rel=1e-5)
     code, out, _ = call("eval", f"--model={trained}", f"--data={questions}")
     assert code == 0 and "30 examples" in out and "base model" in out
-    assert "tuned" not in json.loads(call("eval", "--model=tiny", f"--data={questions}", "--json")[1]) or True
+    assert not json.loads(call("eval", "--model=tiny", f"--data={questions}", "--json")[1])["tuned"]
 
 
 def test_generate(call, trained, write, monkeypatch):
@@ -426,3 +481,24 @@ def test_a_reader_that_has_enough_ends_it_quietly():
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert done.returncode == 141 and "Traceback" not in done.stderr
+
+
+def test_commands_to_run_next_are_quoted_for_the_shell(tmp_path):
+    """A shell reads back what was meant, whatever the names are."""
+    name = tmp_path / 'Ann\'s "first" run; $HOME *'
+    command = gemma_tune_command(
+        "generate", "What's new?", model=name, adapter="", quantize=None, dry_run=True, json=False
+    )
+    assert shlex.split(command) == ["gemma-tune", "generate", f"--model={name}", "--dry_run", "What's new?"]
+    done = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["gemma-tune", "generate", f"--model={name}", "--dry_run", "What's new?"]
+    assert gemma_tune_command("chat", model="runs/mine") == "gemma-tune chat --model=runs/mine"
+
+
+def test_what_a_verb_says_to_run_next_runs(call, own_copy):
+    """A workdir with a space in its name."""
+    (command,) = json.loads(call("eval", f"--model={own_copy}", "--max_length=64", "--json")[1])["next"]
+    program, verb, *arguments = shlex.split(command)
+    assert (program, verb) == ("gemma-tune", "chat") and arguments == [f"--model={own_copy}"]
+    code, _, err = call("generate", *arguments, "--max_new_tokens=2", "Hi")
+    assert code == 0, err

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from gemma_tune.cli.main import run
 from gemma_tune.models.sources.source import parse_schemed
 
 FEW = ["--max_length=96", "--max_new_tokens=4", "--max_tokens=300"]
@@ -110,13 +109,8 @@ def test_empty_data_and_a_candidate_that_cannot_be_held(call, questions, write, 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error:constrained_layout")
-def test_a_run_is_compared_on_what_it_held_out(call, tmp_path):
-    workdir = tmp_path / "run"
-    code = run(["train", "--model=tiny", "--max_length=96", f"--workdir={workdir}", "--data=sample:smartphone_support",
-                "--config.training.num_train_steps=6", "--config.training.num_sample_answers=1",
-                "--config.training.num_scored_answers=1", "--config.generation.max_new_tokens=2"])  # fmt: skip
-    assert code == 0
-    code, out, err = call("compare", f"--reference={workdir}", f"--candidates=tiny,{workdir}@int8", *FEW,
+def test_a_run_is_compared_on_what_it_held_out(call, trained, tmp_path):
+    code, out, err = call("compare", f"--reference={trained}", f"--candidates=tiny,{trained}@int8", *FEW,
                           f"--output={tmp_path / 'out'}", "--json")  # fmt: skip
     assert code == 0, err  # And the picture has room, whatever the names.
     report = json.loads(out)
@@ -124,5 +118,5 @@ def test_a_run_is_compared_on_what_it_held_out(call, tmp_path):
     assert report["data_source"] == "sample:smartphone_support (held out)"
     assert tuned["quality"]["loss"] < base["quality"]["loss"] and base["divergence"]["loss_increase"] > 0
     assert tuned["memory_bytes"] > base["memory_bytes"] > int8["memory_bytes"]
-    adapter = workdir / "adapter" / "adapter.safetensors"
+    adapter = trained / "adapter" / "adapter.safetensors"
     assert tuned["disk_bytes"] == adapter.stat().st_size  # The tiny base has no files.

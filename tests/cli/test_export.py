@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,12 +52,12 @@ def test_a_run_is_exported_with_a_card(call, trained, tmp_path, name, library):
 )
 def test_formats_of_other_programs(call, trained, tmp_path, name, library, says):
     """What they hold is tested elsewhere; here, that the verb writes it, with a card, and the next command works."""
-    output = tmp_path / "mine"
+    output = tmp_path / "my exports" / "mine"
     code, out, err = call("export", f"--model={trained}", f"--format={name}", f"--output={output}", "--json")
     assert code == 0, err
     card = ModelCard.load(output / "README.md")
     assert card.data.library_name == library and says in card.text and card.data.eval_results
-    command = json.loads(out)["next"][0].split()
+    command = shlex.split(json.loads(out)["next"][0])
     code, _, err = call("generate", *command[2:], "--max_new_tokens=3", "Hi")
     assert code == 0, err
 
@@ -64,7 +66,7 @@ def test_formats_of_other_programs(call, trained, tmp_path, name, library, says)
     ("arguments", "code", "message"),
     [
         (["--format=peft"], 2, "The model has no LoRA for --format=peft"),
-        (["--format=peft", "--merge"], 2, "there is nothing to merge them into"),
+        (["--format=peft", "--merge"], 2, "there are no weights to merge them into"),
         (["--format=gguf", "--scheme=q5"], 1, "There is no GGUF scheme 'q5'"),
         (["--format=gguf", "--model=tiny:gemma4"], 1, "not gemma4"),
     ],
@@ -93,7 +95,7 @@ def test_an_adapter_tells_of_its_run(call, trained, tmp_path):
         (["--format=hf", "--output=taken"], 1, "exists already"),
         (["--format=hf", "--output=taken", "--overwrite"], 1, "is no export of gemma_tune"),
         (["--format=hf", "--output=o", "--dtype=int8"], 2, "dtype must be one of float32, bfloat16, float16"),
-        (["--format=hf", "--output=o", "--max_shard_size=big"], 2, "max_shard_size: 'big' is no size"),
+        (["--format=hf", "--output=o", "--max_shard_size=big"], 2, "max_shard_size: 'big' is not a size"),
         (["--format=hf", "--output=o", "--nomerge"], 2, "holds LoRA merged into the weights"),
         (["--format=hf", "--output=o", "--adapter=nowhere"], 1, "There is no adapter at nowhere"),
         (["--format=hf", "--output=o", "--language=English"], 2, "language must be codes"),
@@ -110,9 +112,8 @@ def test_mistakes_write_nothing(call, tmp_path, monkeypatch, arguments, code, me
 
 
 def test_a_disk_too_small_is_said_before_anything_is_written(call, tmp_path, monkeypatch):
-    import shutil
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    almost_full = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: almost_full)
     code, _, err = call("export", "--model=tiny", "--format=hf", f"--output={tmp_path}/o")
     assert code == 1 and "needs about 0.05 GB, and the disk has 0.00 GB left" in err
     assert not list(tmp_path.iterdir())
@@ -124,8 +125,8 @@ def test_overwriting_and_kill_9(call, tmp_path):
     assert call("export", *arguments)[0] == 0
     before = (output / "export.json").stat().st_mtime_ns
     slow = (
-        "import sys, time; from gemma_tune.export import hf_directory; real = hf_directory.write_sharded;"
-        "hf_directory.write_sharded = lambda *a: (real(*a), print('written', flush=True), time.sleep(60));"
+        "import sys, time; from gemma_tune.export.hf import directory; real = directory.write_shards;"
+        "directory.write_shards = lambda *a: (real(*a), print('written', flush=True), time.sleep(60));"
         "from gemma_tune.cli.main import run; run(sys.argv[1:])"
     )
     process = subprocess.Popen(
@@ -136,7 +137,7 @@ def test_overwriting_and_kill_9(call, tmp_path):
     )
     assert process.stdout.readline() == "written\n"
     code, _, err = call("export", *arguments, "--overwrite")
-    assert code == 1 and "Another process is writing" in err
+    assert code == 1 and "another process is writing there" in err
     os.kill(process.pid, signal.SIGKILL)
     assert process.communicate()[1] == ""
     assert (output / "export.json").stat().st_mtime_ns == before

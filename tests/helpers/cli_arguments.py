@@ -1,5 +1,6 @@
-"""What makes a command line short enough for a test."""
+"""Arguments with which a command of the command line takes seconds."""
 
+NUM_STEPS = 6  # Of the run that tests share.
 TINY = ["--model=tiny", "--max_length=128", "--batch_size=8"]
 FAST = [
     "--config.generation.max_new_tokens=4",
