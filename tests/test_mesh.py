@@ -63,7 +63,7 @@ def test_rows_that_cannot_be_cut():
     changes = {"training.mesh": "fsdp:4", "training.batch_size": 8, "training.grad_accum_steps": 4}
     with pytest.raises(ConfigError, match=r"training.batch_size / training.grad_accum_steps must .* got 2"):
         Config().replace(changes)
-    with pytest.raises(ConfigError, match="needs training.program=whole, or auto; got blocks"):
+    with pytest.raises(ConfigError, match="needs training.program=whole or auto, got per_block"):
         Config().replace({"training.mesh": "auto", "training.program": "per_block"})
 
 

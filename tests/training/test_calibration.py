@@ -8,6 +8,7 @@ from helpers.training_steps import num_targets, random_batch
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import hidden_states, parameters, params_scope
+from gemma_tune.models.layers import linear_layers
 from gemma_tune.models.load import load_model
 from gemma_tune.models.preset import save_preset
 from gemma_tune.models.quantized.convert import matrix_shape, quantize_layer, quantize_layers
@@ -15,7 +16,7 @@ from gemma_tune.models.transforms import transform_for_training
 from gemma_tune.quantization.codes import dequantize
 from gemma_tune.quantization.spec import LayerScheme, QuantSpec
 from gemma_tune.training import calibration
-from gemma_tune.training.calibration import _linear_layers, quantize_calibrated
+from gemma_tune.training.calibration import quantize_calibrated
 from gemma_tune.training.step.loss import make_loss_fn
 
 METHODS = {"gptq": QuantSpec("int4", 32), "awq": QuantSpec("int4", 32), "smoothquant": QuantSpec("int8")}
@@ -51,7 +52,7 @@ def test_layers_outputs_change_less_than_by_rounding(name, method):
     batch = batches(1, 1)[0]
     before = loss(model, batch)
     errors = quantize_calibrated(model, batches(0, 4), method, METHODS[method])
-    assert len(errors) == sum(len(_linear_layers(block)) for block in model.backbone.transformer_layers)
+    assert len(errors) == sum(len(linear_layers(block)) for block in model.backbone.transformer_layers)
     if method == "gptq":
         assert all(e.error < e.error_of_rounding for e in errors), errors
     elif method == "awq":
@@ -90,7 +91,7 @@ def test_inputs_are_those_of_each_layer():
         statistics = found[f"{first.path}/attention/{name}"]
         np.testing.assert_allclose(statistics.hessian, x.T @ x, rtol=1e-3, atol=1e-3 * np.abs(x.T @ x).max())
         assert float(statistics.count) == len(x)
-    for layer in _linear_layers(first):
+    for layer in linear_layers(first):
         assert found[layer.path].hessian.shape == (matrix_shape(layer)[1],) * 2
 
 
