@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from gemma_tune.models.sources.tokenizer import TextTokenizer
@@ -112,7 +112,9 @@ class Answer:
         return TokenLogprob(int(token), self._tokenizer.decode([int(token)]), float(logprob))
 
 
-def stream_deltas(submit: Callable[[Request, Deliver], AnswerHandle], request: Request) -> Iterator[AnswerDelta]:
+def stream_deltas(
+    submit: Callable[[Request, Deliver], AnswerHandle], request: Request
+) -> Generator[AnswerDelta, None, None]:
     """Yields the deltas of one answer as they come. Closing the iterator cancels the answer."""
     deltas: queue.SimpleQueue[AnswerDelta] = queue.SimpleQueue()
     handle = submit(request, deltas.put)

@@ -7,7 +7,7 @@ answer that ends makes room for the next at once.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 from gemma_tune.errors import ConfigError, EngineClosed
@@ -116,7 +116,7 @@ class Engine:
             self._changed.notify_all()
         return handle
 
-    def stream(self, request: Request) -> Iterator[AnswerDelta]:
+    def stream(self, request: Request) -> Generator[AnswerDelta, None, None]:
         """Returns the deltas of one answer as they come. Closing the iterator cancels the answer.
 
         Raises what `submit` raises when the first delta is asked for.

@@ -123,9 +123,7 @@ class AccessControl:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(
-                    408, f"the body was not complete within {BODY_TIMEOUT_SECONDS:g} seconds"
-                ) from None
+                raise HTTPException(408, f"the body was not complete within {BODY_TIMEOUT_SECONDS:g} seconds") from None
             received += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
             if received > self._max_body_bytes:

@@ -23,11 +23,11 @@ class IndexedDelta(NamedTuple):
     """A delta, and which answer it belongs to.
 
     Attributes:
-        index: Index of the answer's request.
+        number: Index of the answer's request.
         delta: The delta; None: nothing came for a while, and the connection should be kept alive.
     """
 
-    index: int
+    number: int
     delta: AnswerDelta | None
 
 
@@ -93,7 +93,7 @@ class PendingAnswers:
                     is_first = False
                 self._metrics.generated_tokens.labels(self._model).inc(len(delta.token_ids))
                 if delta.finish_reason:
-                    self._unfinished.pop(indexed.index, None)
+                    self._unfinished.pop(indexed.number, None)
                 if delta.finish_reason == "error":
                     raise server_failed(delta.error)
                 if delta.finish_reason == "cancelled":

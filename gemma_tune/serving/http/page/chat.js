@@ -153,7 +153,7 @@ function fillModels() {
   const chosen = $("model").value;
   $("model").replaceChildren(...models.map((model) => option(model.id, model.id)));
   if (chosen) $("model").value = chosen;
-  $("other").replaceChildren(option("", "no other model"), ...models.map((model) => option(model.id, model.id)));
+  $("other").replaceChildren(option("", "no second model"), ...models.map((model) => option(model.id, model.id)));
   $("other").parentElement.hidden = models.length < 2;
 }
 

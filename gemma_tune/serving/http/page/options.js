@@ -24,7 +24,7 @@ function recall() {
 export function prepare(serverDefaults, longest) {
   defaults = serverDefaults;
   const kept = recall();
-  field("longest").textContent = `conversation and answer: at most ${longest.toLocaleString("en")}`;
+  field("longest").textContent = `per answer (conversation: ${longest.toLocaleString("en")})`;
   field("max_tokens").max = longest;
   field("system").value = kept.system || "";
   for (const name of NAMES) {
