@@ -1,7 +1,6 @@
 """`gemma-tune train --dry_run`: shows everything that can be known before the first step."""
 
 import re
-import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from gemma_tune.models.functional import parameters
 from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.pipeline import Setup, read_splits, set_up
 from gemma_tune.runtime.device_memory import available_device_bytes
+from gemma_tune.runtime.shell import quoted_command
 from gemma_tune.settings import flatten
 from gemma_tune.training.step.compile_once import StepMemory
 
@@ -80,7 +80,7 @@ def dry_run(config: Config, output: Output, memory_limit: float = 0.0) -> dict[s
 def command_without_dry_run(arguments: Sequence[str]) -> str:
     """Returns the command that trains, from the arguments of the one that only shows what it would do."""
     kept = [word for word in arguments if not re.fullmatch(r"--?dry_run(=.*)?", word)]
-    return shlex.join(["gemma-tune", "train", *kept])
+    return quoted_command(["gemma-tune", "train", *kept])
 
 
 def _print_listing(setup: Setup, num_parameters: _NumParameters, memory: StepMemory, console: Console) -> None:
@@ -97,13 +97,17 @@ def _print_listing(setup: Setup, num_parameters: _NumParameters, memory: StepMem
         "filled positions": f"{num_tokens / num_positions:.0%}",
         "attention": str(setup.attention),
         **({"mesh": str(setup.sharding)} if setup.sharding else {}),
-        "memory of a step" + (" on each device" if setup.sharding else ""): f"{memory.total_bytes / 1e9:.2f} GB: "
-        f"{memory.argument_bytes / 1e9:.2f} for weights and state, {memory.temporary_bytes / 1e9:.2f} to compute",
+        "memory of a step" + (" on each device" if setup.sharding else ""): f"{_size(memory.total_bytes)}: "
+        f"{_size(memory.argument_bytes)} for weights and state, {_size(memory.temporary_bytes)} to compute",
     }
     table = make_listing()
     for label, text in rows.items():
         table.add_row(label, text)
     console.print(table)
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _propose(config: Config, splits: Splits, limit: float, console: Console) -> Proposal | None:
@@ -120,11 +124,11 @@ def _propose(config: Config, splits: Splits, limit: float, console: Console) -> 
 
 
 def _advice(needed: float, proposal: Proposal | None, limit: float) -> str:
-    text = f"This is more than the {limit / 1e9:.2f} GB that there are."
+    text = f"This is more than the {_size(limit)} that there are."
     more = "a shorter --max_length, a smaller model, or --precision=bfloat16."
     if proposal is None or proposal.memory.total_bytes >= needed:
         return f"{text} Take {more}"
-    enough = f"{proposal.memory.total_bytes / 1e9:.2f} GB are enough with {proposal.flags()}"
+    size = _size(proposal.memory.total_bytes)
     if proposal.memory.total_bytes <= limit:
-        return f"{text} {enough}"
-    return f"{text} {enough}, which is still too much. Also take {more}"
+        return f"{text} {size} are enough with {proposal.flags()}"
+    return f"{text} With {proposal.flags()} a step takes {size}, which is still too much. Also take {more}"

@@ -38,7 +38,10 @@ def show_run_result(result: RunResult, output: Output) -> None:
         console.print(_answers(result))
     if result.scores:
         right = sum(score.is_right for score in result.scores)
-        console.print(f"{right} of {len(result.scores)} held-out questions got the wanted answer, word for word.")
+        console.print(
+            f"{right} of {len(result.scores)} held-out questions got an answer that is close to the wanted one, and "
+            "closer than to any other question's."
+        )
     if result.num_skipped_steps:
         console.print(
             f"{result.num_skipped_steps} of {result.num_steps} steps were skipped because their gradients overflowed "

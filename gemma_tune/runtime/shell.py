@@ -1,6 +1,7 @@
 """Writes commands that can be pasted into a shell."""
 
 import shlex
+from collections.abc import Iterable
 
 
 def gemma_tune_command(verb: str, *arguments: object, **flags: object) -> str:
@@ -16,5 +17,17 @@ def gemma_tune_command(verb: str, *arguments: object, **flags: object) -> str:
         if value is True:
             words.append(f"--{name}")
         elif value not in ("", None, False):
-            words.append(f"--{name}={shlex.quote(str(value))}")
-    return " ".join([*words, *(shlex.quote(str(argument)) for argument in arguments)])
+            words.append(f"--{name}={value}")
+    return quoted_command([*words, *(str(argument) for argument in arguments)])
+
+
+def quoted_command(words: Iterable[str]) -> str:
+    """Returns a command as one line for the shell. Of `--flag=value`, only the value is quoted."""
+    return " ".join(_quoted(word) for word in words)
+
+
+def _quoted(word: str) -> str:
+    name, equals, value = word.partition("=")
+    if equals and value and shlex.quote(name) == name:
+        return f"{name}={shlex.quote(value)}"
+    return shlex.quote(word)

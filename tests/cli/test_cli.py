@@ -253,6 +253,7 @@ def test_dry_run_trains_nothing(call, tmp_path, questions):
     assert report["memory"]["total_bytes"] > 4 * report["num_parameters"]
     assert report["proposal"] is None and report["attention"] == {"kernel": "xla", "reason": ""}
     assert shlex.split(report["next"][0]) == ["gemma-tune", *arguments, "--json"]
+    assert f"--workdir='{workdir}'" in report["next"][0]
 
 
 def test_dry_run_proposes_what_to_change_for_a_small_device(call, questions):
@@ -261,9 +262,9 @@ def test_dry_run_proposes_what_to_change_for_a_small_device(call, questions):
     asked = json.loads(call(*arguments, "--json")[1])["memory"]["total_bytes"]
     code, out, _ = call(*arguments, f"--memory={0.9 * asked / 1e6:.3f}MB")
     text = " ".join(out.split())
-    assert code == 0 and "GB are enough with --config.training.grad_accum_steps=8" in text, text[-2000:]
-    fits = float(re.search(r"([0-9.]+) GB are enough", text)[1])
-    assert fits * 1e9 <= 0.9 * asked + 5e6  # As printed, rounded.
+    assert code == 0 and "B are enough with --config.training.grad_accum_steps=8" in text, text[-2000:]
+    number, unit = re.search(r"([0-9.]+) ([GM]B) are enough", text).groups()
+    assert float(number) * {"GB": 1e9, "MB": 1e6}[unit] <= 0.9 * asked + 5e6  # As printed, rounded.
 
 
 def test_train_writes_a_run(trained):

@@ -38,7 +38,7 @@ def test_every_scheme_of_a_run(call, trained, tmp_path, scheme):
         (["--scheme=int5", "--output=o"], 2, "--scheme must be one of"),
         (["--scheme=int8"], 2, "--output=… is missing"),
         (["--scheme=gptq-int4", "--output=o"], 2, "needs --calibration=DATA"),
-        (["--scheme=gptq-int4", "--output=o", "--calibration=few.jsonl"], 1, "tokens to calibrate with"),
+        (["--scheme=gptq-int4", "--output=o", "--calibration=few.jsonl"], 1, "tokens for calibration"),
         (["--scheme=awq-int4", "--output=o", "--calibration=none.jsonl"], 1, "none.jsonl"),
         (["--scheme=int4", "--output=o", "--block_size=48"], 2, "model.block_size must be one of"),
         (["--scheme=int4", "--output=o", "--block_size=256"], 1, "block_size=256 does not divide its"),
