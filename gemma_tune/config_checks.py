@@ -34,9 +34,7 @@ def check_values(config: Any) -> None:
 def check_serve_values(config: Any) -> None:
     """Checks every setting of a `serve_config.ServeConfig`. Raises what `check_values` does."""
     if not config.host:
-        raise ConfigError(
-            "host must be an address such as 127.0.0.1, or 0.0.0.0 for all addresses; got none."
-        )
+        raise ConfigError("host must be an address such as 127.0.0.1, or 0.0.0.0 for all addresses; got none.")
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"port must lie between 0 and 65535, got {config.port}.")
     for name in ("max_concurrent", "max_queued", "max_answers"):
