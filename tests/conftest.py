@@ -48,7 +48,7 @@ def family(request):
 
 
 @pytest.fixture(
-    params=["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "gemma2", "gemma4"))]
+    params=["gemma3", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("gemma", "gemma2", "gemma4"))]
 )
 def some_family(request):
     """Gemma 3 always, the others among the tests that take minutes."""

@@ -94,11 +94,20 @@ def test_it_is_frozen():
             {"training.qat": "int4", "training.method": "qlora"},
             r"qat=int4 trains float weights .*, but training.method=qlora quantizes them to nf4 from the start",
         ),
-        ({"training.qat": "int4", "model.quantize": "int8"}, r"but model.quantize quantizes them to int8 from the start"),
-        ({"training.qat": "int4", "model.double_quant": True}, r"training.qat can't be combined with model.double_quant"),
+        (
+            {"training.qat": "int4", "model.quantize": "int8"},
+            r"but model.quantize quantizes them to int8 from the start",
+        ),
+        (
+            {"training.qat": "int4", "model.double_quant": True},
+            r"training.qat can't be combined with model.double_quant",
+        ),
         ({"lora.layout": "pefft"}, r"lora.layout must be one of keras, peft; got 'pefft'. Did you mean peft\?"),
         ({"lora.loraplus_lr_ratio": 0.0}, r"lora.loraplus_lr_ratio must be above 0, got 0.0"),
-        ({"training.qat": "int4", "lora.use_dora": True}, r"training.qat rounds .* can't be combined with lora.use_dora"),
+        (
+            {"training.qat": "int4", "lora.use_dora": True},
+            r"training.qat rounds .* can't be combined with lora.use_dora",
+        ),
         ({"lora.rnk": 3}, r"There is no setting 'lora.rnk'. Did you mean lora.rank\?"),
         ({"rank": 3}, r"There is no setting 'rank'"),
         ({"lora.rank.x": 3}, r"There is no setting 'lora.rank.x'"),

@@ -15,9 +15,11 @@ from gemma_tune.mesh import MeshShape, fitting_mesh, parse_mesh
 FOLDER = Path(__file__).parent / "mesh"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("marks", ["not slow", "slow"])
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "marks",
+    [pytest.param("not nightly", marks=pytest.mark.slow), pytest.param("nightly", marks=pytest.mark.nightly)],
+)
 def test_on_eight_devices(marks):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "pytest", "-m", marks, "--numprocesses=0", "--timeout=1200", str(FOLDER)]

@@ -195,7 +195,8 @@ def test_only_pipeline_and_command_line_take_a_config():
                 for node in ast.walk(ast.parse(source_of(module)))
                 if isinstance(node, ast.FunctionDef)
                 for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-                if argument.annotation is not None and re.search(r"(?<!uvicorn\.)\bConfig\b", ast.unparse(argument.annotation))
+                if argument.annotation is not None
+                and re.search(r"(?<!uvicorn\.)\bConfig\b", ast.unparse(argument.annotation))
             ]
             assert not taking or module in _READ_A_CONFIG, f"{module}: {taking}"
 

@@ -47,7 +47,7 @@ def test_loss_memory_does_not_run_what_does_not_fit():
         assert row["plain_bytes"] > 9 and row["plain_seconds"] is None and row["difference"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_scaling(tmp_path):
     result, _ = run(
         "scaling", "--quick", "--axes=batch", "--repeats=1", "--remat=none", f"--plot={tmp_path}/growth.png"
@@ -61,7 +61,7 @@ def test_scaling(tmp_path):
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_precision_tiny():
     arguments = ("--model=tiny", "--steps=5", "--window=2", "--job=chats", "--num_examples=8", "--row_length=64")
     result, _ = run("precision", *arguments)
@@ -88,7 +88,7 @@ def test_gpu_says_that_there_is_none():
     assert result == {"gpu": None} and "No GPU" in said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_gpu_tiny():
     arguments = ("--runs=ours", "--num_examples=4", "--batch_size=1", "--repeats=1", "--remat=none")
     result, _ = run("gpu", "--tiny", *arguments)
@@ -98,7 +98,7 @@ def test_gpu_tiny():
     assert row["loss"] == pytest.approx(np.log(1024), rel=0.05)  # Random weights know nothing.
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_qat():
     result, said = run("qat", "--model=tiny", "--steps=2", "--block_size=32", "--max_length=128")
     assert min(result[key] for key in ("float_loss", "rounded_loss", "qat_loss", "qat_step_seconds")) > 0
@@ -155,7 +155,7 @@ def test_a_job_has_examples_of_all_lengths(tiny_tokenizer):
         job("chats", 1000, tiny_tokenizer)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_quantization_on_the_tiny_model():
     arguments = ("--model=tiny", "--steps=3", "--repeats=1", "--num_documents=3", "--tokens=600", "--heldout=4")
     done, _ = run("quantization", *arguments, "--schemes=int8,nf4", "--parts=learning,rounding", code=None)
@@ -195,14 +195,14 @@ def test_fuzz_sees_what_fails(monkeypatch, tmp_path):
     assert ["ZeroDivision" in found[0][1], "Timeout" in found[1][1], "20.0 MB" in found[2][1]] == [True] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_faults():
     result, _ = run("faults", "--model=tiny", "--num_seeds=1", "--pairs=1", "--window=2")
     assert result["kills"]["differing"] == [] and result["kills"]["num_kills"] > 0
     assert result["saving"]["bytes"] > 0 and result["resume"]["resume_seconds"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_serving_tiny():
     arguments = ("--model=tiny", "--contenders=float32,int8,keras_hub", "--repeats=1")
     result, _ = run("serving", *arguments, code=None)  # A tiny model's time says nothing of a real one's.

@@ -437,7 +437,7 @@ def test_training_on_top_of_a_run(call, trained, tmp_path):
     assert again["tuned"]["loss"] == pytest.approx(second["heldout_after"]["loss"], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_training_goes_on_with_an_adapter(call, trained, tmp_path):
     """Where the run is, not where its base was; and with its own factors, so that others can't be asked for."""
     arguments = ("train", *TINY, *FAST, f"--adapter={trained / 'adapter'}", f"--workdir={tmp_path / 'w'}",

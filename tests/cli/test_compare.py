@@ -46,7 +46,7 @@ def test_table_answers_and_files(call, questions, tmp_path):
     assert "| KL, mean | – | 0 |" in markdown and "In &lt;b>" in markdown and "\\| please?" in markdown
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_json_and_default_candidates(call, questions, tmp_path):
     code, out, err = call("compare", "--reference=tiny@int8", f"--data={questions}", *FEW, "--num_answers=0",
                           f"--output={tmp_path}", "--json")  # fmt: skip
@@ -58,7 +58,7 @@ def test_json_and_default_candidates(call, questions, tmp_path):
     assert {key: result[key] for key in written} == written
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_directories_count_their_files_and_a_path_with_an_at_wins(call, questions, tmp_path, tiny):
     """Another name, the same weights: KL 0."""
     folder = tmp_path / "kept@int8"
@@ -107,7 +107,7 @@ def test_empty_data_and_a_candidate_that_cannot_be_held(call, questions, write, 
     assert code == 1 and "tiny@int4: " in err and "can't be quantized to int4: block_size=256" in err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("error:constrained_layout")
 def test_a_run_is_compared_on_what_it_held_out(call, trained, tmp_path):
     code, out, err = call("compare", f"--reference={trained}", f"--candidates=tiny,{trained}@int8", *FEW,

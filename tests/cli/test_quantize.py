@@ -12,7 +12,7 @@ from gemma_tune.quantization.spec import PTQ_SCHEMES
 
 
 @pytest.mark.parametrize(
-    "scheme", ["int4", *(pytest.param(s, marks=pytest.mark.slow) for s in PTQ_SCHEMES if s != "int4")]
+    "scheme", ["int4", *(pytest.param(s, marks=pytest.mark.nightly) for s in PTQ_SCHEMES if s != "int4")]
 )
 def test_every_scheme_of_a_run(call, trained, tmp_path, scheme):
     """LoRA merged, saved, loaded again by another verb, and smaller."""
@@ -70,7 +70,7 @@ def test_layers_that_do_not_fit_take_int8_if_asked(call, tmp_path):
     assert "int8" in schemes
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_qlora_is_merged_into_the_floats_it_came_from(call, tmp_path):
     """The base is read again unquantized: nothing but LoRA is between it and the merged weights. Into codes, the error
     of rounding is said. All weights of what is quantized can't be trained.

@@ -33,7 +33,7 @@ def test_loading_needs_little_more_than_the_weights():
     assert peak < 0.4 + 1.3 * weights
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_quickstart_teaches_it_the_support_desks_answers(tmp_path):
     """Held-out perplexity at most a quarter of the base's, at least 15 of 20 new phrasings answered with their topic's

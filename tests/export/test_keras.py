@@ -39,7 +39,7 @@ def ids(rng):
     return rng.integers(4, 1000, (2, 24), dtype=np.int32)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_keras_hub_alone_reads_it_in_a_fresh_process(tiny, some_family, rng, ids, tmp_path):
     model = with_lora(tiny(some_family), rng, {}, TARGETS)
     export_model(model, "keras", tmp_path / "keras")

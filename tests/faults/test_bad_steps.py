@@ -32,7 +32,7 @@ def test_stopped_then_skipped_is_skipped_throughout(tmp_path):
     assert differences(found, wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_is_repeated_from_its_workdir(wanted, tmp_path):
     """config.json is enough: another workdir, the same bits."""
     first, again = tmp_path / "first", tmp_path / "again"
@@ -42,7 +42,7 @@ def test_a_run_is_repeated_from_its_workdir(wanted, tmp_path):
     assert differences(outcome(again), outcome(first)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_changed_versions_and_data_are_said(tmp_path):
     workdir = tmp_path / "w"
     assert run(workdir).code == 0

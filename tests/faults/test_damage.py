@@ -40,7 +40,7 @@ def damage_file(path, generator):
     return how
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(24))
 def test_any_damaged_file_of_a_run_is_survived(stopped, wanted, tmp_path, seed):
     generator, workdir = random.Random(seed), tmp_path / "w"
@@ -80,7 +80,7 @@ def test_two_processes_on_one_workdir(tmp_path):
     assert run(workdir, more=more).code == 0  # The lock went with its process.
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_damaged_adapter_is_refused(whole, tmp_path):
     from gemma_tune.errors import ModelError
     from gemma_tune.models.load import load_model
@@ -97,7 +97,7 @@ def test_a_damaged_adapter_is_refused(whole, tmp_path):
             pytest.fail(f"trial {trial}: byte {place} of {len(content)} was changed, and the adapter loaded")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_damaged_preset_is_refused(tmp_path):
     from gemma_tune.errors import ModelError
     from gemma_tune.models.load import load_model

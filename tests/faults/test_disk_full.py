@@ -24,7 +24,7 @@ def small_disk(folder, size):
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount")
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("size_kb", [24, 300, 600, 1200])
 def test_a_full_disk_loses_nothing(wanted, tmp_path, size_kb):
     disk = tmp_path / "disk"

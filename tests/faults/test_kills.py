@@ -16,7 +16,7 @@ METHOD = ("--lora_layout=peft", "--use_dora", "--use_rslora", "--loraplus_lr_rat
     [
         (signal.SIGKILL, 5),
         pytest.param(signal.SIGTERM, 3, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 7, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 7, marks=pytest.mark.nightly),
     ],
 )
 def test_a_signal_at_a_step_changes_nothing(wanted, tmp_path, number, at_step):
@@ -36,7 +36,7 @@ def test_a_signal_at_a_step_changes_nothing(wanted, tmp_path, number, at_step):
     assert differences(outcome(workdir), wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_kind_of_factors_goes_on(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(whole, more=METHOD).code == 0
@@ -47,7 +47,7 @@ def test_every_kind_of_factors_goes_on(tmp_path):
     assert differences(outcome(killed), wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("seed", SEEDS)
 def test_kills_change_nothing(wanted, tmp_path, seed):
     done = kill_again_and_again(tmp_path / "w", seed)
@@ -55,7 +55,7 @@ def test_kills_change_nothing(wanted, tmp_path, seed):
     assert differences(outcome(tmp_path / "w"), wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_any_phase_leaves_with_its_code_and_says_how_to_go_on(wanted, tmp_path, number, seed):
@@ -72,7 +72,7 @@ def test_a_signal_in_any_phase_leaves_with_its_code_and_says_how_to_go_on(wanted
     assert differences(outcome(workdir), wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_signal_in_an_evaluation_saves_and_evaluates_when_the_run_goes_on(wanted, tmp_path):
     """The first change to metrics.jsonl is its opening; the second is the evaluation's row, so the signal comes with it."""
     workdir = tmp_path / "w"
@@ -83,20 +83,20 @@ def test_a_signal_in_an_evaluation_saves_and_evaluates_when_the_run_goes_on(want
     assert differences(outcome(workdir), wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_jumping_clock_changes_nothing(wanted, tmp_path):
     assert run(tmp_path / "w", Fault(clock_jumps=True)).code == 0
     found = outcome(tmp_path / "w")
     assert differences(found, wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_finished_run_can_be_run_again(whole, wanted):
     assert run(whole).code == 0
     assert differences(outcome(whole), wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_other_settings_are_a_difference(wanted, tmp_path):
     """The comparison can fail."""
     assert run(tmp_path / "w", more=("--seed=1",)).code == 0

@@ -15,7 +15,7 @@ METHODS = {
 _OFTEN = ("peft-dora", "keras-rslora-dora")
 methods = pytest.mark.parametrize(
     "method",
-    [pytest.param(m, id=name, marks=() if name in _OFTEN else pytest.mark.slow) for name, m in METHODS.items()],
+    [pytest.param(m, id=name, marks=() if name in _OFTEN else pytest.mark.nightly) for name, m in METHODS.items()],
 )
 
 

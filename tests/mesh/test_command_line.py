@@ -13,9 +13,6 @@ FEW = (
 )  # fmt: skip
 
 
-pytestmark = pytest.mark.slow
-
-
 def said(capfd):
     return " ".join(capfd.readouterr().err.split())
 
@@ -40,6 +37,7 @@ def test_a_run_goes_on_on_another_mesh_and_ends_with_an_adapter(tmp_path, capfd)
         assert scores[1][name] == pytest.approx(scores[0][name], abs=1e-5, rel=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_dry_run_says_what_each_device_takes(tmp_path, capfd):
     assert run(["train", *FEW, "--method=full", "--dry_run", "--json", f"--workdir={tmp_path}"]) == 0
     one = json.loads(capfd.readouterr().out)["memory"]
@@ -50,11 +48,13 @@ def test_a_dry_run_says_what_each_device_takes(tmp_path, capfd):
     assert each["argument_bytes"] < one["argument_bytes"] / 6
 
 
+@pytest.mark.nightly
 def test_without_a_mesh_one_device_is_taken_and_that_is_said(tmp_path, capfd):
     assert run(["train", *FEW, f"--workdir={tmp_path}"]) == 0
     assert "This run uses one of 8 devices. --mesh=auto uses all." in said(capfd)
 
 
+@pytest.mark.nightly
 def test_more_devices_than_there_are(tmp_path, capfd):
     assert run(["train", *FEW, "--mesh=fsdp:2,model:8", f"--workdir={tmp_path}"]) == 1
     assert "needs 16 devices, but this run has 8 (cpu)" in said(capfd)

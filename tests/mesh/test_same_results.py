@@ -61,7 +61,7 @@ def curve(setup, state=None, first=0, last=NUM_STEPS):
 
 @pytest.mark.parametrize(
     "family, changes, meshes",
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.nightly) for case in SLOW)],
     ids=lambda value: str(value),
 )
 def test_every_mesh_gives_the_curve_of_one_device(family, changes, meshes):
@@ -99,7 +99,7 @@ def assert_cut(setup, state):
     assert largest <= max(4 * array.addressable_shards[0].data.size for array in kernels)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
     losses, heldout, _ = curve(prepared({}))
     first = prepared({"training.mesh": "data:2,fsdp:4"})
@@ -117,7 +117,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
             assert np.allclose([*rest, heldout_of_mesh], [*losses[2:], heldout], rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_step_takes_less_on_each_device():
     from gemma_tune.cli.forecast import step_memory
 

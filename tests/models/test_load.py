@@ -52,7 +52,7 @@ def test_quantized_gguf_is_what_the_gguf_package_dequantizes(tiny, tmp_path, kin
     np.testing.assert_array_equal(np.asarray(again.backbone.token_embedding.embeddings), wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_keras_preset_in_a_fresh_process(tiny, family, tmp_path):
     """save_to_preset, then KerasHub's own from_preset in another process, without gemma_tune."""
     model = tiny(family)
@@ -130,7 +130,7 @@ def test_the_scale_of_27b_attention_is_passed_on():
     assert backbone.transformer_layers[0].attention.query_head_dim_normalize is False
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_precisions(tiny):
     for precision, variables, compute in (
         ("bfloat16", "bfloat16", "bfloat16"),

@@ -31,7 +31,7 @@ BASES = [("gemma", 1), ("gemma2", 2), ("gemma3", 1), ("gemma3", 4)]
 
 def some(cases, often):
     """All cases, those that aren't `often` among the tests that take minutes."""
-    return [pytest.param(*case, marks=() if case in often else pytest.mark.slow) for case in cases]
+    return [pytest.param(*case, marks=() if case in often else pytest.mark.nightly) for case in cases]
 
 
 TOKEN_IDS = np.array([[2, 5, 9, 11, 60, 33, 7, 21, 22, 48, 13, 5, 9, 11, 60, 33, 7, 21, 22, 48, 13, 63]], np.int32)
@@ -187,7 +187,7 @@ def test_what_peft_trained_goes_on_training_here(base, tmp_path, name):
     assert dataclasses.asdict(config.lora)["rank"] == 4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_modules_of_a_model_that_also_sees_have_other_names(rng, tmp_path):
     """Its vision tower has q_proj too, and gets nothing."""
     import peft

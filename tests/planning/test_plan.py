@@ -43,7 +43,7 @@ def test_the_arguments_of_a_step_are_those_of_a_real_run(family, method):
     assert run.batch.token_ids.shape == setup.batches[0].token_ids.shape
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "settings",
     [
@@ -109,7 +109,7 @@ def test_the_largest_batch_is_the_largest():
     assert planned_memory(with_batch_size(run, largest + 4)).total > usable
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_does_not_fit_gets_a_change_with_which_it_fits():
     large = config(model__source="gemma3_12b", model__precision="bfloat16")
     (plan,) = make_plans(large, ONE, 0.6, [V5E])

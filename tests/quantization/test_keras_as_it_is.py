@@ -42,7 +42,7 @@ def cosine(a, b):
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_int8_with_rounded_activations_loses_the_gradient_in_the_tied_head(tiny):
     """Fails when Keras gives the quantized tied head a gradient.
 
@@ -83,7 +83,7 @@ def test_int4_mixes_the_channels_of_several_heads(rng):
     assert ours < 1.1 * right
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("mode", "name"), [("gptq", "GPTQConfig"), ("awq", "AWQConfig")])
 def test_calibration_sees_no_data(tiny, mode, name):
     """Fails when Keras's hooks are called for quantized layers: very different texts give the same codes, those of

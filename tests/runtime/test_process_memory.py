@@ -62,7 +62,7 @@ def test_only_a_dedicated_process_gets_settings(when, dedicated):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_freed_memory_is_kept():
     """Pages that are mapped anew show as faults; without the setting they come with every call."""
     faults = {}

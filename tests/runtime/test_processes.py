@@ -84,7 +84,7 @@ def assert_same(workdir, alone):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "8"]
 
 
-@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_each_process_makes_the_rows_of_its_own_devices(tmp_path, num_processes):
     started = start([str(WORKER), ""], num_processes, logs=tmp_path)
     assert wait(started) == [0] * num_processes, said(tmp_path, 0)
@@ -109,7 +109,7 @@ def test_two_processes_end_as_one_does(tmp_path, alone):
     assert "step" not in said(tmp_path, 1) and "Saved in" not in (tmp_path / "1.out").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("killed", [0, 2])
 def test_one_of_four_is_killed_all_stop_and_go_on(tmp_path, alone, killed):
     started = train(tmp_path / "w", 4, tmp_path)
@@ -127,7 +127,7 @@ def test_one_of_four_is_killed_all_stop_and_go_on(tmp_path, alone, killed):
     assert_same(tmp_path / "w", alone)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_signal_to_one_stops_all_and_one_process_goes_on(tmp_path, alone):
     started = train(tmp_path / "w", 2, tmp_path)
     wait_for(tmp_path / "w/checkpoints/2")
@@ -138,7 +138,7 @@ def test_a_signal_to_one_stops_all_and_one_process_goes_on(tmp_path, alone):
     assert_same(tmp_path / "w", alone)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_workdir_that_is_held_stops_all(tmp_path):
     from gemma_tune.runtime.lock import lock_workdir
 

@@ -9,7 +9,7 @@ from gemma_tune.serving.conversation import Conversation
 from gemma_tune.serving.sampling import GREEDY
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_each_turn_is_answered_as_generate_does_and_old_turns_are_dropped(shared_model):
     model = shared_model
     turns, wanted = [Turn("system", "Be brief.")], []

@@ -30,7 +30,7 @@ def test_greedy_equals_keras_hub_token_for_token(shared_model, free, keras_hub_g
     assert free == keras_hub_greedy(shared_model, PROMPTS, NUM_NEW)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma4"])
 def test_greedy_equals_keras_hub_in_every_family(tiny, family, keras_hub_greedy):
     model = tiny(family)

@@ -42,7 +42,7 @@ def loss(model, batch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma", "gemma2"))])
+@pytest.mark.parametrize("name", ["gemma3", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("gemma", "gemma2"))])
 def test_layers_outputs_change_less_than_by_rounding(name, method):
     """On the data that calibrated them; for SmoothQuant, whose measure counts the weights' part only, not by much more.
 
@@ -95,7 +95,7 @@ def test_inputs_are_those_of_each_layer():
         assert found[layer.path].hessian.shape == (matrix_shape(layer)[1],) * 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_gptq_loses_less_on_held_out_text_than_rounding():
     """Text of the same kind. Gemma 2's soft cap, windows and all."""
     losses = {}

@@ -28,7 +28,7 @@ def test_a_lora_step_is_the_same(tiny, family, remat, rng):
     assert_same(*both_steps(model, random_batch(rng), remat))
 
 
-@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.nightly)])
 def test_a_step_with_pefts_layout_and_dora_is_the_same(tiny, remat, rng):
     model, trainable, _ = lora_model(tiny, "gemma", rng, layout="peft", use_rslora=True, use_dora=True)
     for variable in model.backbone.trainable_variables:

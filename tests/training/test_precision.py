@@ -87,7 +87,7 @@ def curve(method, precision, learning_rate=3e-3):
     return np.mean(np.reshape(losses, (-1, WINDOW)), axis=1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("method", "precision"),
     [("full", "mixed_bfloat16"), ("full", "mixed_float16"), ("lora", "bfloat16"), ("lora", "float16")],
@@ -99,7 +99,7 @@ def test_the_loss_curve_is_float32s(method, precision):
     np.testing.assert_allclose(curve(method, precision, rate), wanted, rtol=MOST)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_another_learning_rate_is_no_such_curve():
     wanted = curve("lora", "float32", 1e-2)
     assert np.max(np.abs(curve("lora", "float32", 5e-3) / wanted - 1)) > 2 * MOST
@@ -250,7 +250,7 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-@pytest.mark.parametrize("family", ["gemma2", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["gemma2", pytest.param("gemma3", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "mixed_bfloat16", "mixed_float16"])
 def test_what_stays_float32(tiny, monkeypatch, family, precision):
     """By the dtypes of a gradient's own operations: the exponentials and maxima of softmax and loss, the roots of
@@ -381,7 +381,7 @@ def test_a_scale_below_one_stops_the_run(tmp_path):
     assert checkpoints.steps[-1] == 15
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_from_the_command_line(tmp_path, capfd):
     """Trains, resumes nothing, says what suits this device, and counts."""
     arguments = ["train", "--model=tiny", "--max_length=64", "--batch_size=4", "--config.training.num_train_steps=4",

@@ -67,7 +67,7 @@ def loss_of(trainable, batch, quant_spec=None):
     return float(sums.loss_sum / sums.weight_sum)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_recovers_what_rounding_loses(rng):
     """The same steps on the same batch. Rounded after training in float, the loss goes up by more than a tenth of what
     is left; of that, training rounded takes back three fifths, as the real model must.
@@ -80,7 +80,7 @@ def test_it_recovers_what_rounding_loses(rng):
     assert aware_loss - float_loss < 0.4 * (rounded_loss - float_loss)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_s_figures_are_those_of_its_converted_model(tmp_path):
     """Held-out loss and answers after training, and the saved floats, converted as they are loaded."""
     config = Config().replace(

@@ -62,7 +62,7 @@ def test_full_gradients_equal_those_through_keras_hubs_forward(tiny, family, rng
 
 
 @pytest.mark.parametrize(
-    "targets", [("token_embedding", "query"), pytest.param(("token_embedding",), marks=pytest.mark.slow)]
+    "targets", [("token_embedding", "query"), pytest.param(("token_embedding",), marks=pytest.mark.nightly)]
 )
 def test_lora_on_the_embedding_trains_head_and_input(tiny, rng, targets):
     model = tiny("gemma3")

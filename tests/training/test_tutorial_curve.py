@@ -101,7 +101,7 @@ def padded(examples):
     return {"token_ids": ids, "padding_mask": mask}, targets, weights
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ours_follows_the_tutorials_loss_curve(tiny, steps):
     ours, lora_values = our_curve(tiny("gemma3"), steps)
     tutorial = Tutorial(tiny("gemma3"), lora_values)

@@ -117,7 +117,7 @@ def merged_logits(model, params):
     [
         ("gemma", METHODS["peft-dora"]),
         *(
-            pytest.param(f, m, marks=pytest.mark.slow)
+            pytest.param(f, m, marks=pytest.mark.nightly)
             for f in ("gemma", "gemma2", "gemma3", "gemma4")
             for m in METHODS.values()
         ),

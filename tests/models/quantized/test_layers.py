@@ -80,7 +80,7 @@ def test_product(rng, quant_spec, equation, x_shape, shape, dtype):
     [
         QUANT_SPECS[1],
         QUANT_SPECS[3],
-        *(pytest.param(quant_spec, marks=pytest.mark.slow) for quant_spec in (QUANT_SPECS[0], QUANT_SPECS[2])),
+        *(pytest.param(quant_spec, marks=pytest.mark.nightly) for quant_spec in (QUANT_SPECS[0], QUANT_SPECS[2])),
     ],
     ids=str,
 )

@@ -29,7 +29,7 @@ from gemma_tune.training.step.loss import make_loss_fn
 from gemma_tune.training.step.per_block import PerBlockProgram
 
 INT4 = QuantSpec("int4", 32)
-QUANT_SPECS = [QuantSpec("int8"), INT4, pytest.param(QuantSpec("nf4", 32), marks=pytest.mark.slow)]
+QUANT_SPECS = [QuantSpec("int8"), INT4, pytest.param(QuantSpec("nf4", 32), marks=pytest.mark.nightly)]
 LORA = LoraSettings(4, 8.0, ("all-linear", "token_embedding"), 0)
 SCALE = LORA.alpha / LORA.rank
 
@@ -98,7 +98,7 @@ def test_loss_and_gradients_are_those_at_the_rounded_weights(some_family, quant_
     assert_gradients(ours, gradients)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_pefts_layout_is_rounded_as_the_sum_too(rng):
     """Loss and gradients are those of the merged kernels, and the factors' those that jax.vjp makes of theirs."""
     lora, batch = LORA._replace(layout="peft", use_rslora=True), random_batch(rng)
@@ -179,13 +179,13 @@ def test_merging_and_converting_gives_the_weights_that_were_trained_with(quant_s
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", SPLIT_FAMILIES)
 def test_per_block_is_the_whole_program(family, lora, rng):
     assert_same(*both_steps(qat_model(family, INT4, lora, rng), random_batch(rng), "dots"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("quant_spec", [QuantSpec("int8"), QuantSpec("nf4", 32)], ids=str)
 def test_per_block_with_other_quant_specs_and_a_frozen_head(quant_spec, remat, rng):
@@ -204,7 +204,7 @@ def test_no_rounded_kernel_is_kept_for_the_backward_pass(lora, rng):
     assert len(kernels) > 3 and kept and not kept & kernels
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])
 def test_answers_are_those_of_the_converted_model(family, lora, rng):
@@ -236,7 +236,7 @@ def test_weights_are_rounded_once_for_many_tokens(rng):
     assert " round[" not in str(jax.make_jaxpr(hidden_of_rounded)(once))
 
 
-@pytest.mark.parametrize("precision", ["mixed_bfloat16", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", pytest.param("bfloat16", marks=pytest.mark.nightly)])
 def test_rounding_is_in_float32_whatever_the_precision(precision, rng):
     """The float32 master weights are rounded where there are any, and then cast, as a converted layer casts its own."""
     model = load_model("tiny:gemma3", precision=precision)

@@ -86,7 +86,7 @@ def test_compilations_are_counted(engine):
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "gemma2", "gemma4")]
+    "family", [pytest.param(name, marks=pytest.mark.nightly) for name in ("gemma", "gemma2", "gemma4")]
 )
 def test_every_family_answers_as_keras_hub_does(tiny, family, keras_hub_greedy):
     model = tiny(family)
@@ -102,9 +102,9 @@ def test_every_family_answers_as_keras_hub_does(tiny, family, keras_hub_greedy):
     ("family", "quant_spec"),
     [
         pytest.param("gemma3", QuantSpec("int8")),
-        pytest.param("gemma3", QuantSpec("nf4", 32), marks=pytest.mark.slow),
-        pytest.param("gemma2", QuantSpec("int4", 32), marks=pytest.mark.slow),
-        pytest.param("gemma4", QuantSpec("int8"), marks=pytest.mark.slow),
+        pytest.param("gemma3", QuantSpec("nf4", 32), marks=pytest.mark.nightly),
+        pytest.param("gemma2", QuantSpec("int4", 32), marks=pytest.mark.nightly),
+        pytest.param("gemma4", QuantSpec("int8"), marks=pytest.mark.nightly),
     ],
 )
 def test_weights_in_few_bits_answer_as_the_decoder_does(tiny, family, quant_spec):
@@ -138,7 +138,7 @@ def make_adapters(tiny, folder, num=3):
     return paths
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_rows_of_several_adapters_answer_as_each_alone(tiny, tmp_path, keras_hub_greedy):
     paths = make_adapters(tiny, tmp_path)
     models = {"": tiny(), **{name: tiny(adapter=str(path)) for name, path in paths.items()}}
@@ -294,7 +294,7 @@ def test_impossible_requests_are_refused_with_the_reason(engine, request_, messa
         engine.submit(request_, print)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_nothing_leaks_in_a_thousand_requests_with_random_cancellations(shared_model):
     """With a cache too small for all slots, so that requests wait for room, too."""
     engine = started(shared_model, max_tokens_in_flight=640, max_queued=1000)

@@ -70,7 +70,7 @@ def test_what_is_under_way_at_sigterm_is_answered_and_nothing_new(tmp_path, writ
         httpx2.get(f"{url}/health")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_not_answered_in_time_is_told_so():
     server = Process("--model=tiny", "--drain_seconds=0", "--feedback_db=")
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 450, "stream": True}
@@ -84,7 +84,7 @@ def test_what_is_not_answered_in_time_is_told_so():
     server.process.communicate()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_of_a_run_base_and_tuned_model_can_be_asked(tmp_path):
     workdir = tmp_path / "mine"
     train = ["train", "--model=tiny", "--max_length=64", "--batch_size=2", f"--workdir={workdir}"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 OPERATIONS = [
     ("POST", "/v1/chat/completions", 300),
     ("POST", "/v1/completions", 300),

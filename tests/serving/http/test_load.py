@@ -11,7 +11,7 @@ def _benchmarks_can_be_imported(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_thousand_requests_of_32_clients():
     """Every well-formed one gets the answer it gets alone; nothing is left of the others; memory stays."""
     from benchmarks.http_load import load
