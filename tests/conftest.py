@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,16 +15,37 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _own_cache = "" if "GEMMA_TUNE_CACHE" in os.environ else tempfile.mkdtemp(prefix="gemma_tune-tests-")
 os.environ.setdefault("GEMMA_TUNE_CACHE", _own_cache)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# LLVM's optimizations take a third of the time to compile, of programs that run once. XLA's own, which decide what is
+# computed and what is held, stay on. `benchmarks/` measures with all of them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 FAMILIES = ("gemma", "gemma2", "gemma3", "gemma4")
 # Files whose tests take longest begin first, so that no process is left with one of them at the end.
 LONGEST_FILES = ("test_mesh.py", "test_processes.py", "test_kills.py", "test_benchmarks.py", "test_litert.py")
+TIERS = Path(__file__).with_name("tiers.txt")
 
 
-def pytest_collection_modifyitems(items):
-    """Sorts by file, the longest ones first; within a file nothing changes."""
-    places = {name: place for place, name in enumerate(LONGEST_FILES)}
+def tiers():
+    """Returns node ID, with or without parameters -> `slow` or `nightly`."""
+    lines = [line for line in TIERS.read_text().splitlines() if line and not line.startswith("#")]
+    return {node_id: tier for tier, node_id in (line.split(maxsplit=1) for line in lines)}
+
+
+@pytest.hookimpl(tryfirst=True)  # Before `-m` selects by the marks.
+def pytest_collection_modifyitems(config, items):
+    """Marks the tests of tiers.txt, and sorts by file, the longest ones first; within a file nothing changes."""
+    places, tier_of = {name: place for place, name in enumerate(LONGEST_FILES)}, tiers()
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    for item in items:
+        tier = tier_of.get(item.nodeid) or tier_of.get(item.nodeid.partition("[")[0])
+        if tier:
+            item.add_marker(tier)
+    if not any("::" in argument for argument in config.args):
+        files = {item.nodeid.partition("::")[0] for item in items}
+        node_ids = {item.nodeid for item in items} | {item.nodeid.partition("[")[0] for item in items}
+        unknown = [node_id for node_id in tier_of if node_id.partition("::")[0] in files and node_id not in node_ids]
+        if unknown:
+            raise pytest.UsageError(f"tests/tiers.txt names tests that don't exist: {', '.join(unknown)}.")
 
 
 def pytest_unconfigure(config):

@@ -21,7 +21,10 @@ FOLDER = Path(__file__).parent / "mesh"
     [pytest.param("not nightly", marks=pytest.mark.slow), pytest.param("nightly", marks=pytest.mark.nightly)],
 )
 def test_on_eight_devices(marks):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+    }
     command = [sys.executable, "-m", "pytest", "-m", marks, "--numprocesses=0", "--timeout=1200", str(FOLDER)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(done.stdout[-6000:])

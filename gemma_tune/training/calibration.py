@@ -68,7 +68,7 @@ def quantize_calibrated(
     backbone = model.backbone
     if not blocks_are_sequential(backbone):
         raise ModelError(
-            f"The blocks of {type(backbone).__name__} don't just follow one another, so {method} can't quantize them "
+            f"The blocks of {type(backbone).__name__} are not a plain sequence, so {method} can't quantize them "
             "one by one. Choose --scheme=int4, nf4 or int8."
         )
     schemes = schemes_for(backbone, quant_spec)
