@@ -9,7 +9,7 @@ nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[test]'")
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, tmp_path, monkeypatch):
     for name, value in (("MODEL", "tiny"), ("WORKDIR", str(tmp_path / "run")), ("STEPS", "2")):

@@ -17,7 +17,7 @@ SPIKY = (
 SKIP = "--config.training.on_bad_step=skip"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stopped_then_skipped_is_skipped_throughout(tmp_path):
     skipped, stopped = tmp_path / "skipped", tmp_path / "stopped"
     ended = run(skipped, more=(*SPIKY, SKIP))

@@ -61,7 +61,7 @@ def test_any_damaged_file_of_a_run_is_survived(stopped, wanted, tmp_path, seed):
     assert different <= ({"metrics", "result"} if path.name == "metrics.jsonl" else set())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_on_one_workdir(tmp_path):
     """The second is refused, and the first isn't disturbed."""
     import time

@@ -229,7 +229,7 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(scripted, open_page):
     dialog.get_by_role("textbox").fill("secret")
     opened.keyboard.press("Enter")
     expect(dialog).to_be_hidden()
-    expect(opened.get_by_label("Model")).to_have_value("m")
+    expect(opened.locator("#model")).to_have_value("m")
     ask(opened, "Hello")
     assert opened.context.storage_state()["origins"] == []  # Nothing of it is kept on the disk.
 
