@@ -25,11 +25,14 @@ def parts(model):
     return [type(layer) for layer in layers], found, parameters(model)
 
 
-def assert_same_objects(after, before):
-    assert after[0] == before[0] and after[1].keys() == before[1].keys()
-    assert [key for key, value in before[1].items() if after[1][key] is not value] == []
+def differences(after, before):
+    """Names of what is another object. Not the objects: describing whole models would take pytest minutes."""
+    changed = ["classes"] if after[0] != before[0] else []
+    changed += [str(key) for key in after[1].keys() ^ before[1].keys()]
+    changed += [str(key) for key, value in before[1].items() if key in after[1] and after[1][key] is not value]
     for now, then in zip(after[2], before[2], strict=True):
-        assert now.keys() == then.keys() and all(now[path] is then[path] for path in then)
+        changed += [path for path in now.keys() | then.keys() if now.get(path) is not then.get(path)]
+    return changed
 
 
 @pytest.mark.parametrize("is_transformed", [False, True], ids=["as loaded", "transformed for training"])
@@ -43,7 +46,7 @@ def test_evaluate_leaves_the_callers_model_as_it_was(tiny, examples, is_transfor
     inputs = {name: inputs[name] for name in model.backbone.input}
     outputs, before = np.asarray(model(inputs)), parts(model)
     first, second = (gemma_tune.evaluate(model, examples, max_length=64, batch_size=2) for _ in range(2))
-    assert_same_objects(parts(model), before)
+    assert differences(parts(model), before) == []
     assert first == second and first["num_tokens"] > 0
     np.testing.assert_array_equal(model(inputs), outputs)
 
@@ -56,7 +59,7 @@ def test_target_states_leave_the_model_as_it_was(tiny, tiny_tokenizer, examples)
     tokens = tokenize_examples(examples, template_for("gemma2"), tiny_tokenizer, 64, "truncate").examples
     before = parts(model)
     target_states(model, HeldoutBatches(tokens, 2, 64, packing=True), lambda count: None)
-    assert_same_objects(parts(model), before)
+    assert differences(parts(model), before) == []
 
 
 def test_swapped_layers_come_back_after_an_error(tiny):
@@ -70,7 +73,6 @@ def test_swapped_layers_come_back_after_an_error(tiny):
             "Other", (type(model.backbone.transformer_layers[1]),), {}
         )
         raise RuntimeError
-    assert_same_objects(parts(model), before)
+    assert differences(parts(model), before) == []
     enable_packing(model.backbone)
-    with pytest.raises(AssertionError):
-        assert_same_objects(parts(model), before)
+    assert any("_compute_attention_mask" in name for name in differences(parts(model), before))

@@ -57,7 +57,7 @@ class AnswerDelta(NamedTuple):
         top_logprobs: The most likely tokens at each of `token_ids`; empty unless asked for.
         finish_reason: "" while the answer goes on; then `stop` (a stop token or string), `length` (max_new_tokens),
             `cancelled`, or `error`.
-        error: What went wrong, if finish_reason is `error`.
+        error: Error message, if finish_reason is `error`.
     """
 
     text: str

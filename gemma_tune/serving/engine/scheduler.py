@@ -72,7 +72,7 @@ class Scheduler:
         """Appends an answer to the queue. The caller holds the lock.
 
         Raises:
-            EngineFull: As many answers wait as may, not counting those that the next step can admit.
+            EngineFull: The queue is full. Answers that the next step can admit don't count.
         """
         if len(self._queue) - self._running.count(None) >= self._max_queued:
             raise EngineFull(f"The request queue is full (max_queued={self._max_queued}).")

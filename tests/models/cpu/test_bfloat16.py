@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from gemma_tune.models.cpu import bfloat16 as cpu_half
+from gemma_tune.models.cpu import bfloat16
 from gemma_tune.models.cpu.bfloat16 import cpu_matmul, cpu_slice_rows, multiplies_bfloat16
 from gemma_tune.models.remat import POLICIES
 from gemma_tune.training.losses.cross_entropy import fused_linear_cross_entropy
@@ -120,7 +120,7 @@ def test_the_loss_holds_no_copy_of_a_bfloat16_head(rng, head_is_trained):
 def test_what_linux_says_of_the_cpu(monkeypatch, tmp_path):
     for flags, yes in (("fpu avx512_bf16 avx2", True), ("amx_bf16", True), ("avx512f avx512_bf16x", False)):
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\nbugs :\n")
-        monkeypatch.setattr(cpu_half, "Path", lambda _: tmp_path / "cpuinfo")
+        monkeypatch.setattr(bfloat16, "Path", lambda _: tmp_path / "cpuinfo")
         assert multiplies_bfloat16.__wrapped__() is yes
-    monkeypatch.setattr(cpu_half, "Path", lambda _: tmp_path / "nowhere")
+    monkeypatch.setattr(bfloat16, "Path", lambda _: tmp_path / "nowhere")
     assert multiplies_bfloat16.__wrapped__() is False
