@@ -217,6 +217,21 @@ def test_settings_reach_the_engine_and_are_kept(scripted, open_page):
 
 
 @pytest.mark.browser
+def test_a_question_before_the_models_are_known_is_sent_once_they_are(scripted, open_page):
+    client = scripted()
+    opened = open_page(answering(client, "Hi"))
+
+    def later(route):
+        opened.wait_for_timeout(500)
+        route.continue_()
+
+    opened.route("**/page-settings", later)
+    opened.reload(wait_until="commit")
+    ask(opened, "Hello")
+    assert len(client.engine.asked) == 1
+
+
+@pytest.mark.browser
 def test_a_key_is_asked_for_and_forgotten_with_the_tab(scripted, open_page):
     from playwright.sync_api import expect
 

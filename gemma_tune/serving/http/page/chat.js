@@ -6,7 +6,7 @@ import { refresh, show } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const exchanges = [];
-let models = [], hasFeedback = false, running = null;
+let models = [], hasFeedback = false, running = null, isWaiting = false;
 
 const say = (text) => ($("status").textContent = text);
 const last = () => exchanges[exchanges.length - 1];
@@ -167,6 +167,7 @@ async function start() {
     $("about").textContent = models.length > 1 ? "Choose a second model to compare their answers side by side." : "";
     say("");
     $("question").focus();
+    if (isWaiting) $("composer").requestSubmit();
   } catch (error) {
     if (error.status === 401) askForKey();
     say(error.message);
@@ -176,7 +177,9 @@ async function start() {
 $("composer").onsubmit = (event) => {
   event.preventDefault();
   const question = $("question").value.trim();
-  if (!question || running || !models.length) return;
+  if (!question || running) return;
+  isWaiting = !models.length; // `start` sends it.
+  if (isWaiting) return;
   $("question").value = "";
   fit();
   ask(question);
