@@ -15,7 +15,7 @@ from absl import app, flags
 from benchmarks.server import Server
 
 _MODEL = flags.DEFINE_string("model", "runs/quickstart", "The workdir of a run, or another model.")
-_QUESTION = flags.DEFINE_string("question", "What power adapter charges the Halden One at full speed?", "To ask.")
+_QUESTION = flags.DEFINE_string("question", "Will I be charged for roaming if I use mobile data on holiday?", "To ask.")
 _OUTPUT = flags.DEFINE_string("output", "docs/images/chat_page.png", "The picture.")
 _SCHEME = flags.DEFINE_enum("scheme", "light", ["light", "dark"], "Colours.")
 _WIDTH = flags.DEFINE_integer("width", 1120, "Of the window.", lower_bound=320)
