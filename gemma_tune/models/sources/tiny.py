@@ -17,7 +17,6 @@ from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.runtime.backend import keras, keras_hub
 
 TOKENIZER_PATH = Path(__file__).parent / "assets" / "tiny.spm"
-DEFAULT_FAMILY = "gemma3"
 
 # Together they cover one and several key/value heads, local and global layers, both kinds of soft caps, extra norms,
 # and Gemma 4's shared keys and values and per-layer inputs. The window is shorter than short texts.
