@@ -226,7 +226,7 @@ def test_a_question_before_the_models_are_known_is_sent_once_they_are(scripted, 
         route.continue_()
 
     opened.route("**/page-settings", later)
-    opened.reload(wait_until="commit")
+    opened.reload(wait_until="domcontentloaded")  # By then the scripts run, and wait for the answer.
     ask(opened, "Hello")
     assert len(client.engine.asked) == 1
 
