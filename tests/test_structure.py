@@ -88,8 +88,11 @@ WITHOUT_KERAS = (
     "training.batches",
     "serving.sampling",
     "evaluation.answers",
+    "evaluation.case",
     "evaluation.fidelity",
     "evaluation.heldout",
+    "evaluation.metrics",
+    "evaluation.resampling",
 )
 
 

@@ -1,0 +1,1 @@
+"""Metrics of answers: of texts, numbers, JSON, tool calls, choices, and functions of the user's own."""
