@@ -42,7 +42,7 @@ def share(rng: np.random.Generator, rows: int) -> np.ndarray:
 
 
 def corpus(rng: np.random.Generator, rows: int) -> np.ndarray:
-    """Returns statistics of matches among the words of answers of 5 to 40 words, each with its own chance of a match."""
+    """Returns statistics of word matches in answers of 5 to 40 words, each answer with its own chance."""
     words = rng.integers(5, 41, rows)
     return np.stack([rng.binomial(words, rng.beta(4, 2, rows)), words], axis=1).astype(float)
 

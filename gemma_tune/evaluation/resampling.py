@@ -2,8 +2,8 @@
 
 The interval is the bias-corrected and accelerated bootstrap (Efron 1987, "Better Bootstrap Confidence Intervals",
 equations 2.3 and 6.6). Where each score is 0 or 1, it is Wilson's score interval, since the bootstrap would give no
-width to 20 right answers of 20. Two models are compared by an approximate randomization test: under the null hypothesis,
-the two answers to a question could be swapped (Noreen 1989; Riezler and Maxwell 2005).
+width to 20 right answers of 20. Two models are compared by an approximate randomization test: under the null
+hypothesis, the two answers to a question could be swapped (Noreen 1989; Riezler and Maxwell 2005).
 """
 
 from collections.abc import Callable, Iterator

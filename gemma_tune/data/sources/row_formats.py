@@ -64,6 +64,24 @@ def to_examples(rows: Iterable[Row], on_error: OnRowError) -> Iterator[Example]:
             on_error(error)
 
 
+def to_conversation(row: Row) -> tuple[Turn, ...]:
+    """Returns the turns of a row that is asked, not learnt: the last turn may be the user's, without a wanted answer.
+
+    Raises:
+        DataError: The row has no known format.
+    """
+    fields = row.fields
+    question = _first(fields, ("instruction", *_PROMPTS))
+    if isinstance(fields.get(question), str) and ("choices" in fields or not _first(fields, _COMPLETIONS)):
+        without_answer = {
+            "instruction": fields[question],
+            "response": "",
+            **{n: fields[n] for n in _INPUTS if n in fields},
+        }
+        return _asked(_instruction_turns(without_answer, row.origin)[:-1], row.origin)
+    return _asked(detect_format(row).turns(fields, row.origin), row.origin)
+
+
 def detect_format(row: Row) -> RowFormat:
     """Returns the format of a row.
 
@@ -174,6 +192,13 @@ def _checked(turns: list[Turn], origin: str) -> list[Turn]:
     if len(spoken) < 2:
         raise DataError(f"{origin}: there is no model turn, so there is nothing to learn.")
     return turns
+
+
+def _asked(turns: list[Turn], origin: str) -> tuple[Turn, ...]:
+    """Checks the order of turns that may end with the user's."""
+    if turns[-1].role != "user":
+        return tuple(_checked(turns, origin))
+    return tuple(_checked([*turns, Turn("model", "")], origin)[:-1])
 
 
 def _is_list_with(fields: Mapping[str, Any], name: str, key: str) -> bool:

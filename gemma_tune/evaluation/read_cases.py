@@ -1,0 +1,62 @@
+"""Reads the questions of an evaluation from data, with all columns of their rows."""
+
+from collections.abc import Iterable, Sequence
+
+from gemma_tune.data import Example
+from gemma_tune.data.example import Row, Turn
+from gemma_tune.data.sources.readers import read_rows
+from gemma_tune.data.sources.row_formats import to_conversation
+from gemma_tune.errors import DataError
+from gemma_tune.evaluation.case import EvalCase
+
+
+def read_cases(source: str, split: str = "train", on_error: str = "raise") -> list[EvalCase]:
+    """Reads the conversations of a source. A row without a wanted answer has the reference ''.
+
+    Args:
+        source: Source of the data, as in `data.source`.
+        split: Split of a TFDS data set.
+        on_error: Treatment of unreadable rows: `raise` or `skip`.
+
+    Raises:
+        DataError: The source doesn't exist, a row is unreadable, or there is no conversation in it.
+    """
+    cases = []
+
+    def skip_or_raise(error: DataError) -> None:
+        if on_error == "raise":
+            raise DataError(f"{error} (--on_error=skip skips such rows.)") from error
+
+    for row in read_rows(source, split, skip_or_raise):
+        try:
+            turns = to_conversation(row)
+        except DataError as error:
+            skip_or_raise(error)
+            continue
+        if turns[0].role != "text":
+            cases.append(_case(turns, row))
+    if not cases:
+        raise DataError(f"{source} has no questions to answer: documents and unreadable rows have none.")
+    return cases
+
+
+def cases_of(examples: Iterable[Example], rows: Iterable[Row]) -> list[EvalCase]:
+    """Returns the cases of cleaned examples that end with an answer, with the columns of the rows that they come from.
+
+    Args:
+        examples: Conversations; documents are left out.
+        rows: Rows of their source, in any order, found by their origin.
+    """
+    asked = [example for example in examples if example.turns[-1].role == "model"]
+    origins = {example.origin for example in asked}
+    columns = {row.origin: row.fields for row in rows if row.origin in origins}
+    return [
+        EvalCase(example.turns[:-1], example.answer, columns.get(example.origin, {}), example.origin)
+        for example in asked
+    ]
+
+
+def _case(turns: Sequence[Turn], row: Row) -> EvalCase:
+    if turns[-1].role == "model":
+        return EvalCase(tuple(turns[:-1]), turns[-1].content, row.fields, row.origin)
+    return EvalCase(tuple(turns), "", row.fields, row.origin)
