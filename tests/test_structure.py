@@ -55,6 +55,7 @@ LAYERS = {
         ("shared_copy",),
     ),
     "training": (
+        ("moments",),
         ("losses", "optimizer", "batches", "prefetch", "guard", "state_shardings"),
         ("state",),
         ("step", "calibration"),
@@ -84,6 +85,7 @@ WITHOUT_KERAS = (
     "training.losses.cross_entropy",
     "training.losses.target_positions",
     "training.losses.vocabulary_tiles",
+    "training.moments",
     "training.optimizer",
     "training.batches",
     "serving.sampling",
@@ -93,6 +95,7 @@ WITHOUT_KERAS = (
     "evaluation.heldout",
     "evaluation.metrics",
     "evaluation.resampling",
+    "evaluation.suites",
 )
 
 

@@ -1,0 +1,1 @@
+"""Suites: folders of questions that say what the answers of a model must reach, and their results for CI."""
