@@ -93,6 +93,7 @@ WITHOUT_KERAS = (
     "evaluation.case",
     "evaluation.fidelity",
     "evaluation.heldout",
+    "evaluation.judge",
     "evaluation.metrics",
     "evaluation.resampling",
     "evaluation.suites",

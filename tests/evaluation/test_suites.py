@@ -256,7 +256,7 @@ def test_what_is_wrong_with_its_data(suite_of, tmp_path):
         suite_of("parts: [{name: one, data: qq.jsonl}]")
     with pytest.raises(DataError, match=r"part 1 \(one\): .*q.jsonl:1: not valid JSON"):
         suite_of("parts: [{name: one, data: q.jsonl}]", "{")
-    with pytest.raises(DataError, match="the metric code doesn't suit the questions: no row has code"):
+    with pytest.raises(DataError, match="the metric code doesn't suit the questions of one: no row has code"):
         suite_of(PART + "metrics: code}]")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def load_suite(source: str | os.PathLike, metrics: Mapping[str, Metric]) -> Suit
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ConfigError(f"{path}: several parts are called {', '.join(repeated)}. Each needs a name of its own.")
+    _check_suited(parts, metrics, str(path))
     name = _text(tree.get("name", path.parent.name), f"{path}: 'name'")
     description = _text(tree.get("description", ""), f"{path}: 'description'")
     return Suite(name, description.strip(), parts, _generation(tree.get("generation") or {}, str(path)))
@@ -96,8 +97,7 @@ def _part(entry: dict[str, Any], origin: str, folder: Path, metrics: Mapping[str
     must_not_regress = tuple(_texts(entry, "must_not_regress", origin))
     named = [*_texts(entry, "metrics", origin), *(wanted.metric for wanted in must), *must_not_regress]
     cases = _read_questions(_text(entry["data"], f"{origin}: 'data'"), folder, origin)
-    for metric in named:
-        _check_metric(metric, metrics, cases, origin)
+    _check_names(named, metrics, origin)
     for metric in must_not_regress:
         if metrics[metric].is_higher_better is None:
             raise ConfigError(f"{origin}: 'must_not_regress' has {metric}, of which neither more nor less is better.")
@@ -120,14 +120,21 @@ def _read_questions(data: str, folder: Path, origin: str) -> tuple[EvalCase, ...
         raise DataError(f"{origin}: {error}") from error
 
 
-def _check_metric(name: str, metrics: Mapping[str, Metric], cases: tuple[EvalCase, ...], origin: str) -> None:
-    if name not in metrics:
-        raise ConfigError(
-            f"{origin}: there is no metric {name!r}.{did_you_mean(name, metrics)} Known: {', '.join(sorted(metrics))}."
-        )
-    problem = metrics[name].problem(cases)
-    if problem:
-        raise DataError(f"{origin}: the metric {name} doesn't suit the questions: {problem}")
+def _check_names(names: Iterable[str], metrics: Mapping[str, Metric], origin: str) -> None:
+    for name in names:
+        if name not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise ConfigError(f"{origin}: there is no metric {name!r}.{did_you_mean(name, metrics)} Known: {known}.")
+
+
+def _check_suited(parts: Sequence[SuitePart], metrics: Mapping[str, Metric], origin: str) -> None:
+    """Checks that each metric suits the questions of the parts that need it, all together: so they are scored."""
+    for name in dict.fromkeys(name for part in parts for name in part.metrics):
+        needing = [part for part in parts if name in part.metrics]
+        problem = metrics[name].problem([case for part in needing for case in part.cases])
+        if problem:
+            where = ", ".join(part.name for part in needing)
+            raise DataError(f"{origin}: the metric {name} doesn't suit the questions of {where}: {problem}")
 
 
 def _forbidden(value: Any, origin: str) -> dict[str, int]:
