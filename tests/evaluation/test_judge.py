@@ -354,6 +354,48 @@ def test_a_judge_that_never_answers_is_given_up():
     assert time.monotonic() - start < 60 * 2 * 2 * 0.1 / 4  # The time that asking everything would take.
 
 
+def test_waits_grow_and_are_as_long_as_the_server_asks(monkeypatch):
+    waited, sleep = [], asyncio.sleep
+
+    async def record(seconds, *arguments):
+        waited.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", record)
+    failures = iter(
+        [
+            (503, b"", {}),
+            (429, b"", {"retry-after": "7"}),
+            (503, b"", {"retry-after": "4000"}),
+            (503, b"", {"retry-after": "Mon, 1"}),
+        ]
+    )
+    with judge_server(lambda body, number: next(failures, "[[4]]")) as (url, bodies):
+        patient = judge_at(url, num_concurrent=1, num_tries=5, backoff_seconds=0.5)
+        (reply,) = ask_judge(patient, [JudgeQuestion("?", read_grade, "!")], "questions")
+    assert reply.verdict.value == 4 and len(bodies) == 5
+    assert [seconds for seconds in waited if seconds] == [0.5, 7, 30, 4]
+
+
+def test_no_more_requests_at_a_time_than_allowed():
+    under_way, most, lock = set(), [], threading.Lock()
+
+    def reply(body, number):
+        with lock:
+            under_way.add(number)
+            most.append(len(under_way))
+        time.sleep(0.02)
+        with lock:
+            under_way.remove(number)
+        return "[[4]]"
+
+    with judge_server(reply) as (url, bodies):
+        ask_judge(
+            judge_at(url, num_concurrent=3), [JudgeQuestion(str(i), read_grade, "!") for i in range(12)], "questions"
+        )
+    assert len(bodies) == 12 and max(most) == 3
+
+
 def test_nobody_listens():
     result = judge_pairs(judge_at("http://127.0.0.1:9/v1"), CASES, list("abcdef"), list("uvwxyz"))
     assert result.count("unanswered") == 6 and "Connection error" in result.verdicts[0].reasons[0]
