@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # LLVM's optimizations take a third of the time to compile, of programs that run once. XLA's own, which decide what is
 # computed and what is held, stay on. `benchmarks/` measures with all of them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # As in background jobs of a shell; children would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAMILIES = ("gemma", "gemma2", "gemma3", "gemma4")
 # Files whose tests take longest begin first, so that no process is left with one of them at the end.

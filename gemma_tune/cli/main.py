@@ -34,7 +34,7 @@ VERBS = {
     "serve": "Serve a model over HTTP: OpenAI's API, and a chat page.",
 }
 _USAGE, _FAILED, _INTERRUPTED, _TERMINATED = 2, 1, 130, 143
-_WHEN_STOPPED = dict.fromkeys(("train", "quickstart"), " Run the same command again to resume it.")
+_WHEN_STOPPED = dict.fromkeys(("train", "quickstart"), " Run the same command again to go on.")
 
 
 class _Terminated(BaseException):
