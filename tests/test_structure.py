@@ -94,6 +94,7 @@ WITHOUT_KERAS = (
     "evaluation.fidelity",
     "evaluation.heldout",
     "evaluation.judge",
+    "evaluation.likelihood.continuation_batches",
     "evaluation.metrics",
     "evaluation.resampling",
     "evaluation.suites",

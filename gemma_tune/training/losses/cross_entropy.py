@@ -18,6 +18,7 @@ from gemma_tune.training.losses.vocabulary_tiles import (
     backward_pass,
     forward_pass,
     gradient_in_hidden,
+    target_losses,
     weighted_sums,
 )
 
@@ -70,6 +71,35 @@ def fused_linear_cross_entropy(
     loss = _trained_head_loss if head_is_trained else _frozen_head_loss
     loss_sum, correct_sum = loss(soft_cap, tile, hidden, head, target_ids, weights.astype(jnp.float32))
     return LossSums(loss_sum, jnp.sum(weights, dtype=jnp.float32), lax.stop_gradient(correct_sum))
+
+
+class TargetScores(NamedTuple):
+    """Predictions of given tokens.
+
+    Attributes:
+        log_probs: [T] float32 log-probability of each target, in nats.
+        is_likeliest: [T] bool, whether no token is likelier than the target.
+    """
+
+    log_probs: jax.Array
+    is_likeliest: jax.Array
+
+
+def linear_target_scores(
+    hidden: jax.Array,
+    head: LMHead,
+    target_ids: jax.Array,
+    *,
+    soft_cap: float | None = None,
+    tile: int = VOCABULARY_TILE,
+) -> TargetScores:
+    """Returns the score of each target, not summed up and without a gradient.
+
+    Arguments as in `fused_linear_cross_entropy`.
+    """
+    running = forward_pass(soft_cap, tile, hidden, _WholeHead(head, target_ids), with_gradient=False)
+    losses, is_likeliest = target_losses(running)
+    return TargetScores(-losses, is_likeliest)
 
 
 class _WholeHead(NamedTuple):

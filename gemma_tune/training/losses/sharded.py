@@ -19,7 +19,7 @@ from gemma_tune.models.lm_head import LMHead, num_rows, slice_lm_head_rows, with
 from gemma_tune.models.sharding.layers import lookup_in_shard
 from gemma_tune.models.sharding.placement import BATCH_AXES, MeshSharding
 from gemma_tune.quantization.codes import Quantized, dequantize, slice_rows
-from gemma_tune.training.losses.cross_entropy import LossSums
+from gemma_tune.training.losses.cross_entropy import LossSums, TargetScores
 from gemma_tune.training.losses.target_positions import gather_targets
 from gemma_tune.training.losses.vocabulary_tiles import (
     VOCABULARY_TILE,
@@ -27,6 +27,7 @@ from gemma_tune.training.losses.vocabulary_tiles import (
     backward_pass,
     forward_pass,
     gradient_in_hidden,
+    target_losses,
     weighted_sums,
 )
 
@@ -104,6 +105,42 @@ def sharded_linear_cross_entropy(
     loss = _trained_head_loss if head_is_trained else _frozen_head_loss
     loss_sum, correct_sum = loss(plan, targets.hidden, head, targets.target_ids, targets.weights)
     return LossSums(loss_sum, jnp.sum(weights, dtype=jnp.float32), lax.stop_gradient(correct_sum))
+
+
+def sharded_target_scores(
+    sharding: MeshSharding,
+    hidden: jax.Array,
+    head: LMHead,
+    places: jax.Array,
+    target_ids: jax.Array,
+    *,
+    soft_cap: float | None = None,
+    tile: int = VOCABULARY_TILE,
+) -> TargetScores:
+    """Returns the score of each target on a mesh, as `linear_target_scores` does on one device.
+
+    Args:
+        sharding: Mesh sharding of the model.
+        hidden: [B, L, D] final hidden states.
+        head: [V, D] tied embedding, of any kind.
+        places: [P, T] int32 positions of the targets, for each of the P parts of the rows: row · L + position, with
+            rows counted from the first of the part.
+        target_ids: [P, T] int32.
+        soft_cap, tile: As in `fused_linear_cross_entropy`.
+
+    Returns:
+        TargetScores, [P, T].
+    """
+    head = with_dequantized_scales(head)
+    plan = _Plan(sharding.mesh, sharding.vocabulary_axes(num_rows(head)), soft_cap, tile)
+
+    def local(hidden: Any, head: Any, places: Any, target_ids: Any) -> TargetScores:
+        of_targets = hidden.reshape(-1, hidden.shape[-1])[places[0]]
+        losses, is_likeliest = target_losses(_forward_pass(plan, of_targets, head, target_ids[0], with_gradient=False))
+        return TargetScores(-losses[None], is_likeliest[None])
+
+    in_specs = (_BY_ROWS, plan.head_spec, _BY_ROWS, _BY_ROWS)
+    return plan.shard_map(local, in_specs, TargetScores(_BY_ROWS, _BY_ROWS), hidden, head, places, target_ids)
 
 
 class _HeadPart(NamedTuple):

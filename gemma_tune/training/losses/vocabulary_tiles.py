@@ -115,11 +115,15 @@ def tile_logits(soft_cap: float | None, rows: jax.Array, hidden: jax.Array) -> t
     return soft_cap * ratio, 1.0 - jnp.square(ratio)
 
 
+def target_losses(running: Running) -> tuple[jax.Array, jax.Array]:
+    """Returns the loss of each target, [T] float32 in nats, and whether the target is the likeliest token, [T] bool."""
+    return running.top + jnp.log(running.total) - running.target, running.target >= running.top
+
+
 def weighted_sums(running: Running, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the sum of the weighted losses, and the sum of the weights where the target is the likeliest token."""
-    losses = running.top + jnp.log(running.total) - running.target
-    correct = (running.target >= running.top).astype(jnp.float32)
-    return jnp.sum(losses * weights), jnp.sum(correct * weights)
+    losses, is_likeliest = target_losses(running)
+    return jnp.sum(losses * weights), jnp.sum(is_likeliest.astype(jnp.float32) * weights)
 
 
 def gradient_in_hidden(running: Running, target_rows: jax.Array, weights: jax.Array) -> jax.Array:

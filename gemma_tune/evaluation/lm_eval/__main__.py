@@ -1,0 +1,22 @@
+"""Runs lm-eval's own command line, in which `gemma_tune` is a model, and the default one."""
+
+import sys
+
+from gemma_tune.errors import GemmaTuneError
+from gemma_tune.evaluation.lm_eval.registered_model import lm_eval_class, with_default_model
+
+
+def main() -> None:
+    """Registers the model, and calls lm-eval."""
+    lm_eval_class()
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv[1:] = with_default_model(sys.argv[1:])
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GemmaTuneError as error:
+        sys.exit(f"error: {error}")
