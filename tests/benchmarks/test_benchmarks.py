@@ -209,3 +209,14 @@ def test_serving_tiny():
     assert set(result["figures"]) == {"float32", "int8", "keras_hub"}
     assert result["agreement"] and all(result["agreement"].values())
     assert all(row["tokens_per_second"] > 0 for row in result["figures"].values())
+
+
+@pytest.mark.nightly
+@pytest.mark.peers
+def test_lm_eval_tiny():
+    pytest.importorskip("lm_eval")
+    arguments = ("--model=tiny", "--questions=12", "--repeats=1", "--hf_batch_sizes=1,4")
+    result, _ = run("lm_eval", *arguments, code=None)  # A tiny model's time says nothing of a real one's.
+    assert set(result["figures"]) == {"ours", "hf, batch size 1", "hf, batch size 4"}
+    assert result["compared"]["other_choices_beyond_rounding"] == 0
+    assert result["compared"]["largest_difference_nats"] < 1e-2

@@ -76,14 +76,14 @@ def load_described(arguments: Mapping[str, Any]) -> keras.Model:
         raise ConfigError(
             f"quantize must be one of {', '.join(SCHEMES)}; got {scheme!r}.{did_you_mean(str(scheme), SCHEMES)}"
         )
-    size = {"block_size": int(arguments["block_size"])} if "block_size" in arguments else {}
+    quant_spec = QuantSpec(scheme) if scheme else None
+    if quant_spec and "block_size" in arguments:
+        quant_spec = quant_spec._replace(block_size=int(arguments["block_size"]))
     given = {name: arguments[name] for name in ("adapter", "precision", "seed") if name in arguments}
     # lm-eval cuts its arguments at commas. The scorer has a row for each device, whatever the mesh.
     mesh = str(arguments.get("mesh") or "").replace("+", ",")
     sharding = make_mesh_sharding(mesh, jax.device_count()) if mesh else None
-    return load_model(
-        str(arguments["source"]), quant_spec=QuantSpec(scheme, **size) if scheme else None, sharding=sharding, **given
-    )
+    return load_model(str(arguments["source"]), quant_spec=quant_spec, sharding=sharding, **given)
 
 
 def with_default_model(arguments: Sequence[str]) -> list[str]:

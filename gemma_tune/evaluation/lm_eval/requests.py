@@ -83,9 +83,9 @@ class ModelRequests:
         with _progress("log-likelihoods", len(requests), disable_tqdm) as advance:
             scores = self._scorer.score([(context, rest) for _, context, rest in requests], advance)
         answers = [(score.log_prob, score.is_greedy) for score in scores]
-        for (texts, _, _), answer in zip(requests, answers, strict=True):
-            if texts is not None:
-                self._remember("loglikelihood", texts, answer)
+        for request, answer in zip(requests, answers, strict=True):
+            if request[0] is not None:
+                self._remember("loglikelihood", request[0], answer)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:

@@ -134,13 +134,13 @@ def sharded_target_scores(
     head = with_dequantized_scales(head)
     plan = _Plan(sharding.mesh, sharding.vocabulary_axes(num_rows(head)), soft_cap, tile)
 
-    def local(hidden: Any, head: Any, places: Any, target_ids: Any) -> TargetScores:
+    def local(hidden: Any, head: Any, places: Any, target_ids: Any) -> tuple[jax.Array, jax.Array]:
         of_targets = hidden.reshape(-1, hidden.shape[-1])[places[0]]
         losses, is_likeliest = target_losses(_forward_pass(plan, of_targets, head, target_ids[0], with_gradient=False))
-        return TargetScores(-losses[None], is_likeliest[None])
+        return -losses[None], is_likeliest[None]
 
     in_specs = (_BY_ROWS, plan.head_spec, _BY_ROWS, _BY_ROWS)
-    return plan.shard_map(local, in_specs, TargetScores(_BY_ROWS, _BY_ROWS), hidden, head, places, target_ids)
+    return TargetScores(*plan.shard_map(local, in_specs, (_BY_ROWS, _BY_ROWS), hidden, head, places, target_ids))
 
 
 class _HeadPart(NamedTuple):
