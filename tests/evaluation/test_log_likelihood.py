@@ -57,6 +57,7 @@ def assert_equal_to_keras_hub(model, pairs, **arguments):
         assert abs(found.log_prob - log_prob) < TOLERANCE and found.is_greedy == is_greedy
 
 
+@pytest.mark.slow
 def test_equal_to_the_logits_of_keras_hub(tiny, rng):
     model = tiny()
     pairs = random_pairs(rng, [(5, 1), (30, 12), (1, 7), (17, 3)])
