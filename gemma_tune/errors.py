@@ -32,6 +32,10 @@ class TrainingError(GemmaTuneError, RuntimeError):
     """A run can't start, continue or be resumed."""
 
 
+class EvaluationError(GemmaTuneError, RuntimeError):
+    """A model doesn't reach what a suite demands."""
+
+
 class ServingError(GemmaTuneError, RuntimeError):
     """A request can't be answered."""
 

@@ -30,6 +30,7 @@ LAYERS = {
         ("training", "serving"),
         ("evaluation", "export", "planning"),
         ("pipeline",),
+        ("tuning",),
         ("cli",),
     ),
     "data": (
@@ -55,7 +56,6 @@ LAYERS = {
         ("shared_copy",),
     ),
     "training": (
-        ("moments",),
         ("losses", "optimizer", "batches", "prefetch", "guard", "state_shardings"),
         ("state",),
         ("step", "calibration"),
@@ -85,7 +85,6 @@ WITHOUT_KERAS = (
     "training.losses.cross_entropy",
     "training.losses.target_positions",
     "training.losses.vocabulary_tiles",
-    "training.moments",
     "training.optimizer",
     "training.batches",
     "serving.sampling",

@@ -1,7 +1,10 @@
 """Makes the HTML of reports: one file each, which loads nothing from elsewhere."""
 
+import difflib
 import html
 import io
+import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +19,19 @@ table.figures { width: auto; }
 .figures :is(th, td):not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; background: white; border-radius: .5rem; padding: .5rem; }
 figure svg { width: 100%; height: auto; }
-.answers td { width: 25%; overflow-wrap: anywhere; } details { margin-top: 1rem; }
+.answers td { width: 25%; overflow-wrap: anywhere; }
+ins, del { text-decoration: none; border-radius: .2rem; padding: 0 .1rem; }
+ins { background: #e8590c33; } del { background: #2b8a3e33; color: #8889; text-decoration: line-through; }
+.better { color: #2b8a3e; } .worse { color: #c92a2a; }
+.interval { opacity: .65; font-size: .85em; white-space: nowrap; }
+.scroll { overflow-x: auto; } abbr { text-decoration: none; border-bottom: 1px dotted; cursor: help; }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto; } th, td { padding: .35rem; }
+  table.answers, .answers :is(tbody, tr, td) { display: block; width: auto; }
+  .answers tr { border-bottom: 2px solid var(--line); padding: .6rem 0; } .answers tr:first-child { display: none; }
+  .answers td { border: 0; } .answers td::before { content: attr(data-label); display: block; font-weight: 600; }
+}
+details { margin-top: 1rem; }
 pre { background: var(--soft); padding: 1rem; overflow-x: auto; }
 """
 
@@ -41,11 +56,36 @@ def html_table(
         css_class: Class of the table: `figures` aligns all columns but the first to the right.
         has_labels: Whether the first cell of a row is its label.
     """
-    label = "th" if has_labels else "td"
     lines = ["".join(f"<th>{cell}</th>" for cell in header)] if header else []
-    lines += [f"<{label}>{first}</{label}>" + "".join(f"<td>{cell}</td>" for cell in rest) for first, *rest in rows]
+    for row in rows:
+        cells = [
+            f'<td data-label="{html.escape(label, quote=True)}">{cell}</td>' if label else f"<td>{cell}</td>"
+            for cell, label in itertools.zip_longest(row, header if css_class == "answers" else (), fillvalue="")
+        ]
+        if has_labels:
+            cells[0] = f"<th>{row[0]}</th>"
+        lines.append("".join(cells))
     opening = f"<table class={css_class}>" if css_class else "<table>"
-    return opening + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return f"<div class=scroll>{opening}" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+
+
+def coloured_difference(answer: str, reference: str) -> str:
+    """Returns an answer as HTML: words that the reference lacks are marked, and words that it lacks are struck out."""
+    ours, wanted = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (answer, reference))
+    parts = []
+    for kind, start, end, wanted_start, wanted_end in difflib.SequenceMatcher(None, ours, wanted, False).get_opcodes():
+        text, missing = (html.escape("".join(each)) for each in (ours[start:end], wanted[wanted_start:wanted_end]))
+        if kind == "equal" or not (text.strip() or missing.strip()):
+            parts.append(text)
+            continue
+        parts += [f"<ins>{text}</ins>" if text else "", f"<del>{missing}</del>" if missing.strip() else ""]
+    return "".join(parts)
+
+
+def figure_with_interval(value: float, low: float, high: float) -> str:
+    """Returns a figure and its interval as HTML, to three digits below 10 and to one above."""
+    digits = 3 if max(abs(value), abs(low), abs(high)) < 10 else 1
+    return f"{value:.{digits}f} <span class=interval>[{low:.{digits}f}, {high:.{digits}f}]</span>"
 
 
 def as_svg(figure: Any) -> str:

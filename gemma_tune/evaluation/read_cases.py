@@ -11,7 +11,7 @@ from gemma_tune.evaluation.case import EvalCase
 
 
 def read_cases(source: str, split: str = "train", on_error: str = "raise") -> list[EvalCase]:
-    """Reads the conversations of a source. A row without a wanted answer has the reference ''.
+    """Reads the conversations of a source; documents are left out. A row without a wanted answer has the reference ''.
 
     Args:
         source: Source of the data, as in `data.source`.
@@ -19,7 +19,7 @@ def read_cases(source: str, split: str = "train", on_error: str = "raise") -> li
         on_error: Treatment of unreadable rows: `raise` or `skip`.
 
     Raises:
-        DataError: The source doesn't exist, a row is unreadable, or there is no conversation in it.
+        DataError: The source doesn't exist, or a row is unreadable.
     """
     cases = []
 
@@ -35,8 +35,6 @@ def read_cases(source: str, split: str = "train", on_error: str = "raise") -> li
             continue
         if turns[0].role != "text":
             cases.append(_case(turns, row))
-    if not cases:
-        raise DataError(f"{source} has no questions to answer: documents and unreadable rows have none.")
     return cases
 
 

@@ -18,7 +18,7 @@ _NUM_RESAMPLES, _NUM_SWAPS = 2_000, 10_000
 _MAX_ELEMENTS = 4_000_000  # Of a matrix of resamples that is held at once: 32 MB.
 _SAME = 1e-12  # Two figures that differ by less are equal but for rounding.
 
-Figure = Callable[[np.ndarray], np.ndarray]
+_FigureOfSums = Callable[[np.ndarray], np.ndarray]
 
 
 class Interval(NamedTuple):
@@ -114,7 +114,7 @@ def compare_paired(
 
 
 def _counts(statistics: np.ndarray) -> np.ndarray:
-    return statistics.any(axis=1)
+    return np.asarray(statistics.any(axis=1))
 
 
 def _are_shares(statistics: np.ndarray) -> bool:
@@ -130,7 +130,7 @@ def _wilson(statistics: np.ndarray, confidence: float) -> Interval:
     return Interval(float(interval.low), float(interval.high))
 
 
-def _bootstrap(figure: Figure, statistics: np.ndarray, confidence: float, seed: int) -> Interval:
+def _bootstrap(figure: _FigureOfSums, statistics: np.ndarray, confidence: float, seed: int) -> Interval:
     """Returns the bias-corrected and accelerated bootstrap interval."""
     from scipy.special import ndtr, ndtri
 
@@ -156,7 +156,7 @@ def _bootstrap(figure: Figure, statistics: np.ndarray, confidence: float, seed: 
     return Interval(float(low), float(high))
 
 
-def _randomization_p_value(figure: Figure, first: np.ndarray, second: np.ndarray, seed: int) -> float:
+def _randomization_p_value(figure: _FigureOfSums, first: np.ndarray, second: np.ndarray, seed: int) -> float:
     """Returns the p-value of a difference: the share of random swaps whose difference is at least as large.
 
     Both the observed difference and the swapped ones count, so that p is never 0 (Phipson and Smyth 2010).

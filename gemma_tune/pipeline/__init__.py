@@ -4,26 +4,31 @@ Besides the command line, this is the only place that reads a Config.
 """
 
 from gemma_tune.pipeline.comparison import compare
+from gemma_tune.pipeline.evaluation import BASE, EvaluationOptions, evaluate_answers
 from gemma_tune.pipeline.merge import merge_model
 from gemma_tune.pipeline.ptq import QuantizationResult, quantize_model
-from gemma_tune.pipeline.scoring import Comparison, compare_with_base, evaluate
+from gemma_tune.pipeline.scoring import evaluate
 from gemma_tune.pipeline.setup import Setup, prepare_data, read_splits, set_up
+from gemma_tune.pipeline.suite_evaluation import SuiteResult, run_suite
 from gemma_tune.pipeline.training_result import RunResult, SampleAnswer
 from gemma_tune.pipeline.training_run import run_training, train
 
 __all__ = [
-    "Comparison",
+    "BASE",
+    "EvaluationOptions",
     "QuantizationResult",
     "RunResult",
     "SampleAnswer",
     "Setup",
+    "SuiteResult",
     "compare",
-    "compare_with_base",
     "evaluate",
+    "evaluate_answers",
     "merge_model",
     "prepare_data",
     "quantize_model",
     "read_splits",
+    "run_suite",
     "run_training",
     "set_up",
     "train",

@@ -1,21 +1,16 @@
-"""Held-out metrics of a model, and of a tuned model beside its base."""
+"""Computes held-out metrics of a model, and finds what a run held out."""
 
-import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from gemma_tune.config import Config
-from gemma_tune.data import Example, load_examples, template_for
+from gemma_tune.data import Example, template_for
 from gemma_tune.data.tokenize import tokenize_examples
 from gemma_tune.errors import TrainingError
 from gemma_tune.evaluation import evaluate_batches
 from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.family import family_of
-from gemma_tune.models.functional import assign, parameters
-from gemma_tune.models.layers import lora_layers
-from gemma_tune.models.load import load_configured, load_model
-from gemma_tune.models.lora.enable import neutral_lora_values
+from gemma_tune.models.functional import parameters
 from gemma_tune.models.restored_layers import restored_layers
 from gemma_tune.models.sharding.layers import enable_mesh_sharding
 from gemma_tune.models.sharding.placement import mesh_sharding_of
@@ -56,54 +51,6 @@ def evaluate(
         if sharding:
             enable_mesh_sharding(model.backbone, sharding)
         return evaluate_batches(lambda batch: step(groups.trainable, groups.frozen, batch), scored)
-
-
-@dataclasses.dataclass
-class Comparison:
-    """Held-out metrics of a tuned model and its base.
-
-    Attributes:
-        data_source: Name of the data.
-        num_examples: Number of examples.
-        base: Metrics of the base.
-        tuned: Metrics of the tuned model; empty if nothing is tuned.
-    """
-
-    data_source: str
-    num_examples: int
-    base: dict[str, float]
-    tuned: dict[str, float]
-
-
-def compare_with_base(config: Config, adapter: str, data_is_given: bool) -> Comparison:
-    """Scores `config.model.source`, with an adapter if one is named, and its base.
-
-    Args:
-        config: Settings: model, data, length and batch size.
-        adapter: Path of a LoRA adapter, or ''.
-        data_is_given: Whether `config.data` is scored. False: for the workdir of a run, what that run held out.
-    """
-    source = config.model.source
-    run = run_config(source)
-    examples: Sequence[Example]
-    if run and not data_is_given:
-        examples, data_source = heldout_of_run(run)
-    else:
-        data_source = config.data.source
-        examples = load_examples(data_source, config.data.split, config.data.on_error)
-    model = load_configured(config, adapter)
-    score = functools.partial(
-        evaluate, examples=examples, max_length=config.data.max_length, batch_size=config.training.batch_size
-    )
-    if lora_layers(model.backbone):
-        tuned = score(model)
-        assign(model, neutral_lora_values(model.backbone))
-        return Comparison(data_source, len(examples), score(model), tuned)
-    if run:
-        sharding = mesh_sharding_of(model.backbone)
-        base = load_model(run.model.source, precision=config.model.precision, seed=run.seed, sharding=sharding)
-        return Comparison(data_source, len(examples), score(base), score(model))
-    return Comparison(data_source, len(examples), score(model), {})
 
 
 def run_config(source: str) -> Config | None:

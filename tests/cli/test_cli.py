@@ -336,23 +336,6 @@ def test_a_folder_with_other_things_is_not_used(call, write, tmp_path):
     assert (tmp_path / "w" / "thesis.txt").read_text() == "important"
 
 
-def test_eval(call, trained, questions):
-    result = json.loads(call("eval", f"--model={trained}", "--json")[1])
-    saved = json.loads((trained / "result.json").read_text())
-    assert result["num_examples"] == 66
-    assert result["tuned"]["loss"] == pytest.approx(saved["heldout_after"]["loss"], rel=1e-4)
-    assert result["base"]["loss"] == pytest.approx(saved["heldout_before"]["loss"], rel=1e-4)
-    with_adapter = json.loads(
-        call(
-            "eval", "--model=tiny", f"--adapter={trained}/adapter", "--data=sample:smartphone_support/heldout", "--json"
-        )[1]
-    )
-    assert with_adapter["tuned"]["loss"] == pytest.approx(result["tuned"]["loss"], rel=1e-5)
-    code, out, _ = call("eval", f"--model={trained}", f"--data={questions}")
-    assert code == 0 and "30 examples" in out and "base model" in out
-    assert not json.loads(call("eval", "--model=tiny", f"--data={questions}", "--json")[1])["tuned"]
-
-
 def test_generate(call, trained, write, monkeypatch):
     code, out, _ = call("generate", f"--model={trained}", "--max_new_tokens=4", "How do I reset it?")
     assert code == 0 and out.strip()

@@ -10,6 +10,7 @@ import pytest
 import gemma_tune
 from gemma_tune.data import load_examples
 from gemma_tune.evaluation.answers import word_f1, words
+from gemma_tune.evaluation.metrics.choice import METRICS
 from gemma_tune.evaluation.suites.check_suite import PartAnswers, check_suite
 from gemma_tune.evaluation.suites.load_suite import load_suite, shipped_suites
 
@@ -27,7 +28,7 @@ NUM_ROWS = {
 
 @pytest.fixture(scope="module")
 def metrics():
-    return pytest.importorskip("gemma_tune.evaluation.metrics.choice").METRICS
+    return METRICS
 
 
 @pytest.fixture(scope="module")
