@@ -1,0 +1,125 @@
+"""Writes what a search has found: the best settings as a config file, all trials as CSV, and a report."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_tune.config import Config
+from gemma_tune.runtime.atomic_files import write_text
+from gemma_tune.runtime.shell import gemma_tune_command
+from gemma_tune.settings import flatten
+from gemma_tune.tuning.report import search_report
+from gemma_tune.tuning.study import METRICS, PROBLEM, STEPS, Search, best_trials
+from gemma_tune.tuning.trials import SLOT, attempts_by_slot
+
+BEST, REPORT, TRIALS = "best.py", "report.html", "trials.csv"
+
+
+def write_results(search: Search, study: Any) -> dict[str, Any]:
+    """Writes `best.py`, `trials.csv` and `report.html` into the workdir, and returns the findings as plain values.
+
+    Raises:
+        TrainingError: No trial was finished.
+    """
+    rows = trial_rows(search, study)
+    write_text(search.workdir / TRIALS, _csv(rows))
+    best = best_trials(study)
+    for index, trial in enumerate(best):
+        name = BEST if not index else f"best_{index + 1}.py"
+        write_text(search.workdir / name, config_file(best_config(search, trial), _origin(search, trial)))
+    write_text(search.workdir / REPORT, search_report(search, study))
+    goals = [goal.name for goal in search.settings.goals]
+    return {
+        "workdir": str(search.workdir),
+        "metrics": goals,
+        "best": [
+            {
+                "trial": trial.user_attrs[SLOT],
+                "values": dict(zip(goals, trial.values, strict=True)),
+                "params": trial.params,
+            }
+            for trial in best
+        ],
+        "trials": rows,
+    }
+
+
+def best_config(search: Search, trial: Any) -> Config:
+    """Returns the Config of a trial with a workdir of its own, to train with."""
+    config = search.config_of(trial.params, trial.user_attrs[SLOT])
+    return config.replace({"workdir": str(search.workdir / "best")})
+
+
+def train_command(search: Search) -> str:
+    """Returns the command that trains with the best settings."""
+    return gemma_tune_command("train", config=search.workdir / BEST)
+
+
+def trial_rows(search: Search, study: Any) -> list[dict[str, Any]]:
+    """Returns a row for each trial: its number, state, metrics, steps, seconds and searched settings."""
+    rows = []
+    for slot, trial in attempts_by_slot(study).items():
+        metrics: Mapping[str, float] = trial.user_attrs.get(METRICS, {})
+        rows.append(
+            {
+                "trial": slot,
+                "state": state_of(trial),
+                **{goal.name: value for goal, value in zip(search.settings.goals, _values(trial), strict=False)},
+                "num_steps": trial.user_attrs.get(STEPS, 0),
+                "seconds": round(trial.duration.total_seconds(), 3) if trial.duration else None,
+                **{setting.path: trial.params.get(setting.path) for setting in search.space.settings},
+                **{f"metrics.{name}": value for name, value in sorted(metrics.items())},
+                "problem": trial.user_attrs.get(PROBLEM, ""),
+            }
+        )
+    return rows
+
+
+def state_of(trial: Any) -> str:
+    """Returns the state of a trial in a word or two."""
+    if problem := trial.user_attrs.get(PROBLEM, ""):
+        return "too large" if "by plan" in problem else "failed"
+    return {"COMPLETE": "done", "WAITING": "waiting"}.get(trial.state.name, trial.state.name.lower())
+
+
+def _values(trial: Any) -> list[float]:
+    """Returns the values of a trial; of a pruned one, that of its last evaluation."""
+    return list(trial.values or [])
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def config_file(config: Config, origin: str) -> str:
+    """Returns a config file, as in `configs/`, that makes a Config. It names only what differs from the defaults.
+
+    Args:
+        config: Settings of the run.
+        origin: Sentence that says where they come from.
+    """
+    defaults = flatten(Config().to_dict())
+    changed = {path: value for path, value in flatten(config.to_dict()).items() if value != defaults[path]}
+    lines = "".join(f"            {path!r}: {_literal(value)},\n" for path, value in changed.items())
+    return (
+        f'"""{origin}"""\n\nfrom gemma_tune import Config\n\n\n'
+        f"def get_config() -> Config:\n    return Config().replace(\n        {{\n{lines}        }}\n    )\n"
+    )
+
+
+def _literal(value: Any) -> str:
+    return repr(value) if not isinstance(value, float) or math.isfinite(value) else f"float({str(value)!r})"
+
+
+def _origin(search: Search, trial: Any) -> str:
+    figures = ", ".join(
+        f"{goal.name} {value:.5g}" for goal, value in zip(search.settings.goals, trial.values, strict=True)
+    )
+    return f"Settings of trial {trial.user_attrs[SLOT]} of a search: {figures}."
