@@ -17,6 +17,10 @@ ON_BAD_STEP = ("stop", "skip")
 REMAT = ("none", "dots", "full")
 PROGRAMS = ("auto", "whole", "per_block")
 ATTENTION = ("auto", "xla", "cudnn", "splash", "keras")
+# Held-out figures that need no answers, and whether higher ones are better.
+HELDOUT_FIGURES = {"loss": False, "perplexity": False, "token_accuracy": True}
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
+REPORT_ARTIFACTS = ("report", "adapter")
 MAX_TOP_K = 1024  # Sampling sorts no more tokens than these: sorting the vocabulary takes longer than the model.
 
 
@@ -70,6 +74,10 @@ def _check_choices(config: Any) -> None:
     _one_of("training.remat", training.remat, REMAT)
     _one_of("training.program", training.program, PROGRAMS)
     _one_of("training.attention", training.attention, ATTENTION)
+    for name in training.report_to:
+        _one_of("training.report_to", name, TRACKERS)
+    for name in training.report_artifacts:
+        _one_of("training.report_artifacts", name, REPORT_ARTIFACTS)
 
 
 def _check_ranges(config: Any) -> None:
@@ -85,7 +93,7 @@ def _check_ranges(config: Any) -> None:
     for name in ("num_epochs", "batch_size", "grad_accum_steps", "log_every_steps", "keep_last"):
         _at_least(f"training.{name}", getattr(training, name), 1)
     for name in ("num_train_steps", "eval_every_steps", "checkpoint_every_steps", "early_stopping_patience",
-                 "num_sample_answers", "num_scored_answers"):  # fmt: skip
+                 "num_sample_answers", "num_scored_answers", "num_eval_answers"):  # fmt: skip
         _at_least(f"training.{name}", getattr(training, name), 0)
     if training.loss_spike_factor and not training.loss_spike_factor > 1:
         raise ConfigError(f"training.loss_spike_factor must be 0 or above 1, got {training.loss_spike_factor}.")
@@ -141,7 +149,17 @@ def _check_combinations(config: Any) -> None:
         )
     if training.early_stopping_patience and not training.eval_every_steps:
         raise ConfigError("training.early_stopping_patience needs training.eval_every_steps above 0, got 0.")
+    _check_eval_metrics(training)
     _check_mesh(training)
+
+
+def _check_eval_metrics(training: Any) -> None:
+    """Checks what can be checked without the metrics themselves; their names are checked when a run begins."""
+    if not training.best_by:
+        raise ConfigError("training.best_by must name a held-out metric, such as loss or f1; got none.")
+    of_answers = [name for name in (*training.eval_metrics, training.best_by) if name not in HELDOUT_FIGURES]
+    if of_answers and not training.num_eval_answers:
+        raise ConfigError(f"The metric {of_answers[0]} needs answers: set training.num_eval_answers above 0, got 0.")
 
 
 def _check_mesh(training: Any) -> None:

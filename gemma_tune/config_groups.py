@@ -147,9 +147,17 @@ class TrainingConfig:
         checkpoint_every_steps: Number of steps between checkpoints, which are also written at the end, on Ctrl-C and on
             SIGTERM; 0: only there.
         keep_last: Number of checkpoints to keep besides the best one.
-        early_stopping_patience: Number of evaluations without a better held-out loss after which training stops; 0:
-            never.
-        log_every_steps: Number of steps between lines in `metrics.jsonl` and TensorBoard.
+        eval_metrics: Metrics of answers to held-out questions that each evaluation computes besides the loss, such as
+            `f1` (gemma_tune/evaluation/metrics).
+        num_eval_answers: Number of held-out questions that are answered for them, the same ones each time.
+        best_by: Held-out metric whose best value says which step's weights are saved: `loss`, `perplexity`,
+            `token_accuracy`, or a metric of answers.
+        early_stopping_patience: Number of evaluations without a better value of `best_by` after which training stops;
+            0: never.
+        log_every_steps: Number of steps between lines in `metrics.jsonl` and in trackers.
+        report_to: Trackers of metrics: `tensorboard` (files in the workdir), `mlflow`, `wandb`, `trackio`.
+        report_artifacts: Files that trackers get at the end: `report` (`report.html`, which shows questions and
+            answers), `adapter`. TensorBoard takes none.
         on_bad_step: What happens when a step's loss or gradients are not finite, or its loss is a spike: `stop`, or
             `skip`, which leaves its update out. Its examples are written to `bad_steps.jsonl`.
         loss_spike_factor: Multiple of the usual loss from which a loss is a spike; 0: none is.
@@ -170,8 +178,13 @@ class TrainingConfig:
     eval_every_steps: int = 50
     checkpoint_every_steps: int = 50
     keep_last: int = 2
+    eval_metrics: tuple[str, ...] = ()
+    num_eval_answers: int = 20
+    best_by: str = "loss"
     early_stopping_patience: int = 0
     log_every_steps: int = 1
+    report_to: tuple[str, ...] = ("tensorboard",)
+    report_artifacts: tuple[str, ...] = ("report",)
     on_bad_step: str = "stop"
     loss_spike_factor: float = 0.0
     num_sample_answers: int = 5

@@ -60,6 +60,8 @@ def slices_table(evaluation: Evaluation, column: str) -> Table:
 def worst_answers_table(evaluation: Evaluation) -> Table | None:
     """Returns the table of the worst answers that differ from the wanted ones; None if there are none."""
     answers = evaluation.model.answers
+    if not any(answers):
+        return None
     rows = [row for row in evaluation.worst_rows() if answers[row] != evaluation.cases[row].reference][:_MAX_WORST]
     if not rows or not any(evaluation.cases[row].reference for row in rows):
         return None
@@ -73,15 +75,13 @@ def worst_answers_table(evaluation: Evaluation) -> Table | None:
 
 
 def figure_text(figure: Figure) -> str:
-    """Returns a figure with its interval, such as `0.812 [0.731, 0.884]`."""
+    """Returns a figure with its interval, such as `0.812 [0.73, 0.88]`; in two lines where there is no room for one."""
     if math.isnan(figure.value):
         return "–"
+    digits = 3 if abs(figure.value) < 10 else 1
+    text = f"{figure.value:.{digits}f}"
     low, high = figure.interval
-    return f"{_number(figure.value)} [{_number(low)}, {_number(high)}]"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return text if math.isnan(low) else f"{text} [{low:.{digits - 1}f},\u00a0{high:.{digits - 1}f}]"
 
 
 def _comparison_texts(metric: Metric, found: PairedComparison | None) -> Sequence[str | Text]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from gemma_tune.cli.verb import Flag
 from gemma_tune.config import Config
-from gemma_tune.config_checks import METHODS, PRECISIONS
+from gemma_tune.config_checks import METHODS, PRECISIONS, TRACKERS
 from gemma_tune.errors import ConfigError
 from gemma_tune.quantization.spec import SCHEMES
 from gemma_tune.settings import flatten
@@ -82,6 +82,15 @@ _SETTING_FLAGS = {
             "training.batch_size",
             "Number of rows of --max_length tokens in a step. Short examples share a row.",
         ),
+        "eval_metrics": (
+            "training.eval_metrics",
+            "Metrics of answers to held-out questions at each evaluation, such as f1,rougeL.",
+        ),
+        "best_by": (
+            "training.best_by",
+            "Held-out metric that says which step is the best: loss, token_accuracy, or a metric of answers such as "
+            "f1.",
+        ),
     },
     "Devices": {
         "mesh": (
@@ -106,6 +115,10 @@ _SETTING_FLAGS = {
     },
     "Output": {
         "workdir": ("workdir", "Folder of the run. The same command on the same folder resumes it."),
+        "report_to": (
+            "training.report_to",
+            f"Trackers of metrics, with commas between: {', '.join(TRACKERS)}. metrics.jsonl is always written.",
+        ),
     },
     "General": {
         "seed": ("seed", "Random seed."),

@@ -4,14 +4,16 @@ import difflib
 import html
 import io
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
+_LEAST_IN_COMMON = 0.5  # Ratio of words, from which a difference can be read word by word.
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { border-bottom: 1px solid var(--line); padding: .45rem .6rem; text-align: left; vertical-align: top; }
 th { font-weight: 600; }
@@ -70,21 +72,27 @@ def html_table(
 
 
 def coloured_difference(answer: str, reference: str) -> str:
-    """Returns an answer as HTML: words that the reference lacks are marked, and words that it lacks are struck out."""
-    ours, wanted = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (answer, reference))
+    """Returns an answer as HTML: its words that the reference lacks are marked, and those that it lacks are struck out.
+
+    An answer with less than half in common is another one: it is marked as a whole.
+    """
+    ours, wanted = (re.findall(r"\s*(?:\w+|[^\w\s])", text) for text in (answer, reference))
+    matcher = difflib.SequenceMatcher(None, ours, wanted, False)
+    if matcher.ratio() < _LEAST_IN_COMMON:
+        return f"<ins>{html.escape(answer)}</ins>"
     parts = []
-    for kind, start, end, wanted_start, wanted_end in difflib.SequenceMatcher(None, ours, wanted, False).get_opcodes():
+    for kind, start, end, wanted_start, wanted_end in matcher.get_opcodes():
         text, missing = (html.escape("".join(each)) for each in (ours[start:end], wanted[wanted_start:wanted_end]))
-        if kind == "equal" or not (text.strip() or missing.strip()):
-            parts.append(text)
-            continue
-        parts += [f"<ins>{text}</ins>" if text else "", f"<del>{missing}</del>" if missing.strip() else ""]
+        parts += [text] if kind == "equal" else [f"<ins>{text}</ins>" if text else ""]
+        parts += [f"<del>{missing}</del>"] if kind != "equal" and missing else []
     return "".join(parts)
 
 
 def figure_with_interval(value: float, low: float, high: float) -> str:
-    """Returns a figure and its interval as HTML, to three digits below 10 and to one above."""
-    digits = 3 if max(abs(value), abs(low), abs(high)) < 10 else 1
+    """Returns a figure and its interval, if there is one, as HTML: to three digits below 10, to one above."""
+    digits = 3 if abs(value) < 10 else 1
+    if math.isnan(low):
+        return f"{value:.{digits}f}"
     return f"{value:.{digits}f} <span class=interval>[{low:.{digits}f}, {high:.{digits}f}]</span>"
 
 

@@ -25,7 +25,7 @@ class Interval(NamedTuple):
     """Confidence interval of a figure.
 
     Attributes:
-        low, high: Its ends; NaN without a row that counts.
+        low, high: Its ends; NaN with fewer than two rows that count, of which nothing can be said.
     """
 
     low: float
@@ -72,7 +72,7 @@ def confidence_interval(
         seed: Random seed of the resamples.
     """
     counted = statistics[_counts(statistics)]
-    if not len(counted):
+    if len(counted) < 2:
         return Interval(np.nan, np.nan)
     if metric.figure is ratio_of_sums and _are_shares(counted):
         return _wilson(counted, confidence)

@@ -17,6 +17,13 @@ from gemma_tune.evaluation.case import EvalCase
 from gemma_tune.evaluation.judge.grading import judge_metric
 from gemma_tune.evaluation.judge.judge import Judge
 from gemma_tune.evaluation.judge.pairwise import judge_pairs
+from gemma_tune.evaluation.likelihood.multiple_choice import (
+    CHOICE_ACCURACY,
+    CHOICE_ACCURACY_PER_BYTE,
+    CHOICE_METRICS,
+    choice_statistics,
+    has_choices,
+)
 from gemma_tune.evaluation.metrics.choice import choose_metrics
 from gemma_tune.evaluation.metrics.metric import Metric
 from gemma_tune.evaluation.read_cases import cases_of, read_cases
@@ -36,6 +43,10 @@ from gemma_tune.serving.generation import generate
 
 BASE, TUNED, NO_OTHER = "base model", "tuned model", "none"
 _BATCH = 8
+_CHOICE_METRICS = {
+    CHOICE_ACCURACY: "share of questions whose likeliest choice is the right one",
+    CHOICE_ACCURACY_PER_BYTE: "share of questions whose likeliest choice per byte is the right one",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +104,7 @@ def evaluate_answers(
     run = None if data_is_given else run_config(config.model.source)
     cases, examples, source = _data_of_run(run) if run else _given_data(config)
     chosen = choose_cases(cases, options.num_questions, config.seed)
-    metrics, left_out = choose_metrics(options.metrics, options.metric_functions, chosen) if chosen else ([], {})
+    metrics, left_out = _metrics_of(options, chosen)
     questions = _Questions(chosen, examples, metrics)
     evaluation = Evaluation(source, chosen, metrics, [], options.slice_columns, left_out)
     models: list[EvaluatedModel] = []
@@ -102,6 +113,21 @@ def evaluate_answers(
         del model  # Before the next one is loaded.
     evaluation = dataclasses.replace(evaluation, models=models)
     return _judged(evaluation, options.judge) if options.judge else evaluation
+
+
+def _metrics_of(options: EvaluationOptions, cases: Sequence[EvalCase]) -> tuple[list[Metric], dict[str, str]]:
+    """Returns the metrics of answers and of choices, and what was left out. Questions with choices need no answers."""
+    of_choices = [Metric(name, text, _no_statistics) for name, text in _CHOICE_METRICS.items()]
+    num_choices = sum(map(has_choices, cases))
+    is_asked = bool(options.metrics or options.metric_functions)
+    if not cases or (num_choices == len(cases) and not is_asked):
+        return of_choices[: len(of_choices) if cases else 0], {}
+    of_answers, left_out = choose_metrics(options.metrics, options.metric_functions, cases)
+    return [*(of_choices if num_choices else []), *of_answers], left_out
+
+
+def _no_statistics(cases: Sequence[EvalCase], answers: Sequence[str]) -> np.ndarray:
+    raise NotImplementedError("Choices are scored by their log-likelihoods, not by answers.")
 
 
 def _judged(evaluation: Evaluation, judge: Judge) -> Evaluation:
@@ -189,11 +215,17 @@ def _evaluated(name: str, model: keras.Model, questions: _Questions, config: Con
                 max_length=config.data.max_length,
                 batch_size=config.training.batch_size,
             )
-    start = time.perf_counter()
-    with progress.track_progress(f"{name}: answered questions", len(questions.cases)) as advance:
-        answers = answer_cases(model, questions.cases, config, advance)
+    statistics: dict[str, np.ndarray] = {}
+    of_answers = [metric for metric in questions.metrics if metric.name not in CHOICE_METRICS]
+    if len(of_answers) < len(questions.metrics):
+        with progress.track_progress(f"{name}: scored choices") as advance:
+            statistics = choice_statistics(model, questions.cases, advance=advance)
+    answers, start = [""] * len(questions.cases), time.perf_counter()
+    if of_answers:
+        with progress.track_progress(f"{name}: answered questions", len(questions.cases)) as advance:
+            answers = answer_cases(model, questions.cases, config, advance)
     seconds = time.perf_counter() - start
-    statistics = {metric.name: metric.statistics(questions.cases, answers) for metric in questions.metrics}
+    statistics |= {metric.name: metric.statistics(questions.cases, answers) for metric in of_answers}
     return EvaluatedModel(name, answers, heldout, statistics, seconds)
 
 

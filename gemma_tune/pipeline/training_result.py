@@ -39,8 +39,10 @@ class RunResult:
         num_steps: Number of steps.
         best_step: Step whose weights were saved.
         num_skipped_steps: Number of steps without an update: float16 couldn't hold their gradients, or they were bad.
+        best_by: Held-out metric by which that step is the best.
         before: Held-out metrics before training; empty if nothing is held out.
         after: Held-out metrics of the best step; empty if nothing is held out.
+        intervals: Value, low and high of the metrics of answers, `before` and `after` training.
         samples: Held-out questions with the answers before and after training.
         scores: Scores of the answers to held-out questions.
     """
@@ -53,8 +55,10 @@ class RunResult:
     num_steps: int
     best_step: int
     num_skipped_steps: int
+    best_by: str
     before: dict[str, float]
     after: dict[str, float]
+    intervals: dict[str, dict[str, dict[str, float]]]
     samples: list[SampleAnswer]
     scores: list[AnswerScore]
 
@@ -65,10 +69,12 @@ class RunResult:
             "saved_to": str(self.saved_to),
             "num_steps": self.num_steps,
             "best_step": self.best_step,
+            "best_by": self.best_by,
             "num_skipped_steps": self.num_skipped_steps,
             "num_trainable_parameters": self.num_trainable,
             "heldout_before": self.before,
             "heldout_after": self.after,
+            "heldout_intervals": self.intervals,
             "num_answers_scored": len(self.scores),
             "num_answers_right": sum(score.is_right for score in self.scores),
             "mean_answer_f1": sum(score.f1 for score in self.scores) / len(self.scores) if self.scores else None,

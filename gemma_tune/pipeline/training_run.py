@@ -1,16 +1,26 @@
 """One training run, from its Config to a tuned model: the pipeline's steps in order."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma_tune.config import Config
 from gemma_tune.evaluation import score_answers
 from gemma_tune.evaluation.run_report import write_report
-from gemma_tune.models.functional import assign, gather_to_host
+from gemma_tune.models.functional import Params, assign, gather_to_host
 from gemma_tune.models.lora.adapter import save_adapter
 from gemma_tune.models.preset import save_preset
 from gemma_tune.pipeline.heldout_answers import answer_questions, base_answers, questions_to_answer, write_samples
+from gemma_tune.pipeline.heldout_metrics import (
+    HeldoutQuestions,
+    answer_greedily,
+    best_is_highest,
+    figures_with_intervals,
+    heldout_questions,
+    read_step_answers,
+    write_step_answers,
+)
 from gemma_tune.pipeline.setup import Setup, read_splits, set_up
 from gemma_tune.pipeline.training_result import RunResult, SampleAnswer
 from gemma_tune.runtime import progress
@@ -61,13 +71,15 @@ def run_training(config: Config) -> RunResult:
     with raise_in_all_processes():
         if is_primary():
             check_workdir(config)  # Before anything that takes long.
-    setup = set_up(config, read_splits(config))
+    splits = read_splits(config)
+    questions = heldout_questions(config, splits)  # Checks the metrics before a model is loaded.
+    setup = set_up(config, splits)
     _describe(setup)
     with raise_on_lost_process(), open_workdir(config, setup.data_key) as workdir:
         if workdir.changed:
             _warn(f"Changed since the run was last saved: {'; '.join(workdir.changed)}.")
         samples = base_answers(setup, workdir.path)
-        return _finish(setup, workdir.path, _train(setup, workdir), samples)
+        return _finish(setup, workdir.path, _train(setup, workdir, questions), samples, questions)
 
 
 def _describe(setup: Setup) -> None:
@@ -84,7 +96,7 @@ def _warn(text: str) -> None:
     progress.console.print(text, style="yellow", markup=False)
 
 
-def _train(setup: Setup, workdir: OpenWorkdir) -> _Trained:
+def _train(setup: Setup, workdir: OpenWorkdir, questions: HeldoutQuestions | None) -> _Trained:
     """Runs the loop from the workdir's newest checkpoint on."""
     training, path = setup.config.training, workdir.path
     reporter, folder = progress.ProgressReporter(), workdir.checkpoints
@@ -106,11 +118,14 @@ def _train(setup: Setup, workdir: OpenWorkdir) -> _Trained:
                 training.early_stopping_patience,
                 training.log_every_steps,
                 training.on_bad_step == "skip",
+                training.best_by,
+                best_is_highest(training.best_by),
             ),
             checkpoints=checkpoints,
             metrics=metrics,
             reporter=reporter,
             origins=setup.origins,
+            evaluate_answers=questions and _answer_evaluation(setup, questions, path, reporter.on_problem),
         )
         try:
             state, best = loop.run(state, best)
@@ -121,7 +136,26 @@ def _train(setup: Setup, workdir: OpenWorkdir) -> _Trained:
     return _Trained(state, metrics.rows)
 
 
-def _finish(setup: Setup, workdir: Path, trained: _Trained, samples: list[SampleAnswer]) -> RunResult:
+def _answer_evaluation(
+    setup: Setup, questions: HeldoutQuestions, workdir: Path, on_problem: Callable[[str], None]
+) -> Callable[[int, Params, Callable[[], None]], dict[str, float]]:
+    """Returns a function that answers the questions with a step's weights, keeps the answers, and returns figures."""
+
+    def evaluate_step(step: int, trainable: Params, before_each: Callable[[], None]) -> dict[str, float]:
+        params = {**trainable, **setup.frozen}
+        answers = answer_greedily(setup.model, questions.cases, setup.config.generation, params, before_each)
+        try:
+            write_step_answers(workdir, step, questions.rows(answers))
+        except OSError as error:
+            on_problem(f"The answers of step {step} can't be written to {workdir}: {error.strerror or error}.")
+        return questions.figures(answers)
+
+    return evaluate_step
+
+
+def _finish(
+    setup: Setup, workdir: Path, trained: _Trained, samples: list[SampleAnswer], asked: HeldoutQuestions | None
+) -> RunResult:
     """Saves the trained weights, answers held-out questions with them, and writes result and report."""
     step = int(trained.state.step)
     assign(setup.model, trained.state.trainable)
@@ -142,6 +176,11 @@ def _finish(setup: Setup, workdir: Path, trained: _Trained, samples: list[Sample
         num_skipped_steps=max([row.get("num_skipped_steps", 0) for row in trained.metrics], default=0),
         before=_heldout_metrics(trained.metrics, 0),
         after=_heldout_metrics(trained.metrics, step),
+        best_by=setup.config.training.best_by,
+        intervals={
+            name: figures_with_intervals(asked, read_step_answers(workdir, at)) if asked else {}
+            for name, at in (("before", 0), ("after", step))
+        },
         samples=samples,
         scores=score_answers(answers[: len(questions)], [example.answer for example in questions]),
     )

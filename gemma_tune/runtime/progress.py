@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 _SECONDS_BETWEEN_LINES = 15.0
 _SECONDS_BEFORE_A_BAR = 1.0  # Shorter work needs none.
+_HELDOUT = ("loss", "perplexity", "token_accuracy", "num_tokens")  # Others are metrics of answers.
 
 # Everything except results goes to stderr, so that stdout can be piped.
 console = Console(stderr=True, highlight=False)
@@ -54,10 +55,11 @@ class ProgressReporter:
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Prints the metrics on held-out data."""
         when = "before training" if step == 0 else f"after step {step}"
-        self._heldout = f"  held-out {values['loss']:.3f}"
+        others = "".join(f", {name} {value:.3f}" for name, value in values.items() if name not in _HELDOUT)
+        self._heldout = f"  held-out {values['loss']:.3f}{others}"
         console.print(
             f"held-out {when}: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}, token accuracy "
-            f"{values['token_accuracy']:.1%}"
+            f"{values['token_accuracy']:.1%}{others}"
         )
 
     def on_problem(self, message: str) -> None:

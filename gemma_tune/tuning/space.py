@@ -100,7 +100,8 @@ class Space:
 
     def first_values(self, base: Config) -> dict[str, Any]:
         """Returns the searched values of the first trial: those of `base`, moved into the ranges where outside."""
-        values, first = base_values(base), {}
+        values = base_values(base)
+        first: dict[str, Any] = {}
         for setting in self.settings:
             if setting.applies(values | first):
                 first[setting.path] = setting.nearest(values[setting.path])

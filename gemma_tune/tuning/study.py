@@ -182,7 +182,8 @@ def _next_trial(search: Search, study: Any, worker: str) -> Any:
 def _run_trial(search: Search, study: Any, trial: Any, runner: _Runner, on_event: Callable[[TrialEvent], None]) -> None:
     """Runs a trial and tells the study how it ended."""
     optuna, goals, slot = optuna_module(), search.settings.goals, trial.user_attrs[SLOT]
-    pruned, last = optuna.trial.TrialState.PRUNED, (0, None)
+    pruned = optuna.trial.TrialState.PRUNED
+    last: tuple[int, float | None] = (0, None)
 
     def report(state: str, step: int, value: float | None) -> None:
         on_event(TrialEvent(slot, trial.params, step, value, state))

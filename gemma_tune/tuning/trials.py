@@ -69,7 +69,7 @@ def suggest(trial: Any, space: Space, base: Config) -> dict[str, Any]:
     from gemma_tune.tuning.space import base_values
 
     values = base_values(base)
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for setting in space.settings:
         if not setting.applies(values | chosen):
             continue

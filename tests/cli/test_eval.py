@@ -80,6 +80,19 @@ def test_questions_without_wanted_answers_and_documents(evaluated, write):
     assert result["num_examples"] == 0 and result["base"]["loss"] > 0
 
 
+@pytest.mark.slow
+def test_questions_with_choices_are_scored_by_likelihood(evaluated, write):
+    rows = [
+        {"question": f"Which one, {i}?", "choices": ["this", "that one", "neither"], "answer": i % 3} for i in range(6)
+    ]
+    data = write("choices.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    (model,) = evaluated("--model=tiny", f"--data={data}")["models"]
+    assert set(model["metrics"]) == {"choice_accuracy", "choice_accuracy_per_byte"} and "loss" not in model
+    assert model["metrics"]["choice_accuracy"]["num_rows"] == 6
+    (model,) = evaluated("--model=tiny", f"--data={data}", "--metrics=length_words")["models"]
+    assert set(model["metrics"]) == {"choice_accuracy", "choice_accuracy_per_byte", "length_words"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -1,12 +1,15 @@
 """Held-out figures and answer scores by their definitions."""
 
+import html
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from gemma_tune.evaluation import evaluate_batches, score_answers, word_f1
+from gemma_tune.evaluation.html_report import coloured_difference
 
 
 def test_every_token_counts_once():
@@ -52,3 +55,14 @@ def test_right_is_the_own_answer_rather_than_any_other():
     assert [score.is_right for score in scores] == [True, False, False, True]
     assert [score.is_exact for score in scores] == [True, False, False, True]
     assert score_answers([], []) == []
+
+
+def test_a_difference_is_coloured_word_by_word():
+    """Without the marked words and with the struck ones, the text is the wanted answer."""
+    answer, wanted = "Hold Power for <3> seconds, then let go.", "Hold Power for 12 seconds, then let it go."
+    found = coloured_difference(answer, wanted)
+    assert "<3>" not in found and "<ins> &lt;3&gt;</ins><del> 12</del>" in found
+    assert html.unescape(re.sub(r"<ins>.*?</ins>|</?del>", "", found)) == wanted
+    assert html.unescape(re.sub(r"<del>.*?</del>|</?ins>", "", found)) == answer
+    assert coloured_difference(wanted, wanted) == wanted
+    assert coloured_difference("Something else & more", wanted) == "<ins>Something else &amp; more</ins>"

@@ -20,7 +20,8 @@ def test_figures_leave_out_rows_that_do_not_count():
     assert figure_of(MEAN, rows) == 0.5
     np.testing.assert_equal(row_figures(MEAN, rows), [1.0, np.nan, 0.0, 0.5])
     assert np.isnan(figure_of(MEAN, mean_statistics([None])))
-    assert np.isnan(confidence_interval(MEAN, mean_statistics([None, None]))).all()
+    for few in ([None, None], [0.5, None]):
+        assert np.isnan(confidence_interval(MEAN, mean_statistics(few))).all()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,10 +1,12 @@
 """The loop around a step that is simple enough to foresee."""
 
+import dataclasses
 import math
 import os
 import signal
 import threading
 import time
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,7 @@ def test_it_steps_evaluates_and_saves_when_due(tmp_path):
     assert int(state.step) == 10 and float(state.trainable["w"][0]) == 10
     assert loop.reporter.steps == list(range(1, 11))
     assert [step for step, _ in loop.reporter.evaluations] == [0, 2, 4, 6, 8, 10]
-    assert progress == Progress(best_loss=0.0, best_step=10, num_bad_evals=0)
+    assert progress == Progress(best_value=0.0, best_step=10, num_bad_evals=0)
     assert checkpoints.steps == [9, 10]
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
@@ -150,3 +152,74 @@ def test_the_share_of_waiting_for_input_is_a_metric(tmp_path):
     for row in rows:
         assert 0 <= row["input_wait_share"] <= 1
         assert row["input_wait_share"] == pytest.approx(row["input_wait_seconds"] / row["step_seconds"])
+
+
+def with_answers(loop, figure):
+    """Makes a loop choose the best step by `figure(w)`, a metric of answers of which more is better."""
+    loop.evaluate_answers = lambda step, trainable, before_each: {"f1": figure(float(trainable["w"][0]))}
+    loop.settings = dataclasses.replace(loop.settings, best_by="f1", is_higher_better=True)
+    return loop
+
+
+def test_the_best_step_by_answers_is_another_one_than_by_loss(tmp_path):
+    """The loss is lowest at step 4, and answers are best at step 8."""
+    best = {}
+    for name in ("loss", "f1"):
+        loop, checkpoints = make_loop(tmp_path / name, heldout=lambda w: abs(w - 4))
+        if name == "f1":
+            with_answers(loop, lambda w: 1 - abs(w - 8) / 10)
+        _, progress = loop.run(fresh_state(), Progress())
+        best[name] = (progress.best_step, progress.best_value)
+        assert progress.best_step in checkpoints.steps
+    assert best == {"loss": (4, 0.0), "f1": (8, 1.0)}
+    rows = [row for row in read_metrics(tmp_path / "f1") if "heldout_loss" in row]
+    assert [row["heldout_f1"] for row in rows] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.8])
+
+
+def test_early_stopping_by_answers(tmp_path):
+    """The loss falls to the end; answers are best at step 4, and the third worse evaluation ends the run."""
+    loop, _ = make_loop(tmp_path, num_steps=100, heldout=lambda w: 100 - w, settings=(2, 0, 3, 1))
+    state, progress = with_answers(loop, lambda w: -abs(w - 4)).run(fresh_state(), Progress())
+    assert int(state.step) == 10 and progress == Progress(0.0, 4, 3)
+
+
+def test_an_evaluation_without_a_figure_is_never_the_best(tmp_path):
+    loop, _ = make_loop(tmp_path, heldout=lambda w: 10 - w)
+    with_answers(loop, lambda w: 0.5)
+    loop.evaluate_answers = lambda step, trainable, before_each: {} if step in (0, 10) else {"f1": -1.0 / step}
+    _, progress = loop.run(fresh_state(), Progress())
+    assert progress.best_step == 8
+
+
+def test_resuming_by_answers_ends_as_if_it_had_never_stopped(tmp_path):
+    def run(folder, stops_at):
+        def send(step):
+            if step == stops_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return 0.5
+
+        loop, checkpoints = make_loop(folder, heldout=lambda w: 10 - w, on_step=send)
+        return with_answers(loop, lambda w: -abs(w - 4)), checkpoints
+
+    wanted = run(tmp_path / "whole", None)[0].run(fresh_state(), Progress())[1]
+    loop, checkpoints = run(tmp_path / "stopped", 6)
+    with pytest.raises(Interrupted):
+        loop.run(fresh_state(), Progress())
+    found = run(tmp_path / "stopped", None)[0].run(*checkpoints.restore(fresh_state()))[1]
+    assert found == wanted == Progress(0.0, 4, 3)
+
+
+def test_a_checkpoint_of_an_earlier_version_still_resumes(tmp_path):
+    """It calls the best value `best_loss`, which was None before there was one."""
+
+    class EarlierProgress(NamedTuple):
+        best_loss: float | None
+        best_step: int
+        num_bad_evals: int
+        pending_evaluation: bool
+
+    with Checkpoints(tmp_path / "checkpoints", 2) as checkpoints:
+        for step, progress in ((1, EarlierProgress(None, -1, 0, False)), (2, EarlierProgress(0.25, 2, 1, True))):
+            checkpoints.save(fresh_state()._replace(step=jnp.int32(step)), progress)
+        assert checkpoints.restore(fresh_state(), 1)[1] == Progress()
+        assert checkpoints.restore(fresh_state(), 2)[1] == Progress(0.25, 2, 1, True)

@@ -14,6 +14,7 @@ from gemma_tune.serving.prompt_encoder import PromptEncoder, prompt_encoder_of
 
 CHOICE_ACCURACY, CHOICE_ACCURACY_PER_BYTE = "choice_accuracy", "choice_accuracy_per_byte"
 PROMPT_STYLES = ("chat", "plain")
+CHOICE_METRICS = (CHOICE_ACCURACY, CHOICE_ACCURACY_PER_BYTE)
 _LETTERS = "ABCDEFGHIJ"
 _ANSWERS = ("answer", "answerKey", "label")
 
@@ -98,9 +99,7 @@ def choice_statistics(
     encode = _chat_pairs if prompt_style == "chat" else _plain_pairs
     pairs = [pair for question in questions.values() for pair in encode(encoder, question)]
     scores = iter(log_likelihoods(model, pairs, max_length=max_length, advance=advance))
-    right: dict[str, list[float | None]] = {
-        name: [None] * len(cases) for name in (CHOICE_ACCURACY, CHOICE_ACCURACY_PER_BYTE)
-    }
+    right: dict[str, list[float | None]] = {name: [None] * len(cases) for name in CHOICE_METRICS}
     for row, question in questions.items():
         log_probs = np.array([next(scores).log_prob for _ in question.choices])
         num_bytes = np.array([len(choice.encode()) for choice in question.choices])

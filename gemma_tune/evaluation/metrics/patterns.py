@@ -107,7 +107,7 @@ def _without_columns(*names: str) -> Callable[[Sequence[EvalCase]], str]:
     return problem
 
 
-PATTERN_METRICS = (
+PATTERN_METRICS: tuple[Metric, ...] = (
     Metric("regex", "share of answers in which their row's regular expression is found", _matching,
            problem=_without_columns(*REGEX_COLUMNS)),
     Metric("contains", f"share of answers with all texts of the column {WANTED_COLUMN}", _containing,

@@ -1,10 +1,8 @@
 """What a checkpoint holds besides settings and versions: the training state, and the progress of the run."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from gemma_tune.training.state import TrainState
 
@@ -13,13 +11,13 @@ class Progress(NamedTuple):
     """What a run knows besides its state. The position in the data follows from the step.
 
     Attributes:
-        best_loss: Lowest held-out loss so far; inf if there is none yet.
-        best_step: Step of the lowest held-out loss; -1 if there is none yet.
+        best_value: Best held-out value so far of the metric that `training.best_by` names; None if there is none yet.
+        best_step: Step of the best value; -1 if there is none yet.
         num_bad_evals: Number of evaluations since then.
         pending_evaluation: Whether the run was stopped in this step's evaluation.
     """
 
-    best_loss: float = math.inf
+    best_value: float | None = None
     best_step: int = -1
     num_bad_evals: int = 0
     pending_evaluation: bool = False
@@ -37,14 +35,7 @@ def state_from_tree(tree: dict[str, Any], like: TrainState) -> TrainState:
     return jax.tree_util.tree_unflatten(structure, [tree[jax.tree_util.keystr(path)] for path, _ in paths])
 
 
-def progress_to_json(progress: Progress) -> dict[str, Any]:
-    """Returns plain values for a JSON file, which knows no infinity."""
-    values = progress._asdict()
-    values["best_loss"] = None if np.isinf(progress.best_loss) else progress.best_loss
-    return values
-
-
 def progress_from_json(values: dict[str, Any]) -> Progress:
-    """Returns the progress that `progress_to_json` made these values of."""
-    best_loss = values["best_loss"]
-    return Progress(**{**values, "best_loss": math.inf if best_loss is None else best_loss})
+    """Returns the progress whose fields are in a checkpoint. Earlier versions knew only the loss as what is best."""
+    renamed = {"best_loss": "best_value"}
+    return Progress(**{renamed.get(name, name): value for name, value in values.items()})

@@ -7,7 +7,6 @@ processes write one checkpoint together, in the background, and only Orbax knows
 
 import contextlib
 import logging
-import math
 import shutil
 import sys
 import threading
@@ -24,7 +23,6 @@ from gemma_tune.runtime.processes import barrier, is_distributed, is_primary, ra
 from gemma_tune.training.run.checkpoint_content import (
     Progress,
     progress_from_json,
-    progress_to_json,
     state_from_tree,
     state_to_tree,
 )
@@ -95,7 +93,7 @@ class Checkpoints:
         self._best_step = progress.best_step
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state_to_tree(state)),
-            progress=ocp.args.JsonSave(progress_to_json(progress)),
+            progress=ocp.args.JsonSave(progress._asdict()),
             about=ocp.args.JsonSave(self._about),
         )
         self._pending, self._failed_step = step, None
@@ -150,7 +148,7 @@ class Checkpoints:
             self._on_problem(
                 f"The best checkpoint, of step {progress.best_step}, is lost. The best one from here on counts."
             )
-            progress = progress._replace(best_loss=math.inf, best_step=-1)
+            progress = progress._replace(best_value=None, best_step=-1)
         self._best_step = progress.best_step
         return state, progress
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import optax
@@ -45,9 +45,11 @@ class LoopSettings:
     Attributes:
         eval_every_steps: Steps between evaluations.
         checkpoint_every_steps: Steps between checkpoints.
-        early_stopping_patience: Number of evaluations without a new best loss that end the run; 0: none do.
+        early_stopping_patience: Number of evaluations without a new best value that end the run; 0: none do.
         log_every_steps: Steps between rows of metrics.
         skips_bad_steps: Whether bad steps are skipped. If not, the first one ends the run.
+        best_by: Held-out metric that says which step is the best.
+        is_higher_better: Whether its highest value is the best.
     """
 
     eval_every_steps: int
@@ -55,6 +57,8 @@ class LoopSettings:
     early_stopping_patience: int
     log_every_steps: int
     skips_bad_steps: bool = False
+    best_by: str = "loss"
+    is_higher_better: bool = False
 
 
 @dataclasses.dataclass
@@ -74,6 +78,8 @@ class Loop:
         reporter: Shows progress and problems.
         origins: Function of a step, counted from 0, that returns where its examples come from, such as
             `support.jsonl:17`.
+        evaluate_answers: Function of the step, the trained weights, and of a function to be called between batches,
+            which may raise. Returns further held-out metrics, of generated answers. None if there are none.
     """
 
     train_step: TrainStep
@@ -86,6 +92,7 @@ class Loop:
     metrics: MetricsWriter
     reporter: Reporter
     origins: Callable[[int], list[str]] = lambda step: []
+    evaluate_answers: Callable[[int, Params, Callable[[], None]], dict[str, float]] | None = None
 
     def run(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
         """Trains from `state.step` to the last step.
@@ -138,6 +145,11 @@ class Loop:
             what += f"; it could not be saved. Good checkpoints: {good}"
         return Interrupted(f"{what}. Run the same command again to go on.", signal_number)
 
+    def _is_better(self, value: float, best: float | None) -> bool:
+        if not math.isfinite(value) or best is None:
+            return math.isfinite(value)
+        return value > best if self.settings.is_higher_better else value < best
+
     def _is_exhausted(self, progress: Progress) -> bool:
         patience = self.settings.early_stopping_patience
         return bool(patience) and progress.num_bad_evals >= patience
@@ -187,7 +199,7 @@ class Loop:
         raise TrainingError(stop_message(step, problem, state, examples, self.checkpoints.steps))
 
     def _evaluate(self, state: TrainState, progress: Progress, interrupts: Interrupts) -> Progress:
-        """Evaluates, and returns the progress with the held-out loss in it.
+        """Evaluates, and returns the progress with the result in it.
 
         Raises:
             Interrupted: A signal came. The state was saved, and will be evaluated when the run is resumed.
@@ -196,6 +208,8 @@ class Loop:
         step = int(state.step)
         try:
             values = self.evaluate(state.trainable, interrupts.check)
+            if self.evaluate_answers:
+                values = {**values, **self.evaluate_answers(step, state.trainable, interrupts.check)}
         except StopRequested:
             raise self._interrupted(state, progress._replace(pending_evaluation=True), interrupts.received) from None
         if state.loss_scale and not math.isfinite(values["loss"]):
@@ -203,10 +217,10 @@ class Loop:
         self.metrics.write(step, **{f"heldout_{name}": value for name, value in values.items()})
         self.reporter.on_evaluation(step, values)
         self._clock = time.perf_counter()  # Evaluation doesn't count as a slow step.
-        loss: Any = values["loss"]
+        value = values.get(self.settings.best_by, math.nan)  # A metric has no value where it can't judge any answer.
         was_pending = progress.pending_evaluation
-        if loss < progress.best_loss:
-            progress = Progress(loss, step, 0)
+        if self._is_better(value, progress.best_value):
+            progress = Progress(value, step, 0)
         else:
             progress = progress._replace(num_bad_evals=progress.num_bad_evals + 1, pending_evaluation=False)
         if was_pending:

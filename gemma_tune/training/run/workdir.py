@@ -19,7 +19,7 @@ from gemma_tune.settings import flatten
 from gemma_tune.training.run.checkpoint_folder import read_about
 
 CONFIG_FILE, VERSIONS_FILE = "config.json", "versions.json"
-CHECKPOINTS, ADAPTER, MODEL = "checkpoints", "adapter", "model"
+CHECKPOINTS, ADAPTER, MODEL, ANSWERS = "checkpoints", "adapter", "model", "answers"
 # Settings that don't change what a run has computed so far.
 _MAY_CHANGE = {
     "workdir",
@@ -30,9 +30,12 @@ _MAY_CHANGE = {
     "training.mesh",
     "training.num_sample_answers",
     "training.num_scored_answers",
+    "training.eval_metrics",
+    "training.report_to",
+    "training.report_artifacts",
 }
 _ADVICE = "Make room, and run the same command again to resume from the last checkpoint. Or choose another --workdir."
-_LEFT_BEHIND = ("metrics.jsonl", "samples.json", "bad_steps.jsonl")
+_LEFT_BEHIND = ("metrics.jsonl", "samples.json", "bad_steps.jsonl", "trackers.json")
 _PACKAGES = ("gemma-tune", "keras", "keras-hub", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -114,7 +117,8 @@ def _open_primary(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
             if before is None:
                 for name in _LEFT_BEHIND:
                     (workdir / name).unlink(missing_ok=True)
-                shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
+                for folder in (ANSWERS, "tensorboard"):
+                    shutil.rmtree(workdir / folder, ignore_errors=True)
             else:
                 _check_same(config, before, workdir)  # Another process may have begun a run since.
             write_json(workdir / CONFIG_FILE, about["config"])

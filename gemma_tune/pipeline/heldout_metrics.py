@@ -1,0 +1,191 @@
+"""Metrics of the answers that a model gives to the same held-out questions at each evaluation of its training."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_tune.config import Config, GenerationConfig
+from gemma_tune.config_checks import HELDOUT_FIGURES
+from gemma_tune.data import Splits
+from gemma_tune.data.sources.readers import heldout_of, read_rows
+from gemma_tune.errors import ConfigError, did_you_mean
+from gemma_tune.evaluation import choose_questions
+from gemma_tune.evaluation.case import EvalCase
+from gemma_tune.evaluation.metrics.choice import METRICS, choose_metrics
+from gemma_tune.evaluation.metrics.metric import Metric
+from gemma_tune.evaluation.read_cases import cases_of
+from gemma_tune.evaluation.resampling import confidence_interval, figure_of, row_figures
+from gemma_tune.models.functional import Params
+from gemma_tune.runtime.atomic_files import write_lines
+from gemma_tune.runtime.backend import keras
+from gemma_tune.serving.generation import generate
+from gemma_tune.training.run.workdir import ANSWERS
+
+_BATCH = 8  # Answers between two looks for a signal.
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldoutQuestions:
+    """Held-out questions, and the metrics of the answers to them.
+
+    Attributes:
+        cases: The questions.
+        metrics: The metrics.
+    """
+
+    cases: Sequence[EvalCase]
+    metrics: Sequence[Metric]
+
+    def figures(self, answers: Sequence[str]) -> dict[str, float]:
+        """Returns the figure of each metric; those that can't judge any of the answers are left out."""
+        figures = {metric.name: figure_of(metric, metric.statistics(self.cases, answers)) for metric in self.metrics}
+        return {name: figure for name, figure in figures.items() if math.isfinite(figure)}
+
+    def rows(self, answers: Sequence[str]) -> list[dict[str, Any]]:
+        """Returns the question, the wanted answer, the answer and its scores, for each answer."""
+        scores = {
+            metric.name: row_figures(metric, metric.statistics(self.cases, answers)).tolist() for metric in self.metrics
+        }
+        return [
+            {
+                "origin": case.origin,
+                "question": case.question,
+                "reference": case.reference,
+                "answer": answer,
+                **{name: values[row] for name, values in scores.items() if math.isfinite(values[row])},
+            }
+            for row, (case, answer) in enumerate(zip(self.cases, answers, strict=True))
+        ]
+
+
+def answer_metric_names(config: Config) -> list[str]:
+    """Returns the names of the metrics of answers that a run computes, each once."""
+    names = (*config.training.eval_metrics, config.training.best_by)
+    return [name for name in dict.fromkeys(names) if name not in HELDOUT_FIGURES]
+
+
+def best_is_highest(best_by: str) -> bool:
+    """Returns whether the highest value of a held-out metric is the best.
+
+    Raises:
+        ConfigError: There is no such metric, or neither direction of it is better.
+    """
+    if best_by in HELDOUT_FIGURES:
+        return HELDOUT_FIGURES[best_by]
+    if best_by not in METRICS:
+        known = [*HELDOUT_FIGURES, *METRICS]
+        raise ConfigError(
+            f"training.best_by must be one of {', '.join(known)}; got {best_by!r}.{did_you_mean(best_by, known)}"
+        )
+    is_higher_better = METRICS[best_by].is_higher_better
+    if is_higher_better is None:
+        raise ConfigError(
+            f"training.best_by={best_by} can't say which step is the best: neither more nor less of it is better."
+        )
+    return is_higher_better
+
+
+def heldout_questions(config: Config, splits: Splits) -> HeldoutQuestions | None:
+    """Returns the questions that are answered at each evaluation; None if no metric of answers is chosen.
+
+    Args:
+        config: Settings of the run.
+        splits: Its data.
+
+    Raises:
+        ConfigError: A metric is unknown or doesn't suit the data, or no question is held out.
+    """
+    training = config.training
+    best_is_highest(training.best_by)
+    names = answer_metric_names(config)
+    if not names:
+        return None
+    chosen = choose_questions(splits.heldout, training.num_eval_answers, config.seed)
+    if not chosen:
+        raise ConfigError(f"The metric {names[0]} needs answers to held-out questions, but no question is held out.")
+    data = config.data
+    source = data.eval_source or ("" if data.eval_split else heldout_of(data.source)) or data.source
+    cases = cases_of(chosen, read_rows(source, data.eval_split or data.split, lambda error: None))
+    metrics, _ = choose_metrics(names, (), cases)
+    return HeldoutQuestions(cases, metrics)
+
+
+def answer_greedily(
+    model: keras.Model,
+    cases: Sequence[EvalCase],
+    generation: GenerationConfig,
+    params: Params,
+    before_each: Callable[[], None],
+) -> list[str]:
+    """Returns the answers of a model in training, of which each token is the most likely one.
+
+    Args:
+        model: CausalLM. The programs that generate are compiled at the first call and kept.
+        cases: The questions. Those of similar length are answered together.
+        generation: Settings, of which those of sampling are not used.
+        params: Arrays to use in place of the model's own.
+        before_each: Called before each batch of questions; may raise to stop.
+    """
+    answers = np.empty(len(cases), object)
+    lengths = [sum(len(turn.content) for turn in case.prompt) for case in cases]
+    order = sorted(range(len(cases)), key=lengths.__getitem__)
+    for start in range(0, len(order), _BATCH):
+        before_each()
+        numbers = order[start : start + _BATCH]
+        answers[numbers] = generate(
+            model,
+            [cases[number].prompt for number in numbers],
+            max_new_tokens=generation.max_new_tokens,
+            repetition_penalty=generation.repetition_penalty,
+            params=params,
+        )
+    return list(answers)
+
+
+def write_step_answers(workdir: Path, step: int, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the answers of one evaluation to `answers/step_000050.jsonl`.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    path = _answers_file(workdir, step)
+    path.parent.mkdir(exist_ok=True)
+    write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+def read_step_answers(workdir: Path, step: int) -> list[str]:
+    """Returns the answers of one evaluation; none if they can't be read."""
+    try:
+        lines = _answers_file(workdir, step).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["answer"] for line in lines]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def saved_answer_steps(workdir: Path) -> list[int]:
+    """Returns the steps whose answers were written, in order."""
+    return sorted(int(path.stem.removeprefix("step_")) for path in (workdir / ANSWERS).glob("step_*.jsonl"))
+
+
+def figures_with_intervals(questions: HeldoutQuestions, answers: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Returns value, low and high of each metric's figure and confidence interval; nothing without all answers."""
+    if len(answers) != len(questions.cases):
+        return {}
+    figures = questions.figures(answers)
+    return {
+        metric.name: {
+            "value": figures[metric.name],
+            **confidence_interval(metric, metric.statistics(questions.cases, answers))._asdict(),
+        }
+        for metric in questions.metrics
+        if metric.name in figures
+    }
+
+
+def _answers_file(workdir: Path, step: int) -> Path:
+    return workdir / ANSWERS / f"step_{step:06d}.jsonl"
