@@ -17,7 +17,7 @@ _METRICS = (
 
 
 def metrics_table(title: str, models: Mapping[str, Mapping[str, float]]) -> Table:
-    """Returns loss, perplexity and token accuracy of models side by side.
+    """Returns loss, perplexity, token accuracy and metrics of answers of models side by side.
 
     Args:
         title: Title of the table.
@@ -26,6 +26,10 @@ def metrics_table(title: str, models: Mapping[str, Mapping[str, float]]) -> Tabl
     table = make_table(title, "", *models)
     for name, label, style in _METRICS:
         table.add_row(label, *(format(metrics[name], style) for metrics in models.values()))
+    known = [name for name, _, _ in _METRICS] + ["num_tokens"]
+    others = dict.fromkeys(name for metrics in models.values() for name in metrics if name not in known)
+    for name in others:
+        table.add_row(name, *(f"{metrics[name]:.3f}" if name in metrics else "–" for metrics in models.values()))
     return table
 
 
@@ -36,6 +40,8 @@ def show_run_result(result: RunResult, output: Output) -> None:
         console.print(metrics_table("Held-out questions", {"base model": result.before, "tuned model": result.after}))
     if result.samples:
         console.print(_answers(result))
+    if result.best_by != "loss":
+        console.print(f"The saved weights are those of step {result.best_step}, the best by {result.best_by}.")
     if result.scores:
         right = sum(score.is_right for score in result.scores)
         console.print(

@@ -22,7 +22,7 @@ from gemma_tune.evaluation.read_cases import cases_of
 from gemma_tune.evaluation.resampling import confidence_interval, figure_of, row_figures
 from gemma_tune.models.functional import Params
 from gemma_tune.runtime.atomic_files import write_lines
-from gemma_tune.runtime.backend import keras
+from gemma_tune.runtime.backend import jax, keras
 from gemma_tune.serving.generation import generate
 from gemma_tune.training.run.workdir import ANSWERS
 
@@ -131,6 +131,8 @@ def answer_greedily(
         params: Arrays to use in place of the model's own.
         before_each: Called before each batch of questions; may raise to stop.
     """
+    # Committed to their devices, as the results of steps are: else the first evaluation would be compiled apart.
+    params = {path: jax.device_put(value, value.sharding) for path, value in params.items()}
     answers = np.empty(len(cases), object)
     lengths = [sum(len(turn.content) for turn in case.prompt) for case in cases]
     order = sorted(range(len(cases)), key=lengths.__getitem__)

@@ -125,7 +125,7 @@ def _train(setup: Setup, workdir: OpenWorkdir, questions: HeldoutQuestions | Non
             metrics=metrics,
             reporter=reporter,
             origins=setup.origins,
-            evaluate_answers=questions and _answer_evaluation(setup, questions, path, reporter.on_problem),
+            evaluate_answers=_answer_evaluation(setup, questions, path, reporter.on_problem) if questions else None,
         )
         try:
             state, best = loop.run(state, best)
