@@ -60,15 +60,17 @@ def run_suite(config: Config, adapter: str, source: str, against: str = "") -> S
     names: list[str] = []
     answers: list[dict[str, _Answers]] = []
     for name, model in load_models(config, adapter, other):
+        parts = [part for part in suite.parts if part.must_not_regress] if names else suite.parts
         names.append(name)
         is_timed = not answers
-        with progress.track_progress(f"{name}: answered questions", len(suite.cases)) as advance:
-            answers.append({part.name: _answer(model, part, config, is_timed, advance) for part in suite.parts})
+        with progress.track_progress(f"{name}: answered questions", sum(len(part.cases) for part in parts)) as advance:
+            answers.append({part.name: _answer(model, part, config, is_timed, advance) for part in parts})
         del model  # Before the next one is loaded.
+    other_answers = answers[1] if len(answers) > 1 else {}
     results = {
         part.name: PartAnswers(
             answers[0][part.name].texts,
-            answers[1][part.name].texts if len(answers) > 1 else None,
+            other_answers[part.name].texts if part.name in other_answers else None,
             answers[0][part.name].seconds,
         )
         for part in suite.parts
