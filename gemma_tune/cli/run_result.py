@@ -57,7 +57,10 @@ def show_run_result(result: RunResult, output: Output) -> None:
     for path, what in (
         (result.saved_to.relative_to(result.workdir), "the trained weights"),
         ("report.html", "curves, metrics and answers, for a browser"),
-        ("metrics.jsonl, tensorboard/", "metrics of every step"),
+        (
+            f"metrics.jsonl{', tensorboard/' if (result.workdir / 'tensorboard').exists() else ''}",
+            "metrics of every step",
+        ),
         ("checkpoints/", "for resuming the run"),
     ):
         console.print(f"  {path!s:<30}{what}", markup=False)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gemma_tune.config import Config
 from gemma_tune.evaluation import score_answers
-from gemma_tune.evaluation.run_report import write_report
+from gemma_tune.evaluation.run_report import REPORT_FILE, write_report
 from gemma_tune.models.functional import Params, assign, gather_to_host
 from gemma_tune.models.lora.adapter import save_adapter
 from gemma_tune.models.preset import save_preset
@@ -31,6 +31,8 @@ from gemma_tune.training.run.checkpoint_content import Progress
 from gemma_tune.training.run.checkpoints import Checkpoints
 from gemma_tune.training.run.loop import Loop, LoopSettings
 from gemma_tune.training.run.metrics import MetricsWriter
+from gemma_tune.training.run.trackers.follower import Followers
+from gemma_tune.training.run.trackers.tracker import TrackedRun, find_trackers
 from gemma_tune.training.run.workdir import ADAPTER, MODEL, OpenWorkdir, check_workdir, open_workdir
 from gemma_tune.training.state import TrainState
 
@@ -69,6 +71,7 @@ def train(config: Config) -> keras.Model:
 def run_training(config: Config) -> RunResult:
     """Fine-tunes a model as `train` does, and returns the metrics too."""
     with raise_in_all_processes():
+        openers = find_trackers(config.training.report_to) if is_primary() else {}
         if is_primary():
             check_workdir(config)  # Before anything that takes long.
     splits = read_splits(config)
@@ -79,7 +82,12 @@ def run_training(config: Config) -> RunResult:
         if workdir.changed:
             _warn(f"Changed since the run was last saved: {'; '.join(workdir.changed)}.")
         samples = base_answers(setup, workdir.path)
-        return _finish(setup, workdir.path, _train(setup, workdir, questions), samples, questions)
+        run = TrackedRun(Path(config.workdir).resolve().name, workdir.path, config.to_dict())
+        with Followers(openers, run, _warn) as trackers:
+            trained = _train(setup, workdir, questions, trackers)
+            result = _finish(setup, workdir.path, trained, samples, questions)
+            trackers.add_files(_artifacts(config, result))
+        return result
 
 
 def _describe(setup: Setup) -> None:
@@ -96,7 +104,7 @@ def _warn(text: str) -> None:
     progress.console.print(text, style="yellow", markup=False)
 
 
-def _train(setup: Setup, workdir: OpenWorkdir, questions: HeldoutQuestions | None) -> _Trained:
+def _train(setup: Setup, workdir: OpenWorkdir, questions: HeldoutQuestions | None, trackers: Followers) -> _Trained:
     """Runs the loop from the workdir's newest checkpoint on."""
     training, path = setup.config.training, workdir.path
     reporter, folder = progress.ProgressReporter(), workdir.checkpoints
@@ -105,7 +113,14 @@ def _train(setup: Setup, workdir: OpenWorkdir, questions: HeldoutQuestions | Non
         if checkpoints.steps:
             state, best = checkpoints.restore(state)
             progress.console.print(f"Resuming from the checkpoint of step {int(state.step)} in {path}.", markup=False)
-        metrics = MetricsWriter(path, int(state.step), reporter.on_problem)
+        metrics = MetricsWriter(
+            path,
+            int(state.step),
+            reporter.on_problem,
+            writes_events="tensorboard" in training.report_to,
+            on_row=trackers.wake,
+        )
+        trackers.follow(metrics.rows)
         loop = Loop(
             train_step=setup.train_step,
             frozen=setup.frozen,
@@ -188,6 +203,13 @@ def _finish(
     write_json(workdir / _RESULT_FILE, result.to_dict())
     write_report(workdir, setup.config.to_dict(), result.to_dict(), trained.metrics)
     return result
+
+
+def _artifacts(config: Config, result: RunResult) -> list[Path]:
+    """Returns the files that trackers get: only those that are asked for."""
+    wanted = config.training.report_artifacts
+    report = [result.workdir / REPORT_FILE] if "report" in wanted else []
+    return report + ([result.workdir / ADAPTER] if "adapter" in wanted and config.training.method != "full" else [])
 
 
 def _save(setup: Setup, workdir: Path) -> Path:

@@ -1,15 +1,14 @@
-"""Writes a run's metrics to `metrics.jsonl` and as TensorBoard events, and reads them."""
+"""Writes a run's metrics to `metrics.jsonl` and, if wanted, as TensorBoard events; and reads them."""
 
 import contextlib
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.runtime.atomic_files import write_text
-from gemma_tune.runtime.imports import hide_packages
+from gemma_tune.training.run.trackers.tensorboard import TensorBoardEvents
 
 METRICS_FILE, BAD_STEPS_FILE = "metrics.jsonl", "bad_steps.jsonl"
 
@@ -25,17 +24,27 @@ class MetricsWriter:
         workdir: Folder of the run.
         resumed_step: Step at which the run is resumed; 0 at its beginning.
         on_problem: Called with a message when a row can't be written and the one before could.
+        writes_events: Whether TensorBoard events are written too.
+        on_row: Called after each row.
 
     Attributes:
         rows: All rows of the run so far, whether they could be written or not.
     """
 
-    def __init__(self, workdir: Path, resumed_step: int, on_problem: Callable[[str], None] = lambda message: None):
-        self._path, self._on_problem = workdir / METRICS_FILE, on_problem
+    def __init__(
+        self,
+        workdir: Path,
+        resumed_step: int,
+        on_problem: Callable[[str], None] = lambda message: None,
+        *,
+        writes_events: bool = True,
+        on_row: Callable[[], None] = lambda: None,
+    ):
+        self._path, self._on_problem, self._on_row = workdir / METRICS_FILE, on_problem, on_row
         self.rows = [row for row in read_metrics(workdir) if row["step"] <= resumed_step] if resumed_step else []
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._waiting: list[bytes] = []
-        self._events = _Events(workdir / "tensorboard", resumed_step)
+        self._events = TensorBoardEvents(workdir / "tensorboard", resumed_step) if writes_events else None
 
     def write(self, step: int, **values: float) -> None:
         """Writes one row: a step and its named values."""
@@ -45,12 +54,14 @@ class MetricsWriter:
         self._waiting.append((json.dumps(row) + "\n").encode())
         try:
             self._append()
-            self._events.write(step, values)
+            if self._events:
+                self._events.write(step, values)
         except OSError as error:
             if not had_waiting:
                 self._on_problem(
                     f"{self._path} can't be written: {error.strerror or error}. Its rows wait in memory; make room."
                 )
+        self._on_row()
 
     def write_bad_step(self, step: int, what: str, origins: Sequence[str]) -> None:
         """Adds a line to `bad_steps.jsonl`: the step, what is wrong, and where its examples come from."""
@@ -79,33 +90,8 @@ class MetricsWriter:
             self._on_problem(
                 f"{len(self._waiting)} rows could not be written to {self._path}: {error.strerror or error}."
             )
-        self._events.close()
-
-
-class _Events:
-    """Scalars for TensorBoard, written at once: SummaryWriter's thread dies of a full disk, then its queue blocks."""
-
-    def __init__(self, folder: Path, resumed_step: int):
-        with hide_packages("torch"):  # Importing it takes 1.4 seconds, for plots of networks.
-            from tensorboardX import summary
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto import event_pb2
-
-        self._scalar, self._event = summary.scalar, event_pb2.Event
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-        if resumed_step:  # TensorBoard then hides what a killed run wrote of later steps.
-            log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._file.write_event(self._event(step=resumed_step + 1, session_log=log))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._file.write_event(self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value)))
-        self._file.flush()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # metrics.jsonl has the same values.
-            self._file.close()
+        if self._events:
+            self._events.close()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
