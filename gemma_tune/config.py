@@ -107,10 +107,10 @@ class Config:
         }
 
     @property
-    def optimizer_settings(self) -> dict[str, Any]:
-        """Returns the arguments from which the optimizer is made, without its learning-rate schedule."""
+    def optimizer_numbers(self) -> dict[str, float]:
+        """Returns the numbers of the optimizer, without its learning-rate schedule."""
         optimizer = self.optimizer
-        names = ("name", "weight_decay", "b1", "b2", "epsilon", "clip_norm")
+        names = ("weight_decay", "b1", "b2", "epsilon", "clip_norm")
         return {name: getattr(optimizer, name) for name in names} | {"loraplus_lr_ratio": self.lora.loraplus_lr_ratio}
 
     def replace(self, settings: Mapping[str, Any]) -> "Config":

@@ -56,6 +56,7 @@ LAYERS = {
         ("shared_copy",),
     ),
     "training": (
+        ("moments",),
         ("losses", "optimizer", "batches", "prefetch", "guard", "state_shardings"),
         ("state",),
         ("step", "calibration"),
@@ -85,6 +86,7 @@ WITHOUT_KERAS = (
     "training.losses.cross_entropy",
     "training.losses.target_positions",
     "training.losses.vocabulary_tiles",
+    "training.moments",
     "training.optimizer",
     "training.batches",
     "serving.sampling",

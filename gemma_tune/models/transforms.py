@@ -13,6 +13,7 @@ from gemma_tune.models.functional import check_text_only
 from gemma_tune.models.layers import lora_layers, quantized_layers
 from gemma_tune.models.linear import use_plain_products
 from gemma_tune.models.lora.enable import enable_lora, merge_lora
+from gemma_tune.models.lora.layers import make_scale_an_input
 from gemma_tune.models.quantized.qat import disable_qat, enable_qat
 from gemma_tune.models.remat import enable_remat
 from gemma_tune.models.sharding.layers import enable_mesh_sharding
@@ -71,6 +72,7 @@ def transform_for_training(
     program: str = "auto",
     sharding: MeshSharding | None = None,
     keeps_factors: bool = False,
+    alpha_is_input: bool = False,
 ) -> Transformed:
     """Swaps parts of a model for faster and leaner ones. Unless `qat` is given, the model computes the same as before.
 
@@ -86,6 +88,8 @@ def transform_for_training(
         program: `whole`, `per_block`, or `auto`: per_block on a CPU if the model allows it, else whole.
         sharding: Mesh sharding of the model. None: one device.
         keeps_factors: Whether the LoRA factors that the model has are trained further, if `lora` is given.
+        alpha_is_input: Whether programs take LoRA's scale as an input, so that alpha may be changed with `set_alpha`.
+            Only for factors of linear layers, and not with `qat`.
 
     Returns:
         The program and the attention kernel that were chosen.
@@ -103,6 +107,8 @@ def transform_for_training(
         _check_floats(model)
     elif not keeps_factors:
         enable_lora(model.backbone, *lora)
+    for layer in lora_layers(model.backbone) if alpha_is_input else ():
+        make_scale_an_input(layer)
     use_plain_products(model.backbone)
     use_rotary_tables(model.backbone)
     if qat:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 
 from gemma_tune.config import Config
 from gemma_tune.data import (
@@ -24,13 +23,10 @@ from gemma_tune.models.load import load_configured
 from gemma_tune.models.precision import check_precision
 from gemma_tune.models.sharding.placement import MeshSharding, mesh_sharding_of
 from gemma_tune.models.sources.tokenizer import tokenizer_of
-from gemma_tune.models.transforms import LoraSettings, Transformed, transform_for_training
+from gemma_tune.pipeline.program import make_program, schedule_of
 from gemma_tune.runtime.backend import cache_dir, keras
 from gemma_tune.training.batches import HeldoutBatches, OnMesh, TrainingBatches, most_targets
-from gemma_tune.training.optimizer import make_optimizer, make_schedule
-from gemma_tune.training.state import TrainState, init_state
-from gemma_tune.training.step.per_block import per_block_program
-from gemma_tune.training.step.train_step import make_eval_step, make_train_step
+from gemma_tune.training.state import TrainState
 
 
 @dataclasses.dataclass
@@ -119,63 +115,40 @@ def set_up(config: Config, splits: Splits) -> Setup:
         config: Settings of the run.
         splits: From `read_splits`.
     """
-    training = config.training
-    _check_adapter(config)
+    check_adapter_settings(config)
     precision_advice = check_precision(first_device(), config.model.precision)
     model = load_configured(config)
-    sharding = mesh_sharding_of(model.backbone)
-    num_row_shards = sharding.shape.num_row_shards if sharding else 1
+    num_row_shards = count_row_shards(model)
     data = prepare_data(config, splits, model)
-    program, attention = _transform(config, model, sharding)
-    per_block = per_block_program(program, model, training.remat)
-    batches = _training_batches(config, data, num_row_shards)
-    heldout = HeldoutBatches(data.heldout, training.batch_size, config.row_length, config.data.packing)
-    schedule = _schedule(config, len(batches))
-    optimizer = make_optimizer(schedule=schedule, **config.optimizer_settings)
+    batches = make_training_batches(config, data, num_row_shards)
+    heldout = make_heldout_batches(config, data)
+    program = make_program(config, model, batches.target_sizes, most_targets(heldout, num_row_shards))
     return Setup(
         config=config,
         model=model,
-        sharding=sharding,
-        attention=attention,
+        sharding=program.sharding,
+        attention=program.attention,
         precision_advice=precision_advice,
         data=data,
         data_key=splits.key,
         batches=batches,
         heldout=heldout,
         frozen=parameters(model).frozen,
-        state=init_state(model, optimizer, take_over=True, guarded=True, sharding=sharding),
-        train_step=make_train_step(
-            model,
-            optimizer,
-            batches.target_sizes,
-            training.grad_accum_steps,
-            per_block,
-            training.loss_spike_factor,
-            sharding,
-        ),
-        eval_step=make_eval_step(model, most_targets(heldout, num_row_shards), per_block, sharding),
-        schedule=schedule,
+        state=program.first_state(config, len(batches), take_over=True),
+        train_step=program.train_step,
+        eval_step=program.eval_step,
+        schedule=schedule_of(config, len(batches)),
     )
 
 
-def _transform(config: Config, model: keras.Model, sharding: MeshSharding | None) -> Transformed:
-    """Transforms the loaded model for training."""
-    training = config.training
-    return transform_for_training(
-        model,
-        None if training.method == "full" else LoraSettings(**config.lora_settings),
-        qat=config.qat_spec,
-        packing=config.data.packing,
-        remat=training.remat,
-        program=training.program,
-        attention=training.attention,
-        row_length=config.row_length,
-        sharding=sharding,
-        keeps_factors=bool(config.model.adapter),
-    )
+def count_row_shards(model: keras.Model) -> int:
+    """Returns the number of parts that a mesh cuts the rows of a batch into; 1 on one device."""
+    sharding = mesh_sharding_of(model.backbone)
+    return sharding.shape.num_row_shards if sharding else 1
 
 
-def _training_batches(config: Config, data: TokenizedSplits, num_row_shards: int) -> TrainingBatches:
+def make_training_batches(config: Config, data: TokenizedSplits, num_row_shards: int) -> TrainingBatches:
+    """Returns the training batches of a run, by step."""
     training = config.training
     return TrainingBatches(
         data.train,
@@ -189,13 +162,12 @@ def _training_batches(config: Config, data: TokenizedSplits, num_row_shards: int
     )
 
 
-def _schedule(config: Config, num_train_steps: int) -> optax.Schedule:
-    return make_schedule(
-        config.optimizer.schedule, config.learning_rate, config.optimizer.warmup_steps, num_train_steps
-    )
+def make_heldout_batches(config: Config, data: TokenizedSplits) -> HeldoutBatches:
+    """Returns the held-out batches of a run."""
+    return HeldoutBatches(data.heldout, config.training.batch_size, config.row_length, config.data.packing)
 
 
-def _check_adapter(config: Config) -> None:
+def check_adapter_settings(config: Config) -> None:
     """Raises ConfigError if settings of `lora` would have no effect, since the adapter has its own."""
     defaults, given = dataclasses.asdict(Config().lora), dataclasses.asdict(config.lora)
     changed = [name for name in given if given[name] != defaults[name] and name != "loraplus_lr_ratio"]

@@ -22,7 +22,13 @@ from gemma_tune.models.transforms import LoraSettings, transform_for_training
 from gemma_tune.runtime.backend import keras
 from gemma_tune.training.guard import init_guard
 from gemma_tune.training.losses.loss_scale import init_loss_scale
-from gemma_tune.training.optimizer import as_float32, make_optimizer
+from gemma_tune.training.optimizer import (
+    Hyperparameters,
+    as_float32,
+    make_hyperparameters,
+    make_optimizer,
+    make_schedule,
+)
 from gemma_tune.training.state import TrainState
 from gemma_tune.training.state_shardings import optimizer_shardings
 from gemma_tune.training.step.compile_once import StepMemory
@@ -100,7 +106,9 @@ def abstract_train_state(
     model = _model(config, sharding)
     rows_at_a_time = training.batch_size // training.grad_accum_steps // shape.num_row_shards
     trainable, frozen = _parameters(model)
-    optimizer = make_optimizer(schedule=optax.constant_schedule(config.learning_rate), **config.optimizer_settings)
+    schedule = make_schedule("constant", config.learning_rate, 0, 1)
+    optimizer = make_optimizer(config.optimizer.name, schedule, **config.optimizer_numbers)
+    hyperparameters = make_hyperparameters(schedule, **config.optimizer_numbers)
     return AbstractTrainState(
         config=config,
         model=model,
@@ -108,7 +116,7 @@ def abstract_train_state(
         optimizer=optimizer,
         num_targets=_num_targets(target_share, rows_at_a_time * config.row_length),
         target_share=target_share,
-        state=_state(model, optimizer, trainable, sharding),
+        state=_state(model, optimizer, hyperparameters, trainable, sharding),
         frozen=frozen,
         batch=_batch(training.batch_size, config.row_length, sharding),
     )
@@ -171,6 +179,7 @@ def _parameters(model: keras.Model) -> tuple[dict[str, Any], dict[str, Any]]:
 def _state(
     model: keras.Model,
     optimizer: optax.GradientTransformation,
+    hyperparameters: Hyperparameters,
     trainable: dict[str, Any],
     sharding: MeshSharding | None,
 ) -> Shapes:
@@ -181,6 +190,7 @@ def _state(
             optimizer.init(as_float32(params)),
             init_loss_scale() if computes_in_float16(model) else None,
             init_guard(),
+            hyperparameters.as_arrays(),
         ),
         trainable,
     )

@@ -12,7 +12,7 @@ from gemma_tune.models.sharding.placement import MeshSharding, put_sharded
 from gemma_tune.runtime.backend import keras
 from gemma_tune.training.guard import LossGuard, init_guard
 from gemma_tune.training.losses.loss_scale import LossScale, init_loss_scale
-from gemma_tune.training.optimizer import as_float32
+from gemma_tune.training.optimizer import Hyperparameters, as_float32
 from gemma_tune.training.state_shardings import optimizer_shardings
 
 
@@ -25,6 +25,8 @@ class TrainState(NamedTuple):
         opt_state: State of the Optax optimizer.
         loss_scale: Loss scale; None unless the model computes in float16.
         guard: Guard against bad steps, or None.
+        hyperparameters: Numbers of the optimizer as inputs of the step, which returns them as they are; None if they
+            are constants of its program. Checkpoints don't hold them.
     """
 
     step: jax.Array
@@ -32,6 +34,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     loss_scale: LossScale | None = None
     guard: LossGuard | None = None
+    hyperparameters: Hyperparameters | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -59,6 +62,7 @@ def init_state(
     take_over: bool = False,
     guarded: bool = False,
     sharding: MeshSharding | None = None,
+    hyperparameters: Hyperparameters | None = None,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -69,6 +73,7 @@ def init_state(
             over the state's buffers, the model can't be used from the first step until `assign`.
         guarded: Whether the updates of bad steps are left out.
         sharding: Mesh sharding of the model, or None.
+        hyperparameters: Numbers of the optimizer that are inputs of the step; None: those given to `make_optimizer`.
     """
     trainable, variables = {}, variables_by_path(model)
     for path in list(parameters(model).trainable):
@@ -83,6 +88,7 @@ def init_state(
         jax.jit(lambda tree: optimizer.init(as_float32(tree)), **on_mesh)(trainable),
         init_loss_scale() if computes_in_float16(model) else None,
         init_guard() if guarded else None,
+        hyperparameters.as_arrays() if hyperparameters else None,
     )
     if sharding:
         few = jax.tree.map(lambda leaf: put_sharded(leaf, sharding.replicated), state._replace(opt_state=None))

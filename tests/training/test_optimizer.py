@@ -1,10 +1,12 @@
 """Schedules by their definition, and update rules by their equations."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from gemma_tune.training.optimizer import is_matrix, make_optimizer, make_schedule
+from gemma_tune.training.optimizer import is_matrix, make_hyperparameters, make_optimizer, make_schedule
 
 PARAMS = {"a/kernel": jnp.ones((2, 3)) * 2.0, "a/scale": jnp.ones(3) * 2.0}
 GRADS = {"a/kernel": jnp.full((2, 3), 0.5), "a/scale": jnp.full(3, 0.5)}
@@ -77,8 +79,6 @@ def test_adafactor_runs_and_keeps_less_state_than_adamw():
         state = optimizer.init(params)
         update, state = optimizer.update({"k": jnp.ones((256, 256))}, state, params)
         assert np.isfinite(update["k"]).all() and np.all(update["k"] < 0)
-        import jax
-
         sizes[name] = sum(leaf.size for leaf in jax.tree.leaves(state))
     assert sizes["adafactor"] < 0.05 * sizes["adamw"]
 
@@ -123,3 +123,90 @@ def test_lora_plus_by_hand(name):
             params[path] = params[path] - own_rate * (direction + decays * params[path])
     for path, value in params.items():
         np.testing.assert_allclose(ours[path], value, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def steps_of(optimizer, num_steps=25, hyperparameters=None):
+    """Parameters after a number of compiled updates with random gradients."""
+    rng = np.random.default_rng(3)
+    params = {
+        path: jnp.asarray(rng.normal(size=(16, 9)), jnp.float32) for path in ("q/lora_kernel_a", "q/lora_kernel_b")
+    }
+    state, extra = optimizer.init(params), {"hyperparameters": hyperparameters} if hyperparameters else {}
+
+    @jax.jit
+    def step(params, state, grads, extra):
+        updates, state = optimizer.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(num_steps):
+        grads = {path: jnp.asarray(rng.normal(size=(16, 9)) * 0.1, jnp.float32) for path in params}
+        params, state = step(params, state, grads, extra)
+    return params
+
+
+NUMBERS = {
+    "weight_decay": 0.03,
+    "b1": 0.9,
+    "b2": 0.995,
+    "epsilon": 1e-7,
+    "clip_norm": 0.5,
+    "loraplus_lr_ratio": 4.0,  # A power of two: XLA multiplies constants with each other first, which rounds once less.
+}
+
+
+def assert_bits(ours, wanted):
+    for path, value in wanted.items():
+        np.testing.assert_array_equal(ours[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+def test_numbers_as_inputs_give_the_bits_of_constants(name, kind):
+    """One optimizer serves runs of other numbers, and those of a run without clipping, decay and ratio."""
+    schedule = make_schedule(kind, 3e-3, 7, 25)
+    constants = steps_of(make_optimizer(name, schedule, **NUMBERS))
+    other = make_optimizer(
+        name, make_schedule("constant", 1.0, 0, 1), **NUMBERS | {"b1": 0.1, "clip_norm": 9.0, "weight_decay": 0.5}
+    )
+    assert_bits(steps_of(other, hyperparameters=make_hyperparameters(schedule, **NUMBERS).as_arrays()), constants)
+    none = NUMBERS | {"clip_norm": 0.0, "loraplus_lr_ratio": 1.0}
+    without = steps_of(make_optimizer(name, schedule, **none))
+    inputs = make_hyperparameters(schedule, **none).as_arrays()
+    if name != "adafactor":  # Its ratio is multiplied last, and rounds.
+        assert_bits(steps_of(other, hyperparameters=inputs), without)
+    assert not np.array_equal(without["q/lora_kernel_b"], constants["q/lora_kernel_b"])
+
+
+def test_adamw_and_lion_are_optaxs_bit_for_bit():
+    """Checkpoints of optax.adamw's state go on as before."""
+    schedule = make_schedule("cosine", 3e-3, 7, 25)
+    plain = {"weight_decay": 0.03, "b1": 0.9, "b2": 0.995}
+    for name, rule in (
+        ("adamw", optax.adamw(schedule, eps=1e-7, mask=is_matrix, **plain)),
+        ("lion", optax.lion(schedule, mask=is_matrix, **plain)),
+    ):
+        ours = make_optimizer(name, schedule, epsilon=1e-7, clip_norm=0.0, **plain)
+        assert_bits(steps_of(ours), steps_of(rule))
+        assert jax.tree.structure(ours.init(PARAMS)) == jax.tree.structure(rule.init(PARAMS))
+
+
+@pytest.mark.parametrize("warmup_steps, num_train_steps", [(0, 33), (1, 21), (7, 50), (100, 24)])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_schedules_are_optaxs_bit_for_bit(kind, warmup_steps, num_train_steps):
+    """Compiled as constants, as Optax's are in a step, and as inputs."""
+    ours = make_schedule(kind, 3e-4, warmup_steps, num_train_steps)
+    warmup_steps = min(warmup_steps, num_train_steps // 2)
+    rest = num_train_steps - warmup_steps
+    theirs = {
+        "constant": optax.constant_schedule(3e-4),
+        "linear": optax.linear_schedule(3e-4, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(3e-4, rest),
+    }[kind]
+    if warmup_steps:
+        warmup = optax.linear_schedule(3e-4 / warmup_steps, 3e-4, max(warmup_steps - 1, 1))
+        theirs = optax.join_schedules([warmup, theirs], [warmup_steps])
+    counts = jnp.arange(num_train_steps)
+    wanted = jax.jit(jax.vmap(theirs))(counts)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(ours))(counts), wanted)
+    inputs = jax.tree.map(lambda number: jnp.asarray(number, jnp.int32 if type(number) is int else jnp.float32), ours)
+    np.testing.assert_array_equal(jax.jit(lambda schedule: jax.vmap(schedule)(counts))(inputs), wanted)

@@ -88,51 +88,58 @@ def factor_shapes(equation: str, kernel: tuple[int, ...], layout: str, rank: int
     return FactorShapes((*summed, rank), (rank, *kept), kept)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def low_rank_product(equation: str, scale: float, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+def low_rank_product(equation: str, scale: float | jax.Array, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns scale·(x·A)·B.
 
     Its gradients are written out, because those that JAX derives transpose the gradient of the outputs, which is the
-    largest array here. These transpose only arrays of width R.
+    largest array here. These transpose only arrays of width R. The scale has no gradient.
 
     Args:
         equation: Equation of the layer.
-        scale: s.
+        scale: s, a constant or a [] array.
         x: Inputs, [B, L, …].
         a: A, in either layout.
         b: B, in the same layout.
     """
-    return jnp.tensordot(_inner(equation, scale, x, a), b, 1)
+    if isinstance(scale, (int, float)):
+        return _low_rank_product(equation, scale, None, x, a, b)
+    return _low_rank_product(equation, None, scale.astype(x.dtype), x, a, b)
 
 
-def _inner(equation: str, scale: float, x: jax.Array, a: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _low_rank_product(equation, constant, scale, x, a, b):
+    """Returns the product, with a constant scale or one that is an array."""
+    return jnp.tensordot(_inner(equation, constant if scale is None else scale, x, a), b, 1)
+
+
+def _inner(equation: str, scale: float | jax.Array, x: jax.Array, a: jax.Array) -> jax.Array:
     inputs, factor, inner = inner_letters(equation, a.ndim)
     return scale * jnp.einsum(f"{inputs},{factor}->{inner}", x, a)
 
 
-def _low_rank_forward(equation, scale, x, a, b):
-    inner = _inner(equation, scale, x, a)
-    return jnp.tensordot(inner, b, 1), (x, a, b, inner)
+def _low_rank_forward(equation, constant, scale, x, a, b):
+    inner = _inner(equation, constant if scale is None else scale, x, a)
+    return jnp.tensordot(inner, b, 1), (scale, x, a, b, inner)
 
 
-def _low_rank_backward(equation, scale, saved, gradient):
-    x, a, b, inner = saved
+def _low_rank_backward(equation, constant, saved, gradient):
+    scale, x, a, b, inner = saved
     inputs, factor, letters = inner_letters(equation, a.ndim)
     rank, width = b.shape[0], math.prod(b.shape[1:])
     b_gradient = (inner.reshape(-1, rank).T @ gradient.reshape(-1, width)).reshape(b.shape)
     flat = gradient.reshape(*gradient.shape[: gradient.ndim - b.ndim + 1], width)
-    inner_gradient = scale * (flat @ b.reshape(rank, width).T)
+    inner_gradient = (constant if scale is None else scale) * (flat @ b.reshape(rank, width).T)
     # The gradients of the einsum are einsums in which an operand and the output change places.
     x_gradient = jnp.einsum(f"{letters},{factor}->{inputs}", inner_gradient, a)
     rank_first = factor[-1] + factor[:-1]
     a_gradient = jnp.moveaxis(jnp.einsum(f"{letters},{inputs}->{rank_first}", inner_gradient, x), 0, -1)
-    return x_gradient, a_gradient, b_gradient
+    return jax.tree.map(jnp.zeros_like, scale), x_gradient, a_gradient, b_gradient
 
 
-low_rank_product.defvjp(_low_rank_forward, _low_rank_backward)
+_low_rank_product.defvjp(_low_rank_forward, _low_rank_backward)
 
 
-def kernel_update(equation: str, scale: float, a: jax.Array, b: jax.Array) -> jax.Array:
+def kernel_update(equation: str, scale: float | jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns s·A·B in the kernel's shape. An embedding, [V, D], has the equation ""."""
     if not equation or _is_keras(equation, a.ndim):
         return scale * jnp.matmul(a, b)
@@ -145,7 +152,7 @@ def kernel_norms(equation: str, kernel: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum(_squared_norms(equation, kernel), _MIN_SQUARE))
 
 
-def merged_norms(equation: str, scale: float, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+def merged_norms(equation: str, scale: float | jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns ‖W + s·A·B‖ over the inputs, [outputs…], without an array of the kernel's size.
 
     It is the root of ‖W‖² + 2s·(W·A)·B + s²·B·(A·A)·B, whose terms read W once each and are else of width R.

@@ -73,9 +73,9 @@ def merged_kernel(layer: Any, kernel: jax.Array) -> jax.Array:
         layer: Layer with factors.
         kernel: W, in its own shape.
     """
-    lora_spec, (a, b, *magnitude) = lora_spec_of(layer), (value_in_scope(factor) for factor in factors_of(layer))
+    a, b, *magnitude = (value_in_scope(factor) for factor in factors_of(layer))
     equation = equation_of(layer)
-    merged = kernel.astype(jnp.float32) + kernel_update(equation, lora_spec.scale, a, b)
+    merged = kernel.astype(jnp.float32) + kernel_update(equation, scale_of(layer), a, b)
     for length in magnitude:
         norms = jax.lax.stop_gradient(kernel_norms(equation, merged))  # Constants for the gradient (factors.py).
         merged = merged * expand_over_inputs(equation, length / norms)
@@ -119,11 +119,42 @@ def add_factors(layer: Any, lora_spec: LoraSpec, seeds: _Seeds) -> None:
     object.__setattr__(layer, "_lora_spec", lora_spec)
 
 
+def initial_values(layer: Any, seeds: _Seeds) -> dict[str, jax.Array | np.ndarray]:
+    """Returns the values of a layer's factors, by path, that `add_factors` gives them with these seeds."""
+    a, b, *magnitude = factors_of(layer)
+    layout = lora_spec_of(layer).layout
+    values = {a.path: _Random(seeds, layout)(tuple(a.shape), a.dtype), b.path: np.zeros(b.shape, b.dtype)}
+    return values | {one.path: _initial_magnitude(layer) for one in magnitude}
+
+
+def make_scale_an_input(layer: Any) -> None:
+    """Makes the scale of a layer's factors a variable, so that programs take it as an input and not as a constant."""
+    layer._tracker.unlock()
+    layer.factor_scale = layer.add_weight(
+        name="factor_scale", shape=(), initializer="ones", dtype="float32", trainable=False, autocast=False
+    )
+    layer._tracker.lock()
+    layer.factor_scale.assign(lora_spec_of(layer).scale)
+
+
+def set_alpha(layer: Any, alpha: float) -> None:
+    """Sets the alpha of a layer's factors. Programs notice if the scale is their input (`make_scale_an_input`)."""
+    lora_spec = lora_spec_of(layer)._replace(alpha=alpha)
+    layer.lora_alpha = lora_spec.scale * lora_spec.rank
+    object.__setattr__(layer, "_lora_spec", lora_spec)
+    scale = getattr(layer, "factor_scale", None)
+    if scale is not None:
+        scale.assign(lora_spec.scale)
+
+
 def remove_factors(layer: Any) -> None:
     """Removes a layer's factors."""
     layer._tracker.unlock()
     for factor in factors_of(layer):
         layer._untrack_variable(factor)
+    scale = layer.__dict__.pop("factor_scale", None)
+    if scale is not None:
+        layer._untrack_variable(scale)
     layer._tracker.lock()
     layer.lora_enabled, layer.lora_rank = False, None
     layer.__dict__.pop("_lora_spec", None)
@@ -145,9 +176,10 @@ def lora_spec_of(layer: Any) -> LoraSpec:
     return found or LoraSpec("keras", layer.lora_rank, float(layer.lora_alpha))
 
 
-def scale_of(layer: Any) -> float:
-    """Returns the scale of a layer's factors, s."""
-    return lora_spec_of(layer).scale
+def scale_of(layer: Any) -> float | jax.Array:
+    """Returns the scale of a layer's factors, s: a constant, or a [] array if it is an input of programs."""
+    scale = getattr(layer, "factor_scale", None)
+    return lora_spec_of(layer).scale if scale is None else value_in_scope(scale)
 
 
 def equation_of(layer: Any) -> str:

@@ -24,15 +24,19 @@ class Progress(NamedTuple):
 
 
 def state_to_tree(state: TrainState) -> dict[str, Any]:
-    """Returns the state's arrays by their path in the state, since Orbax doesn't keep NamedTuples."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    """Returns the state's arrays by their path in the state, since Orbax doesn't keep NamedTuples.
+
+    The hyperparameters are not among them: they follow from the run's settings.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state._replace(hyperparameters=None))
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def state_from_tree(tree: dict[str, Any], like: TrainState) -> TrainState:
-    """Returns the state with the structure of `like` from its arrays by path."""
-    paths, structure = jax.tree_util.tree_flatten_with_path(like)
-    return jax.tree_util.tree_unflatten(structure, [tree[jax.tree_util.keystr(path)] for path, _ in paths])
+    """Returns the state with the structure and the hyperparameters of `like` from its arrays by path."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(like._replace(hyperparameters=None))
+    state = jax.tree_util.tree_unflatten(structure, [tree[jax.tree_util.keystr(path)] for path, _ in paths])
+    return state._replace(hyperparameters=like.hyperparameters)
 
 
 def progress_from_json(values: dict[str, Any]) -> Progress:

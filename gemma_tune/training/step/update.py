@@ -44,7 +44,9 @@ def make_update(optimizer: optax.GradientTransformation, num_targets: int, spike
             masters = as_float32(trainable)
             # Inside the branch: before it, XLA would write them to memory beside the sums.
             mean_grads = {path: gradient * scale for path, gradient in grads.items()}
-            updates, opt_state = optimizer.update(mean_grads, opt_state, masters, grad_norm=grad_norm)
+            updates, opt_state = optimizer.update(
+                mean_grads, opt_state, masters, grad_norm=grad_norm, hyperparameters=state.hyperparameters
+            )
             updated = optax.apply_updates(masters, updates)
             return {path: value.astype(trainable[path].dtype) for path, value in updated.items()}, opt_state
 
@@ -57,7 +59,8 @@ def make_update(optimizer: optax.GradientTransformation, num_targets: int, spike
         )
         loss_scale, guard = state.loss_scale, state.guard
         if loss_scale is None and guard is None:
-            return TrainState(state.step + 1, *updated(state.trainable, state.opt_state, grads)), metrics
+            trainable, opt_state = updated(state.trainable, state.opt_state, grads)
+            return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
         is_good = is_finite = jnp.isfinite(grad_norm)  # Squares of what float16 can hold don't overflow in float32.
         if guard is not None:
             bad = is_bad(guard, loss, spike_factor)
@@ -71,6 +74,6 @@ def make_update(optimizer: optax.GradientTransformation, num_targets: int, spike
         trainable, opt_state = jax.lax.cond(
             is_good, updated, lambda *old: old[:2], dict(state.trainable), state.opt_state, grads
         )
-        return TrainState(state.step + 1, trainable, opt_state, loss_scale, guard), metrics
+        return TrainState(state.step + 1, trainable, opt_state, loss_scale, guard, state.hyperparameters), metrics
 
     return update

@@ -10,12 +10,19 @@ from helpers.lora import METHODS, methods, randomize_b, with_lora
 from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import parameters, params_scope
 from gemma_tune.models.layers import iter_layers, lora_layers
-from gemma_tune.models.lora.enable import enable_lora, merge_lora, neutral_lora_values
+from gemma_tune.models.lora.enable import enable_lora, lora_specs, merge_lora, neutral_lora_values
 from gemma_tune.models.lora.factors import (
     kernel_norms,
     kernel_update,
 )
-from gemma_tune.models.lora.layers import LoraEinsumDense, factors_of, lora_spec_of
+from gemma_tune.models.lora.layers import (
+    LoraEinsumDense,
+    factors_of,
+    lora_spec_of,
+    make_scale_an_input,
+    remove_factors,
+    set_alpha,
+)
 from gemma_tune.models.quantized.merge import merge_into_codes
 from gemma_tune.models.sources.lazy_initialization import lazy_initialization
 from gemma_tune.models.sources.tiny import tiny_backbone
@@ -189,3 +196,40 @@ def test_doras_magnitudes_begin_as_norms(tiny):
     wanted = kernel_norms(layer.equation, layer._kernel.value.astype(jnp.float32))
     assert layer.lora_kernel_magnitude.dtype == "float32"
     np.testing.assert_array_equal(layer.lora_kernel_magnitude.value, wanted)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_scale_that_is_an_input_computes_as_a_constant(tiny, rng, use_dora):
+    """Outputs and gradients of a layer, bit for bit; one program serves both alphas."""
+    model = tiny("gemma3")
+    enable_lora(model.backbone, 4, 6.0, ("query",), seed=0, use_dora=use_dora)
+    layers, x = lora_layers(model.backbone), rng.normal(size=(2, 5, model.backbone.hidden_dim)).astype("float32")
+    randomize_b(model, rng)
+
+    def outputs_and_gradients(groups, x):
+        def outputs(trainable, x):
+            with params_scope(model, trainable, groups.frozen):
+                y = layers[0](x)
+            return jnp.sum(y**2), y
+
+        return jax.value_and_grad(outputs, argnums=(0, 1), has_aux=True)(groups.trainable, x)
+
+    wanted = {}
+    for alpha in (6.0, 10.0):
+        for layer in layers:
+            set_alpha(layer, alpha)
+        wanted[alpha] = jax.jit(lambda *inputs: outputs_and_gradients(*inputs))(parameters(model), x)
+    for layer in layers:
+        make_scale_an_input(layer)
+    compiled = jax.jit(outputs_and_gradients)
+    for alpha, expected in wanted.items():
+        for layer in layers:
+            set_alpha(layer, alpha)
+        jax.tree.map(np.testing.assert_array_equal, compiled(parameters(model), x), expected)
+        assert {lora_spec.alpha for lora_spec in lora_specs(model.backbone).values()} == {alpha}
+    assert compiled._cache_size() == 1
+    assert float(wanted[6.0][0][0]) != float(wanted[10.0][0][0])
+    before = len(model.backbone.variables)
+    for layer in layers:
+        remove_factors(layer)
+    assert len(model.backbone.variables) == before - (4 if use_dora else 3) * len(layers)
