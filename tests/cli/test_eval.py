@@ -21,6 +21,7 @@ def evaluated(call, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_beside_its_base(trained, evaluated, tmp_path):
     result = evaluated(f"--model={trained}", "--by=topic")
     saved = json.loads((trained / "result.json").read_text())
@@ -56,6 +57,7 @@ def test_an_adapter_a_base_alone_and_another_model(trained, evaluated):
     assert len(evaluated(f"--model={trained}", "--against=none")["models"]) == 1
 
 
+@pytest.mark.slow
 def test_tables_for_people(call, trained, tmp_path, write):
     own = write("own.py", "def shout(answer):\n    '''Whether it is loud.'''\n    return answer.isupper()\n")
     code, out, _ = call(

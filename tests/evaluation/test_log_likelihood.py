@@ -91,6 +91,7 @@ def test_of_every_family_and_of_changed_models(tiny, rng, variant):
         assert_equal_to_keras_hub(model, pairs)
 
 
+@pytest.mark.slow
 def test_long_contexts_lose_their_beginning_and_the_model_is_left_as_it_was(tiny, rng):
     model = tiny()
     pairs = random_pairs(rng, [(50, 3), (10, 16), (16, 1)])
