@@ -3,7 +3,7 @@
     python -m benchmarks.eval_metrics [--pairs=1000] [--seed=0] [--json]
 
 Texts hold punctuation, numbers and several alphabets, and some answers are empty. ROUGE is compared on their ASCII
-part, which is all that rouge-score's own tokenizer keeps. Needs `pip install -e '.[test]'`.
+part, which is all that rouge-score's own tokenizer keeps. Needs `pip install -e '.[eval,peers]'`.
 """
 
 import json

@@ -79,6 +79,7 @@ def test_rouge_is_that_of_rouge_score(name):
     assert score("rouge1", "नमस्ते 电池", "नमस्ते 电池") == 1
 
 
+@pytest.mark.peers  # scikit-learn comes with lm-eval.
 def test_f1_is_the_f1_of_indicators():
     """Against scikit-learn's on the words of both texts, each word once per occurrence."""
     metrics = pytest.importorskip("sklearn.metrics")
