@@ -123,6 +123,8 @@ def test_a_right_answer_is_nearer_to_its_own_reference():
         ("x2 and nothing", None),
         ("no number", None),
         ("1/0", None),
+        ("In 2024 100 people came", 100),
+        ("५", 5),
     ],
 )
 def test_the_last_number_of_a_text(text, number):
@@ -183,7 +185,14 @@ def test_tool_calls_are_read_in_all_their_forms(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "call:f{", "<start_function_call>call:f{a:<end_function_call>", "```tool_code\nf(a=os.x)\n```", "[[[" * 9],
+    [
+        "",
+        "call:f{",
+        "<start_function_call>call:f{a:<end_function_call>",
+        "<start_function_call>call:f{a:[b}<end_function_call>",
+        "```tool_code\nf(a=os.x)\n```",
+        "[[[" * 9,
+    ],
 )
 def test_what_is_no_call_is_none(text):
     assert parse_tool_calls(text) == []

@@ -8,7 +8,7 @@ import numpy as np
 from gemma_tune.evaluation.case import EvalCase
 from gemma_tune.evaluation.metrics.metric import Metric, mean_statistics
 
-_DIGITS = r"\d+(?:[.,'\u00a0\u202f ]\d{3})*(?:[.,]\d+)?|[.,]\d+"
+_DIGITS = r"\d{1,3}(?:[.,'\u00a0\u202f ]\d{3})+(?!\d)(?:[.,]\d+)?|\d+(?:[.,]\d+)?|[.,]\d+"
 _NUMBER = re.compile(rf"(?<![\w.,])([-−+]?)\s?[$€£¥₹]?\s?({_DIGITS})(?:\s?/\s?(\d+))?")
 _THOUSANDS = re.compile(r"\d{1,3}(?:([.,'\u00a0\u202f ])\d{3})(?:\1\d{3})*")
 _TOLERANCE = 1e-6  # Relative, so that 0.333333 and 1/3 are the same.
@@ -39,7 +39,8 @@ def _value(digits: str) -> float:
         return float(re.sub(r"\D", "", digits))
     place = max(digits.rfind("."), digits.rfind(","))
     whole, fraction = (digits[:place], digits[place + 1 :]) if place >= 0 else (digits, "")
-    return float(f"{re.sub(r'[^0-9]', '', whole) or 0}.{fraction or 0}")
+    whole = re.sub(r"\D", "", whole)  # \D keeps the digits of any alphabet, which float() reads.
+    return float(f"{whole or 0}.{fraction or 0}")
 
 
 def _statistics(cases: Sequence[EvalCase], answers: Sequence[str]) -> np.ndarray:

@@ -126,8 +126,11 @@ def _parse_items(text: str, start: int, closing: str, parse: Callable, collect: 
             start += 1
         if text[start] == closing:
             return collect(items), start + 1
-        item, start = parse(text, start)
+        item, end = parse(text, start)
+        if end == start:  # A bracket that closes something else, as in `[a}`: nothing can be read any more.
+            raise ValueError
         items.append(item)
+        start = end
 
 
 def _names(calls: Sequence[ToolCall]) -> list[str]:
