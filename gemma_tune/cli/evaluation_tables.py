@@ -7,20 +7,16 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli.output import make_table, shorten
+from gemma_tune.evaluation.heldout import HELDOUT_LABELS
 from gemma_tune.evaluation.metrics.metric import Metric
-from gemma_tune.evaluation.resampling import PairedComparison
+from gemma_tune.evaluation.resampling import PairedComparison, significant_change
 from gemma_tune.evaluation.result import Evaluation, Figure
 from gemma_tune.evaluation.suites.check_suite import Check
 from gemma_tune.pipeline import SuiteResult
 
-_HELDOUT = (
-    ("loss", "loss", ".4f"),
-    ("perplexity", "perplexity", ".2f"),
-    ("token_accuracy", "token accuracy", ".1%"),
-)
 _MAX_SLICES, _MAX_WORST = 8, 3
-_SIGNIFICANT = 0.05
 _OUTCOMES = {"win": "wins", "tie": "ties", "loss": "losses"}
+_STYLES = {"better": "green", "worse": "red", "": ""}
 _PASSED = {True: ("passed", "green"), False: ("failed", "red"), None: ("skipped", "yellow")}
 
 
@@ -30,22 +26,21 @@ def figures_table(evaluation: Evaluation) -> Table:
     title = f"{len(evaluation.cases):,} questions of {evaluation.data_source}"
     headers = [model.name for model in models] + (["win/tie/loss", "p"] if len(models) > 1 else [])
     table = make_table(title, "", *headers)
-    for name, label, style in _HELDOUT:
+    for name, label, style in HELDOUT_LABELS:
         if all(name in model.heldout for model in models):
             table.add_row(label, *(format(model.heldout[name], style) for model in models))
     for metric in evaluation.metrics:
-        found = evaluation.comparison(metric)
         table.add_row(
             metric.name,
-            *(figure_text(evaluation.figure(metric, model)) for model in models),
-            *_comparison_texts(metric, found),
+            *(figure_text(figure) for figure in evaluation.figures[metric.name]),
+            *_comparison_texts(metric, evaluation.comparisons.get(metric.name)),
         )
     return table
 
 
 def slices_table(evaluation: Evaluation, column: str) -> Table:
     """Returns the table of the worst slices of a column, by the first metric."""
-    slices = [each for each in evaluation.slices() if each.column == column]
+    slices = evaluation.slices[column]
     hidden = len(slices) - _MAX_SLICES
     title = f"{evaluation.metrics[0].name} by {column}" + (
         f": the worst {_MAX_SLICES} of {len(slices)}" if hidden > 0 else ""
@@ -90,9 +85,7 @@ def _comparison_texts(metric: Metric, found: PairedComparison | None) -> Sequenc
     counts = f"{found.num_wins}/{found.num_ties}/{found.num_losses}"
     if metric.is_higher_better is None or math.isnan(found.p_value):
         return ("–", "–")
-    is_better = (found.difference > 0) == metric.is_higher_better
-    style = ("green" if is_better else "red") if found.p_value < _SIGNIFICANT else ""
-    return (counts, Text(f"{found.p_value:.4f}", style))
+    return (counts, Text(f"{found.p_value:.4f}", _STYLES[significant_change(metric, found)]))
 
 
 def judge_line(evaluation: Evaluation) -> str:

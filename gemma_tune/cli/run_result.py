@@ -6,14 +6,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli.output import Output, make_table, shorten
+from gemma_tune.evaluation.heldout import HELDOUT_LABELS
 from gemma_tune.pipeline import RunResult
 from gemma_tune.runtime.shell import gemma_tune_command
-
-_METRICS = (
-    ("loss", "loss", ".4f"),
-    ("perplexity", "perplexity", ".2f"),
-    ("token_accuracy", "token accuracy", ".1%"),
-)
 
 
 def metrics_table(title: str, models: Mapping[str, Mapping[str, float]]) -> Table:
@@ -24,9 +19,9 @@ def metrics_table(title: str, models: Mapping[str, Mapping[str, float]]) -> Tabl
         models: Metrics by the name of the model.
     """
     table = make_table(title, "", *models)
-    for name, label, style in _METRICS:
+    for name, label, style in HELDOUT_LABELS:
         table.add_row(label, *(format(metrics[name], style) for metrics in models.values()))
-    known = [name for name, _, _ in _METRICS] + ["num_tokens"]
+    known = [name for name, _, _ in HELDOUT_LABELS] + ["num_tokens"]
     others = dict.fromkeys(name for metrics in models.values() for name in metrics if name not in known)
     for name in others:
         table.add_row(name, *(f"{metrics[name]:.3f}" if name in metrics else "–" for metrics in models.values()))

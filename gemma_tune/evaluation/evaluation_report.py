@@ -6,19 +6,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from gemma_tune.evaluation.heldout import HELDOUT_LABELS
 from gemma_tune.evaluation.html_report import coloured_difference, figure_with_interval, html_document, html_table
 from gemma_tune.evaluation.metrics.metric import Metric
+from gemma_tune.evaluation.resampling import significant_change
 from gemma_tune.evaluation.result import Evaluation, Figure
-from gemma_tune.runtime.atomic_files import write_json, write_text
+from gemma_tune.runtime.atomic_files import write_json, write_lines, write_text
 
 REPORT_FILE, FIGURES_FILE, ANSWERS_FILE = "evaluation.html", "evaluation.json", "answers.jsonl"
-_HELDOUT = (
-    ("loss", "loss, nats per token", ".4f"),
-    ("perplexity", "perplexity", ".2f"),
-    ("token_accuracy", "token accuracy", ".1%"),
-)
+_UNITS = {"loss": ", nats per token"}
 _MAX_ANSWERS, _MAX_SLICES = 200, 40
-_SIGNIFICANT = 0.05
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
@@ -26,7 +23,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / FIGURES_FILE, evaluation.to_dict())
     lines = (json.dumps(row, ensure_ascii=False, default=str) for row in evaluation.answer_rows())
-    write_text(folder / ANSWERS_FILE, "".join(f"{line}\n" for line in lines))
+    write_lines(folder / ANSWERS_FILE, lines)
     write_text(folder / REPORT_FILE, evaluation_html(evaluation))
 
 
@@ -52,8 +49,12 @@ def _figures(evaluation: Evaluation) -> str:
         *(["difference", "wins, ties, losses", "p"] if has_pair else []),
     ]
     rows = [
-        [label, *(format(model.heldout[name], style) for model in models), *([""] * 3 if has_pair else [])]
-        for name, label, style in _HELDOUT
+        [
+            label + _UNITS.get(name, ""),
+            *(format(model.heldout[name], style) for model in models),
+            *([""] * 3 if has_pair else []),
+        ]
+        for name, label, style in HELDOUT_LABELS
         if all(name in model.heldout for model in models)
     ]
     for metric in evaluation.metrics:
@@ -61,7 +62,7 @@ def _figures(evaluation: Evaluation) -> str:
         rows.append(
             [
                 label,
-                *(_figure(evaluation.figure(metric, model)) for model in models),
+                *(_figure(figure) for figure in evaluation.figures[metric.name]),
                 *(_comparison(evaluation, metric) if has_pair else []),
             ]
         )
@@ -69,20 +70,19 @@ def _figures(evaluation: Evaluation) -> str:
 
 
 def _comparison(evaluation: Evaluation, metric: Metric) -> Sequence[str]:
-    found = evaluation.comparison(metric)
-    if found is None or math.isnan(found.difference):
+    found = evaluation.comparisons[metric.name]
+    if math.isnan(found.difference):
         return ("–", "–", "–")
     counts = f"{found.num_wins}, {found.num_ties}, {found.num_losses}"
     p_value = f"{found.p_value:.4f}"
-    if metric.is_higher_better is not None and found.p_value < _SIGNIFICANT:
-        is_better = (found.difference > 0) == metric.is_higher_better
-        p_value = f"<strong class={'better' if is_better else 'worse'}>{p_value}</strong>"
+    if change := significant_change(metric, found):
+        p_value = f"<strong class={change}>{p_value}</strong>"
     return (figure_with_interval(found.difference, *found.interval), counts, p_value)
 
 
 def _slices(evaluation: Evaluation, column: str) -> str:
     metric = evaluation.metrics[0]
-    slices = [each for each in evaluation.slices() if each.column == column]
+    slices = evaluation.slices[column]
     header = [html.escape(column), "questions", *(html.escape(model.name) for model in evaluation.models)]
     rows = [
         [html.escape(each.value), str(len(each.rows)), *(_figure(figure) for figure in each.figures)]

@@ -8,6 +8,13 @@ import jax
 
 from gemma_tune.data import Batch
 
+# Held-out figures as tables show them: name, label and format.
+HELDOUT_LABELS = (
+    ("loss", "loss", ".4f"),
+    ("perplexity", "perplexity", ".2f"),
+    ("token_accuracy", "token accuracy", ".1%"),
+)
+
 
 def evaluate_batches(
     step: Callable[[Batch], Any], batches: Iterable[Batch], before_each: Callable[[], None] = lambda: None

@@ -14,6 +14,7 @@ import numpy as np
 from gemma_tune.evaluation.metrics.metric import Metric, ratio_of_sums
 
 CONFIDENCE = 0.95
+SIGNIFICANT_P = 0.05  # A difference with a smaller p-value counts as one.
 _NUM_RESAMPLES, _NUM_SWAPS = 2_000, 10_000
 _MAX_ELEMENTS = 4_000_000  # Of a matrix of resamples that is held at once: 32 MB.
 _SAME = 1e-12  # Two figures that differ by less are equal but for rounding.
@@ -111,6 +112,13 @@ def compare_paired(
         int((gains < -_SAME).sum()),
         _randomization_p_value(difference, first, second, seed),
     )
+
+
+def significant_change(metric: Metric, found: PairedComparison) -> str:
+    """Returns `better` or `worse` for the second model; '' where the difference may be chance, or means neither."""
+    if metric.is_higher_better is None or not found.p_value < SIGNIFICANT_P:
+        return ""
+    return "better" if (found.difference > 0) == metric.is_higher_better else "worse"
 
 
 def _counts(statistics: np.ndarray) -> np.ndarray:

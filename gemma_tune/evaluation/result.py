@@ -1,6 +1,7 @@
 """Holds the answers of one or two models to the same questions, and makes figures, slices and comparisons of them."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -111,21 +112,25 @@ class Evaluation:
         """The evaluated model."""
         return self.models[-1]
 
-    def figure(self, metric: Metric, model: EvaluatedModel, rows: Sequence[int] | None = None) -> Figure:
-        """Returns the figure of a model on all rows, or on some."""
-        statistics = model.statistics[metric.name]
-        chosen = statistics if rows is None else statistics[list(rows)]
-        return Figure(figure_of(metric, chosen), confidence_interval(metric, chosen), int(chosen.any(axis=1).sum()))
+    @functools.cached_property
+    def figures(self) -> Mapping[str, Sequence[Figure]]:
+        """Figures on all rows by metric, one of each model."""
+        return {metric.name: [_figure(metric, model) for model in self.models] for metric in self.metrics}
 
-    def comparison(self, metric: Metric) -> PairedComparison | None:
-        """Returns the evaluated model's comparison with the other one; None if there is none."""
+    @functools.cached_property
+    def comparisons(self) -> Mapping[str, PairedComparison]:
+        """Comparisons of the evaluated model with the other one, by metric; empty if there is no other."""
         if len(self.models) < 2:
-            return None
-        return compare_paired(metric, *(model.statistics[metric.name] for model in self.models))
+            return {}
+        return {
+            metric.name: compare_paired(metric, *(model.statistics[metric.name] for model in self.models))
+            for metric in self.metrics
+        }
 
-    def slices(self) -> list[Slice]:
-        """Returns the slices of all columns by the first metric, the worst of each column first."""
-        return [each for column in self.slice_columns for each in self._slices_of(column)]
+    @functools.cached_property
+    def slices(self) -> Mapping[str, Sequence[Slice]]:
+        """Slices by column, with figures of the first metric, the worst first."""
+        return {column: self._slices_of(column) for column in self.slice_columns}
 
     def worst_rows(self) -> list[int]:
         """Returns the numbers of all rows, the worst by the first metric that has a direction first."""
@@ -141,7 +146,7 @@ class Evaluation:
         for number, case in enumerate(self.cases):
             rows.setdefault(_text_of(case.columns.get(column)), []).append(number)
         found = [
-            Slice(column, value, numbers, [self.figure(metric, model, numbers) for model in self.models])
+            Slice(column, value, numbers, [_figure(metric, model, numbers) for model in self.models])
             for value, numbers in rows.items()
         ]
         return sorted(found, key=lambda each: float(_goodness(metric, np.array(each.figures[-1].value))))
@@ -156,15 +161,11 @@ class Evaluation:
                     "name": model.name,
                     "seconds": model.seconds,
                     **{name: _plain(value) for name, value in model.heldout.items()},
-                    "metrics": {metric.name: _plain_figure(self.figure(metric, model)) for metric in self.metrics},
+                    "metrics": {name: _plain_figure(figures[number]) for name, figures in self.figures.items()},
                 }
-                for model in self.models
+                for number, model in enumerate(self.models)
             ],
-            "comparison": {
-                metric.name: _plain_comparison(found)
-                for metric in self.metrics
-                if (found := self.comparison(metric)) is not None
-            },
+            "comparison": {name: _plain_comparison(found) for name, found in self.comparisons.items()},
             "slices": [
                 {
                     "column": each.column,
@@ -172,7 +173,8 @@ class Evaluation:
                     "metric": self.metrics[0].name,
                     "figures": [_plain_figure(figure) for figure in each.figures],
                 }
-                for each in self.slices()
+                for slices in self.slices.values()
+                for each in slices
             ],
             "metrics_left_out": dict(self.left_out),
             **({"judge": {"model": self.judge_name, **self.judge_verdicts.to_dict()}} if self.judge_verdicts else {}),
@@ -200,6 +202,13 @@ class Evaluation:
             }
             for row, case in enumerate(self.cases)
         ]
+
+
+def _figure(metric: Metric, model: EvaluatedModel, rows: Sequence[int] | None = None) -> Figure:
+    """Returns the figure of a model on all rows, or on some."""
+    statistics = model.statistics[metric.name]
+    chosen = statistics if rows is None else statistics[list(rows)]
+    return Figure(figure_of(metric, chosen), confidence_interval(metric, chosen), int(chosen.any(axis=1).sum()))
 
 
 def _goodness(metric: Metric, figures: np.ndarray) -> np.ndarray:

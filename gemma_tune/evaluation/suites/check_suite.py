@@ -7,10 +7,15 @@ import numpy as np
 
 from gemma_tune.evaluation.case import EvalCase
 from gemma_tune.evaluation.metrics.metric import Metric
-from gemma_tune.evaluation.resampling import compare_paired, confidence_interval, figure_of, row_figures
+from gemma_tune.evaluation.resampling import (
+    SIGNIFICANT_P,
+    compare_paired,
+    confidence_interval,
+    figure_of,
+    row_figures,
+)
 from gemma_tune.evaluation.suites.suite import Requirement, Suite, SuitePart
 
-P_VALUE = 0.05  # A model is worse than another if the paired test's p-value is below it.
 _LATENCY_PERCENTILE = 95
 
 
@@ -166,10 +171,10 @@ def _check_regression(
     message = (
         f"{metric.name} is {figure_of(metric, ours):.4g}, and {figure_of(metric, other):.4g} for the other model: "
         f"better on {compared.num_wins}, as good on {compared.num_ties}, worse on {compared.num_losses} "
-        f"(p = {compared.p_value:.3g}; a loss with p < {P_VALUE} fails)."
+        f"(p = {compared.p_value:.3g}; a loss with p < {SIGNIFICANT_P} fails)."
     )
     failed = _failed_rows(part, result, worse, lambda row: f"{metric.name} {gains[row]:+.4g} against the other model")
-    passed = bool(gain >= 0 or compared.p_value >= P_VALUE) if not np.isnan(gain) else None
+    passed = bool(gain >= 0 or compared.p_value >= SIGNIFICANT_P) if not np.isnan(gain) else None
     return Check(part.name, wanted, passed, compared.difference, message, failed)
 
 
