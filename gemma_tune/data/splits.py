@@ -86,8 +86,7 @@ def load_splits(
     Raises:
         DataError: A source doesn't exist, a row is unreadable, or no training example is left.
     """
-    if not eval_source:
-        eval_source = source if eval_split else heldout_of(source)
+    eval_source = heldout_source(source, eval_source, eval_split)
     sources = [(source, split), (eval_source, eval_split or split)][: 2 if eval_source else 1]
     key = cache_key(
         {
@@ -118,6 +117,15 @@ def load_splits(
     examples = ExampleStore.open(entry.folder, entry.owner)
     train, heldout = (examples.select(np.flatnonzero(parts == part)) for part in (_TRAIN, _HELDOUT))
     return Splits(train, heldout, DataReport(**entry.values), key)
+
+
+def heldout_source(source: str, eval_source: str, eval_split: str) -> str:
+    """Returns the source of the held-out data; empty if a share of `source` is held out.
+
+    Args:
+        source, eval_source, eval_split: Settings as in `config.DataConfig`.
+    """
+    return eval_source or (source if eval_split else heldout_of(source))
 
 
 def _read_examples(source: str, split: str, on_error: str, report: DataReport) -> Iterator[Example]:

@@ -11,19 +11,12 @@ import numpy as np
 
 from gemma_tune.config import Config
 from gemma_tune.data import Example, Turn, load_examples
-from gemma_tune.data.sources.readers import heldout_of, read_rows
 from gemma_tune.errors import ConfigError
 from gemma_tune.evaluation.case import EvalCase
 from gemma_tune.evaluation.judge.grading import judge_metric
 from gemma_tune.evaluation.judge.judge import Judge
 from gemma_tune.evaluation.judge.pairwise import judge_pairs
-from gemma_tune.evaluation.likelihood.multiple_choice import (
-    CHOICE_ACCURACY,
-    CHOICE_ACCURACY_PER_BYTE,
-    CHOICE_METRICS,
-    choice_statistics,
-    has_choices,
-)
+from gemma_tune.evaluation.likelihood.multiple_choice import CHOICE_METRICS, choice_statistics, has_choices
 from gemma_tune.evaluation.metrics.choice import choose_metrics
 from gemma_tune.evaluation.metrics.metric import Metric
 from gemma_tune.evaluation.read_cases import cases_of, read_cases
@@ -35,6 +28,7 @@ from gemma_tune.models.lora.enable import neutral_lora_values
 from gemma_tune.models.sharding.placement import mesh_sharding_of
 from gemma_tune.models.sources.source import parse_schemed
 from gemma_tune.pipeline.scoring import evaluate, heldout_of_run, run_config
+from gemma_tune.pipeline.setup import heldout_rows
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.runtime import progress
 from gemma_tune.runtime.backend import keras
@@ -42,11 +36,6 @@ from gemma_tune.runtime.process_memory import release_freed_memory
 from gemma_tune.serving.generation import generate
 
 BASE, TUNED, NO_OTHER = "base model", "tuned model", "none"
-_BATCH = 8
-_CHOICE_METRICS = {
-    CHOICE_ACCURACY: "share of questions whose likeliest choice is the right one",
-    CHOICE_ACCURACY_PER_BYTE: "share of questions whose likeliest choice per byte is the right one",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +88,7 @@ def evaluate_answers(
         ConfigError, DataError, ModelError: The message says what is wrong and what to do. Data, metrics and columns are
             checked before a model is loaded.
     """
-    if options.against not in ("", NO_OTHER):
-        parse_schemed(options.against)  # Before anything that takes long.
+    check_other(options.against)  # Before anything that takes long.
     run = None if data_is_given else run_config(config.model.source)
     cases, examples, source = _data_of_run(run) if run else _given_data(config)
     chosen = choose_cases(cases, options.num_questions, config.seed)
@@ -117,17 +105,14 @@ def evaluate_answers(
 
 def _metrics_of(options: EvaluationOptions, cases: Sequence[EvalCase]) -> tuple[list[Metric], dict[str, str]]:
     """Returns the metrics of answers and of choices, and what was left out. Questions with choices need no answers."""
-    of_choices = [Metric(name, text, _no_statistics) for name, text in _CHOICE_METRICS.items()]
+    if not cases:
+        return [], {}
     num_choices = sum(map(has_choices, cases))
-    is_asked = bool(options.metrics or options.metric_functions)
-    if not cases or (num_choices == len(cases) and not is_asked):
-        return of_choices[: len(of_choices) if cases else 0], {}
+    of_choices = list(CHOICE_METRICS) if num_choices else []
+    if num_choices == len(cases) and not (options.metrics or options.metric_functions):
+        return of_choices, {}
     of_answers, left_out = choose_metrics(options.metrics, options.metric_functions, cases)
-    return [*(of_choices if num_choices else []), *of_answers], left_out
-
-
-def _no_statistics(cases: Sequence[EvalCase], answers: Sequence[str]) -> np.ndarray:
-    raise NotImplementedError("Choices are scored by their log-likelihoods, not by answers.")
+    return [*of_choices, *of_answers], left_out
 
 
 def _judged(evaluation: Evaluation, judge: Judge) -> Evaluation:
@@ -153,10 +138,7 @@ def choose_cases(cases: Sequence[EvalCase], count: int, seed: int) -> list[EvalC
 def _data_of_run(run: Config) -> tuple[list[EvalCase], Sequence[Example], str]:
     """Returns what a run held out, as questions and as examples, and a name for it."""
     examples, name = heldout_of_run(run)
-    data = run.data
-    source = data.eval_source or ("" if data.eval_split else heldout_of(data.source)) or data.source
-    rows = read_rows(source, data.eval_split or data.split, lambda error: None)
-    return cases_of(examples, rows), examples, name
+    return cases_of(examples, heldout_rows(run)), examples, name
 
 
 def _given_data(config: Config) -> tuple[list[EvalCase], Sequence[Example], str]:
@@ -166,6 +148,12 @@ def _given_data(config: Config) -> tuple[list[EvalCase], Sequence[Example], str]
     answered = [Example((*case.prompt, Turn("model", case.reference)), case.origin) for case in cases if case.reference]
     examples = answered if cases else load_examples(data.source, data.split, data.on_error)
     return cases, examples, data.source
+
+
+def check_other(against: str) -> None:
+    """Raises ModelError if the model to compare with is named and doesn't exist."""
+    if against not in ("", NO_OTHER):
+        parse_schemed(against)
 
 
 def load_models(config: Config, adapter: str, against: str) -> Iterator[tuple[str, keras.Model]]:
@@ -216,7 +204,7 @@ def _evaluated(name: str, model: keras.Model, questions: _Questions, config: Con
                 batch_size=config.training.batch_size,
             )
     statistics: dict[str, np.ndarray] = {}
-    of_answers = [metric for metric in questions.metrics if metric.name not in CHOICE_METRICS]
+    of_answers = [metric for metric in questions.metrics if metric not in CHOICE_METRICS]
     if len(of_answers) < len(questions.metrics):
         with progress.track_progress(f"{name}: scored choices") as advance:
             statistics = choice_statistics(model, questions.cases, advance=advance)
@@ -239,16 +227,18 @@ def answer_cases(
 
     Args:
         model: CausalLM.
-        cases: The questions. Those of similar length are answered together.
+        cases: The questions.
         config: Settings of generation, and the seed.
         advance: Called with the number of questions that were answered since the last call.
     """
-    answers = np.empty(len(cases), object)
-    lengths = [sum(len(turn.content) for turn in case.prompt) for case in cases]
-    order = sorted(range(len(cases)), key=lengths.__getitem__)
-    for start in range(0, len(order), _BATCH):
-        numbers = order[start : start + _BATCH]
-        prompts = [cases[number].prompt for number in numbers]
-        answers[numbers] = generate(model, prompts, **dataclasses.asdict(config.generation), seed=config.seed)
-        advance(len(numbers))
-    return list(answers)
+    num_shown = 0
+
+    def show(num_answered: int) -> None:
+        nonlocal num_shown
+        advance(num_answered - num_shown)
+        num_shown = num_answered
+
+    prompts, settings = [case.prompt for case in cases], dataclasses.asdict(config.generation)
+    answers = generate(model, prompts, **settings, seed=config.seed, before_batch=show)
+    show(len(cases))
+    return answers  # type: ignore[return-value]  # A list of prompts gives a list.

@@ -7,12 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gemma_tune.config import Config, GenerationConfig
 from gemma_tune.config_checks import HELDOUT_FIGURES
 from gemma_tune.data import Splits
-from gemma_tune.data.sources.readers import heldout_of, read_rows
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.evaluation import choose_questions
 from gemma_tune.evaluation.case import EvalCase
@@ -21,12 +18,11 @@ from gemma_tune.evaluation.metrics.metric import Metric
 from gemma_tune.evaluation.read_cases import cases_of
 from gemma_tune.evaluation.resampling import confidence_interval, figure_of, row_figures
 from gemma_tune.models.functional import Params
+from gemma_tune.pipeline.setup import heldout_rows
 from gemma_tune.runtime.atomic_files import write_lines
 from gemma_tune.runtime.backend import jax, keras
 from gemma_tune.serving.generation import generate
 from gemma_tune.training.run.workdir import ANSWERS
-
-_BATCH = 8  # Answers between two looks for a signal.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +104,7 @@ def heldout_questions(config: Config, splits: Splits) -> HeldoutQuestions | None
     chosen = choose_questions(splits.heldout, training.num_eval_answers, config.seed)
     if not chosen:
         raise ConfigError(f"The metric {names[0]} needs answers to held-out questions, but no question is held out.")
-    data = config.data
-    source = data.eval_source or ("" if data.eval_split else heldout_of(data.source)) or data.source
-    cases = cases_of(chosen, read_rows(source, data.eval_split or data.split, lambda error: None))
+    cases = cases_of(chosen, heldout_rows(config))
     metrics, _ = choose_metrics(names, (), cases)
     return HeldoutQuestions(cases, metrics)
 
@@ -126,27 +120,21 @@ def answer_greedily(
 
     Args:
         model: CausalLM. The programs that generate are compiled at the first call and kept.
-        cases: The questions. Those of similar length are answered together.
+        cases: The questions.
         generation: Settings, of which those of sampling are not used.
         params: Arrays to use in place of the model's own.
         before_each: Called before each batch of questions; may raise to stop.
     """
     # Committed to their devices, as the results of steps are: else the first evaluation would be compiled apart.
     params = {path: jax.device_put(value, value.sharding) for path, value in params.items()}
-    answers = np.empty(len(cases), object)
-    lengths = [sum(len(turn.content) for turn in case.prompt) for case in cases]
-    order = sorted(range(len(cases)), key=lengths.__getitem__)
-    for start in range(0, len(order), _BATCH):
-        before_each()
-        numbers = order[start : start + _BATCH]
-        answers[numbers] = generate(
-            model,
-            [cases[number].prompt for number in numbers],
-            max_new_tokens=generation.max_new_tokens,
-            repetition_penalty=generation.repetition_penalty,
-            params=params,
-        )
-    return list(answers)
+    return generate(  # type: ignore[return-value]  # A list of prompts gives a list.
+        model,
+        [case.prompt for case in cases],
+        max_new_tokens=generation.max_new_tokens,
+        repetition_penalty=generation.repetition_penalty,
+        params=params,
+        before_batch=lambda num_answered: before_each(),
+    )
 
 
 def write_step_answers(workdir: Path, step: int, rows: Sequence[dict[str, Any]]) -> None:
@@ -167,11 +155,6 @@ def read_step_answers(workdir: Path, step: int) -> list[str]:
         return [json.loads(line)["answer"] for line in lines]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def saved_answer_steps(workdir: Path) -> list[int]:
-    """Returns the steps whose answers were written, in order."""
-    return sorted(int(path.stem.removeprefix("step_")) for path in (workdir / ANSWERS).glob("step_*.jsonl"))
 
 
 def figures_with_intervals(questions: HeldoutQuestions, answers: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """Prepares a run: data, model, batches, training state and steps."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +14,9 @@ from gemma_tune.data import (
     template_for,
     tokenize_splits,
 )
+from gemma_tune.data.example import Row
+from gemma_tune.data.sources.readers import read_rows
+from gemma_tune.data.splits import heldout_source
 from gemma_tune.errors import ConfigError
 from gemma_tune.evaluation import evaluate_batches
 from gemma_tune.models.attention.choice import AttentionChoice, first_device
@@ -100,6 +103,13 @@ def read_splits(config: Config) -> Splits:
         seed=config.seed,
         cache=cache_dir(),
     )
+
+
+def heldout_rows(config: Config) -> Iterator[Row]:
+    """Yields the rows of the source that held-out examples come from; unreadable ones are left out."""
+    data = config.data
+    source = heldout_source(data.source, data.eval_source, data.eval_split) or data.source
+    return read_rows(source, data.eval_split or data.split, lambda error: None)
 
 
 def prepare_data(config: Config, splits: Splits, model: keras.Model) -> TokenizedSplits:

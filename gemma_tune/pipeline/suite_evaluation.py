@@ -9,8 +9,7 @@ from gemma_tune.evaluation.metrics.choice import METRICS
 from gemma_tune.evaluation.suites.check_suite import Check, PartAnswers, check_suite
 from gemma_tune.evaluation.suites.load_suite import load_suite
 from gemma_tune.evaluation.suites.suite import Suite, SuitePart
-from gemma_tune.models.sources.source import parse_schemed
-from gemma_tune.pipeline.evaluation import NO_OTHER, answer_cases, load_models
+from gemma_tune.pipeline.evaluation import NO_OTHER, answer_cases, check_other, load_models
 from gemma_tune.runtime import progress
 from gemma_tune.runtime.backend import keras
 
@@ -53,8 +52,7 @@ def run_suite(config: Config, adapter: str, source: str, against: str = "") -> S
             model is loaded.
     """
     suite = load_suite(source, METRICS)
-    if against not in ("", NO_OTHER):
-        parse_schemed(against)  # Before anything that takes long.
+    check_other(against)  # Before anything that takes long.
     config = config.replace({f"generation.{name}": value for name, value in suite.generation.items()})
     other = against if suite.needs_other_model else NO_OTHER
     names: list[str] = []

@@ -1,6 +1,6 @@
 """Generates answers to questions and conversations, whole or as a stream."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from gemma_tune.config import GenerationConfig
 from gemma_tune.models.functional import Params
@@ -26,6 +26,7 @@ def generate(
     repetition_penalty: float = _DEFAULTS.repetition_penalty,
     seed: int = 0,
     params: Params | None = None,
+    before_batch: Callable[[int], object] = lambda num_answered: None,
 ) -> str | list[str]:
     """Answers one question or several.
 
@@ -40,6 +41,7 @@ def generate(
         repetition_penalty: Divisor of the positive logits of tokens that have occurred; 1: none.
         seed: Random seed of the sampling.
         params: Arrays to use in place of the model's own.
+        before_batch: Called before each batch of prompts with the number of those answered so far; may raise to stop.
 
     Returns:
         The answer to a single question, or a list of answers. An answer ends where the model ends its turn, or after
@@ -53,6 +55,7 @@ def generate(
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     answers = [""] * len(encoded)
     for start in range(0, len(order), _MAX_BATCH_SIZE):
+        before_batch(start)
         chosen = order[start : start + _MAX_BATCH_SIZE]
         steps = decoder_of(model).generate(
             [encoded[i] for i in chosen],

@@ -8,15 +8,26 @@ import numpy as np
 from gemma_tune.errors import ConfigError, DataError, did_you_mean
 from gemma_tune.evaluation.case import EvalCase
 from gemma_tune.evaluation.likelihood.log_likelihood import MAX_LENGTH, Pair, log_likelihoods
-from gemma_tune.evaluation.metrics.metric import mean_statistics
+from gemma_tune.evaluation.metrics.metric import Metric, mean_statistics
 from gemma_tune.runtime.backend import keras
 from gemma_tune.serving.prompt_encoder import PromptEncoder, prompt_encoder_of
 
 CHOICE_ACCURACY, CHOICE_ACCURACY_PER_BYTE = "choice_accuracy", "choice_accuracy_per_byte"
 PROMPT_STYLES = ("chat", "plain")
-CHOICE_METRICS = (CHOICE_ACCURACY, CHOICE_ACCURACY_PER_BYTE)
 _LETTERS = "ABCDEFGHIJ"
 _ANSWERS = ("answer", "answerKey", "label")
+
+
+def _from_answers(cases: Sequence[EvalCase], answers: Sequence[str]) -> np.ndarray:
+    raise AssertionError("choice_statistics computes these with the model, not from answers")
+
+
+CHOICE_METRICS = (
+    Metric(CHOICE_ACCURACY, "share of questions whose likeliest choice is the right one", _from_answers),
+    Metric(
+        CHOICE_ACCURACY_PER_BYTE, "share of questions whose likeliest choice per byte is the right one", _from_answers
+    ),
+)
 
 
 class ChoiceQuestion(NamedTuple):
@@ -99,7 +110,7 @@ def choice_statistics(
     encode = _chat_pairs if prompt_style == "chat" else _plain_pairs
     pairs = [pair for question in questions.values() for pair in encode(encoder, question)]
     scores = iter(log_likelihoods(model, pairs, max_length=max_length, advance=advance))
-    right: dict[str, list[float | None]] = {name: [None] * len(cases) for name in CHOICE_METRICS}
+    right: dict[str, list[float | None]] = {metric.name: [None] * len(cases) for metric in CHOICE_METRICS}
     for row, question in questions.items():
         log_probs = np.array([next(scores).log_prob for _ in question.choices])
         num_bytes = np.array([len(choice.encode()) for choice in question.choices])
