@@ -7,15 +7,12 @@ answers, and a corpus figure (a ratio of sums of unequal rows, as of all n-gram 
 truth in 93 to 97 % of the simulations.
 """
 
-import json
-import sys
 from collections.abc import Callable
 
 import numpy as np
 from absl import app, flags
-from rich.console import Console
 
-from benchmarks.verdicts import verdict_table
+from benchmarks.verdicts import exit_with
 from gemma_tune.evaluation.metrics.metric import Metric, mean_statistics
 from gemma_tune.evaluation.resampling import compare_paired, confidence_interval
 
@@ -84,10 +81,7 @@ def main(argv: list[str]) -> None:
         verdicts.append((f"coverage, {name}", measured, "0.93 to 0.97", 0.93 <= measured <= 0.97))
     alarms = false_alarms()
     verdicts.append(("equal models, p < 0.05", alarms, "at most 0.07", alarms <= 0.07))
-    Console(stderr=_JSON.value).print(verdict_table(verdicts))
-    if _JSON.value:
-        print(json.dumps({what: value for what, value, *_ in verdicts}))
-    sys.exit(not all(reached for *_, reached in verdicts))
+    exit_with(verdicts, _JSON.value)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,13 @@ Texts hold punctuation, numbers and several alphabets, and some answers are empt
 part, which is all that rouge-score's own tokenizer keeps. Needs `pip install -e '.[eval,peers]'`.
 """
 
-import json
 import random
-import sys
 from collections.abc import Callable
 
 import numpy as np
 from absl import app, flags
-from rich.console import Console
 
-from benchmarks.verdicts import verdict_table
+from benchmarks.verdicts import exit_with
 from gemma_tune.data import Turn
 from gemma_tune.evaluation.answers import words
 from gemma_tune.evaluation.case import EvalCase
@@ -118,10 +115,7 @@ def main(argv: list[str]) -> None:
     for name, (difference, peer, most) in _PEERS.items():
         measured = difference(name, answers, references)
         verdicts.append((f"{name}, difference from {peer}", measured, f"at most {most:g}", measured <= most))
-    Console(stderr=_JSON.value).print(verdict_table(verdicts))
-    if _JSON.value:
-        print(json.dumps({what: value for what, value, *_ in verdicts}))
-    sys.exit(not all(reached for *_, reached in verdicts))
+    exit_with(verdicts, _JSON.value)
 
 
 if __name__ == "__main__":

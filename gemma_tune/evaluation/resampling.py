@@ -6,12 +6,12 @@ width to 20 right answers of 20. Two models are compared by an approximate rando
 hypothesis, the two answers to a question could be swapped (Noreen 1989; Riezler and Maxwell 2005).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from gemma_tune.evaluation.metrics.metric import Metric, ratio_of_sums
+from gemma_tune.evaluation.metrics.metric import Metric, mean_statistics, ratio_of_sums
 
 CONFIDENCE = 0.95
 SIGNIFICANT_P = 0.05  # A difference with a smaller p-value counts as one.
@@ -72,12 +72,12 @@ def confidence_interval(
         confidence: Probability that the interval covers the figure of all possible rows.
         seed: Random seed of the resamples.
     """
-    counted = statistics[_counts(statistics)]
-    if len(counted) < 2:
-        return Interval(np.nan, np.nan)
-    if metric.figure is ratio_of_sums and _are_shares(counted):
-        return _wilson(counted, confidence)
-    return _bootstrap(metric.figure, counted, confidence, seed)
+    return _interval(metric.figure, statistics, confidence, seed)
+
+
+def mean_interval(scores: Sequence[float | None], *, confidence: float = CONFIDENCE, seed: int = 0) -> Interval:
+    """Returns the confidence interval of the mean of scores, of which None doesn't count."""
+    return _interval(ratio_of_sums, mean_statistics(scores), confidence, seed)
 
 
 def compare_paired(
@@ -119,6 +119,15 @@ def significant_change(metric: Metric, found: PairedComparison) -> str:
     if metric.is_higher_better is None or not found.p_value < SIGNIFICANT_P:
         return ""
     return "better" if (found.difference > 0) == metric.is_higher_better else "worse"
+
+
+def _interval(figure: _FigureOfSums, statistics: np.ndarray, confidence: float, seed: int) -> Interval:
+    counted = statistics[_counts(statistics)]
+    if len(counted) < 2:
+        return Interval(np.nan, np.nan)
+    if figure is ratio_of_sums and _are_shares(counted):
+        return _wilson(counted, confidence)
+    return _bootstrap(figure, counted, confidence, seed)
 
 
 def _counts(statistics: np.ndarray) -> np.ndarray:

@@ -98,17 +98,10 @@ def transform_for_training(
         ModelError: The model takes more than text, no layer has one of the target names, a layer doesn't fit the
             quantization spec, or a part can't be swapped.
     """
-    keeps_factors = keeps_factors and bool(lora and lora_layers(model.backbone))
-    if not keeps_factors:
-        merge_lora(model.backbone)
-    disable_qat(model.backbone)
-    check_text_only(model)
-    if not lora:
-        _check_floats(model)
-    elif not keeps_factors:
-        enable_lora(model.backbone, *lora)
-    for layer in lora_layers(model.backbone) if alpha_is_input else ():
-        make_scale_an_input(layer)
+    _prepare_factors(model, lora, keeps_factors)
+    if alpha_is_input:
+        for layer in lora_layers(model.backbone):
+            make_scale_an_input(layer)
     use_plain_products(model.backbone)
     use_rotary_tables(model.backbone)
     if qat:
@@ -124,6 +117,19 @@ def transform_for_training(
         enable_mesh_sharding(model.backbone, sharding)
     enable_remat(model.backbone, remat)
     return Transformed("whole", choice)
+
+
+def _prepare_factors(model: keras.Model, lora: LoraSettings | None, keeps_factors: bool) -> None:
+    """Merges LoRA factors of an earlier run and adds new ones, or keeps those that are there."""
+    keeps_factors = keeps_factors and bool(lora and lora_layers(model.backbone))
+    if not keeps_factors:
+        merge_lora(model.backbone)
+    disable_qat(model.backbone)
+    check_text_only(model)
+    if not lora:
+        _check_floats(model)
+    elif not keeps_factors:
+        enable_lora(model.backbone, *lora)
 
 
 def _check_floats(model: keras.Model) -> None:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemma_tune.evaluation.html_report import as_svg, figure_with_interval, html_document, html_table
+from gemma_tune.evaluation.resampling import CONFIDENCE, mean_interval
 from gemma_tune.tuning.space import SearchedSetting
 from gemma_tune.tuning.storage import optuna_module
 from gemma_tune.tuning.study import PROBLEM, Search, best_trials
 from gemma_tune.tuning.trials import SLOT, attempts_by_slot
 
-_NUM_RESAMPLES, _COVERAGE = 2000, 95
 _FEWEST = 4  # Finished trials without which nothing can be said about settings.
 
 
@@ -26,8 +26,7 @@ class GroupWorth(NamedTuple):
         group: The value, or the range of values.
         num_trials: Number of trials in the group.
         mean: Mean of the metric.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
+        low, high: Ends of its confidence interval; NaN for a single trial.
     """
 
     path: str
@@ -69,7 +68,7 @@ def _settings_part(search: Search, study: Any, trials: Sequence[Any]) -> str:
     return (
         "<h2>Importances</h2><p>Share of the differences between trials that a setting explains (PED-ANOVA, "
         f"arXiv:2304.10255).</p>{_importances(study)}"
-        f"<h2>What each setting is worth</h2><p>Mean {name} of the finished trials, and its {_COVERAGE}% bootstrap "
+        f"<h2>What each setting is worth</h2><p>Mean {name} of the finished trials, and its {CONFIDENCE:.0%} bootstrap "
         "interval. Other settings differ between these trials too, and pruned trials are left out.</p>"
         + html_table(rows, ("setting", "value", "trials", name), css_class="figures")
         + f"<h2>Slices</h2>{_slices(search, trials)}<h2>Parallel coordinates</h2>{_parallel(search, trials)}"
@@ -88,7 +87,7 @@ def setting_worth(search: Search, trials: Sequence[Any]) -> list[GroupWorth]:
         having = [trial for trial in trials if setting.path in trial.params]
         for label, group in _groups(setting, having):
             values = np.array([trial.values[0] for trial in group])
-            low, high = _mean_interval(values)
+            low, high = mean_interval(values.tolist())
             found.append(GroupWorth(setting.path, label, len(values), float(values.mean()), low, high))
     return found
 
@@ -104,14 +103,6 @@ def _groups(setting: SearchedSetting, trials: Sequence[Any]) -> list[tuple[str, 
     cuts = [len(ordered) * part // 3 for part in range(4)]
     parts = [ordered[start:end] for start, end in itertools.pairwise(cuts) if end > start]
     return [(f"{value(part[0]):.3g} to {value(part[-1]):.3g}", part) for part in parts]
-
-
-def _mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval of a mean (Efron, 1979)."""
-    draws = np.random.default_rng(0).integers(0, len(values), (_NUM_RESAMPLES, len(values)))
-    tail = (100 - _COVERAGE) / 2
-    low, high = np.percentile(values[draws].mean(1), [tail, 100 - tail])
-    return float(low), float(high)
 
 
 def _best_table(search: Search, best: Sequence[Any]) -> str:

@@ -10,8 +10,9 @@ from gemma_tune.tuning.budget import parse_budget
 from gemma_tune.tuning.default_spaces import default_space
 from gemma_tune.tuning.memory import planned_bytes
 from gemma_tune.tuning.metrics import parse_goals
+from gemma_tune.tuning.read_space import parse_space, read_space
 from gemma_tune.tuning.results import write_results
-from gemma_tune.tuning.space import Space, parse_space, read_space
+from gemma_tune.tuning.space import Space
 from gemma_tune.tuning.storage import optuna_module
 from gemma_tune.tuning.study import Search, SearchSettings, TrialEvent, check_choice, run_search
 

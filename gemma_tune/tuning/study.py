@@ -56,10 +56,10 @@ class SearchSettings:
 
     Attributes:
         budget: Number of trials, or time.
-        goals: Metrics to improve. Several: a Pareto front, without pruning.
+        goals: Metrics to improve; several give a Pareto front, without pruning.
         storage: URL of a database; empty: a journal file in the workdir.
         pruner: `asha` (arXiv:1810.05934), `hyperband` (arXiv:1603.06560) or `none`.
-        reduction_factor: Of so many trials that reach a rung, one goes on.
+        reduction_factor: Number of trials that reach a rung for each one that goes on.
         num_random_trials: Number of trials at the start whose parameters are random, before TPE learns from them.
         num_workers: Number of workers that share the budget.
         memory_limit: Bytes that a trial may take by plan; 0: no limit.

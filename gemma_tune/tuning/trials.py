@@ -15,7 +15,7 @@ from typing import Any
 
 from gemma_tune.config import Config
 from gemma_tune.runtime.lock import file_lock
-from gemma_tune.tuning.space import Space
+from gemma_tune.tuning.space import Space, base_values
 from gemma_tune.tuning.storage import optuna_module
 
 SLOT, WORKER = "slot", "worker"
@@ -66,8 +66,6 @@ def take_trial(study: Any, space: Space, base: Config, worker: str, make_sampler
 
 def suggest(trial: Any, space: Space, base: Config) -> dict[str, Any]:
     """Suggests a value for each setting whose condition holds."""
-    from gemma_tune.tuning.space import base_values
-
     values = base_values(base)
     chosen: dict[str, Any] = {}
     for setting in space.settings:

@@ -9,8 +9,7 @@ from gemma_tune.evaluation.judge.ask import JudgeQuestion, JudgeReply, ask_judge
 from gemma_tune.evaluation.judge.judge import Judge
 from gemma_tune.evaluation.judge.prompts import complaint_about_verdict, pair_prompt
 from gemma_tune.evaluation.judge.verdicts import read_verdict
-from gemma_tune.evaluation.metrics.metric import Metric, mean_statistics
-from gemma_tune.evaluation.resampling import Interval, confidence_interval
+from gemma_tune.evaluation.resampling import Interval, mean_interval
 
 _SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 _PLURALS = {"win": "wins", "tie": "ties", "loss": "losses"}
@@ -59,8 +58,7 @@ class PairwiseResult:
     @property
     def interval(self) -> Interval:
         """Returns the confidence interval of the win rate."""
-        metric = Metric("win_rate", "share of wins", lambda cases, answers: mean_statistics([]))
-        return confidence_interval(metric, mean_statistics(self._scores()))
+        return mean_interval(self._scores())
 
     @property
     def p_value(self) -> float:
