@@ -192,8 +192,12 @@ def test_adamw_and_lion_are_optaxs_bit_for_bit():
 
 @pytest.mark.parametrize("warmup_steps, num_train_steps", [(0, 33), (1, 21), (7, 50), (100, 24)])
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
-def test_schedules_are_optaxs_bit_for_bit(kind, warmup_steps, num_train_steps):
-    """Compiled as constants, as Optax's are in a step, and as inputs."""
+def test_schedules_are_optaxs(kind, warmup_steps, num_train_steps):
+    """Compiled with its numbers as constants, as Optax's are in a step, and with them as inputs.
+
+    XLA may round a product and a sum once or twice, by what it fuses (jax 0.12 does so where 0.10 does not): each of the two or three
+    roundings is at most half a unit in the last place of the peak rate.
+    """
     ours = make_schedule(kind, 3e-4, warmup_steps, num_train_steps)
     warmup_steps = min(warmup_steps, num_train_steps // 2)
     rest = num_train_steps - warmup_steps
@@ -207,6 +211,7 @@ def test_schedules_are_optaxs_bit_for_bit(kind, warmup_steps, num_train_steps):
         theirs = optax.join_schedules([warmup, theirs], [warmup_steps])
     counts = jnp.arange(num_train_steps)
     wanted = jax.jit(jax.vmap(theirs))(counts)
-    np.testing.assert_array_equal(jax.jit(jax.vmap(ours))(counts), wanted)
+    last_place = np.spacing(np.float32(3e-4))
+    np.testing.assert_allclose(jax.jit(jax.vmap(ours))(counts), wanted, rtol=0, atol=1.5 * last_place)
     inputs = jax.tree.map(lambda number: jnp.asarray(number, jnp.int32 if type(number) is int else jnp.float32), ours)
-    np.testing.assert_array_equal(jax.jit(lambda schedule: jax.vmap(schedule)(counts))(inputs), wanted)
+    np.testing.assert_allclose(jax.jit(lambda schedule: jax.vmap(schedule)(counts))(inputs), wanted, rtol=0, atol=1.5 * last_place)
