@@ -107,7 +107,7 @@ class Config:
         }
 
     @property
-    def optimizer_numbers(self) -> dict[str, float]:
+    def optimizer_numbers(self) -> dict[str, Any]:
         """Returns the numbers of the optimizer, without its learning-rate schedule."""
         optimizer = self.optimizer
         names = ("weight_decay", "b1", "b2", "epsilon", "clip_norm")

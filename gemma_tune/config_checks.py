@@ -86,6 +86,8 @@ def _check_ranges(config: Any) -> None:
     _at_least("data.max_length", data.max_length, 8)
     _at_least("lora.rank", lora.rank, 1)
     _at_least("lora.alpha", lora.alpha, 0)
+    if not 0 <= lora.dropout < 1:
+        raise ConfigError(f"lora.dropout must be at least 0 and below 1, got {lora.dropout}.")
     if not lora.loraplus_lr_ratio > 0:
         raise ConfigError(f"lora.loraplus_lr_ratio must be above 0, got {lora.loraplus_lr_ratio}.")
     for name in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
@@ -141,6 +143,11 @@ def _check_combinations(config: Any) -> None:
         raise ConfigError(
             "training.qat rounds W + A·B and can't be combined with lora.use_dora, which takes its norms from weights "
             "that are not rounded. Leave one of them out."
+        )
+    if training.qat and lora.dropout and training.method != "full":
+        raise ConfigError(
+            "training.qat rounds W + A·B and can't be combined with lora.dropout, which changes the input of A alone. "
+            "Leave one of them out."
         )
     if training.batch_size % training.grad_accum_steps:
         raise ConfigError(

@@ -81,6 +81,8 @@ class LoraConfig:
             learns as fast as a low one.
         use_dora: Whether the magnitude of each output's weights is trained too, apart from their direction
             (arXiv:2402.09353).
+        dropout: Rate of dropout on the input of A, in training alone, as in PEFT: this share of the input's numbers is
+            zero, the others are larger instead. The embedding has none.
         loraplus_lr_ratio: Learning rate of B divided by that of A (LoRA+, arXiv:2402.12354, where 16 suits many tasks).
     """
 
@@ -90,6 +92,7 @@ class LoraConfig:
     layout: str = "keras"
     use_rslora: bool = False
     use_dora: bool = False
+    dropout: float = 0.0
     loraplus_lr_ratio: float = 1.0
 
 

@@ -70,6 +70,14 @@ LAYERS = {
         ("conversation",),
         ("http",),
     ),
+    "tuning": (
+        ("budget", "metrics", "storage", "spaces"),
+        ("trials", "runner", "memory"),
+        ("study",),
+        ("report",),
+        ("results",),
+        ("search",),
+    ),
     "export": (
         ("options", "jinja_template"),
         ("card", "hf"),

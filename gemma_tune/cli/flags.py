@@ -62,6 +62,7 @@ _SETTING_FLAGS = {
             "matrix, as PEFT has them.",
         ),
         "use_rslora": ("lora.use_rslora", "Scale LoRA updates by alpha / sqrt(rank) instead (rsLoRA)."),
+        "lora_dropout": ("lora.dropout", "Rate of dropout on the input of LoRA's factors, in training."),
         "use_dora": ("lora.use_dora", "Also train the magnitude of each output's weights (DoRA)."),
         "adapter": (
             "model.adapter",

@@ -50,7 +50,7 @@ def parameters(model: keras.Model) -> Parameters:
     return groups
 
 
-def assign(model: keras.Model, params: Params) -> None:
+def assign(model: keras.Model, params: Mapping[str, Any]) -> None:
     """Assigns arrays to the model's variables, by their paths."""
     variables = variables_by_path(model)
     for path, value in params.items():

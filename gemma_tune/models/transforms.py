@@ -12,6 +12,7 @@ from gemma_tune.models.cpu.rotary_tables import use_rotary_tables
 from gemma_tune.models.functional import check_text_only
 from gemma_tune.models.layers import lora_layers, quantized_layers
 from gemma_tune.models.linear import use_plain_products
+from gemma_tune.models.lora.dropout import enable_dropout
 from gemma_tune.models.lora.enable import enable_lora, merge_lora
 from gemma_tune.models.lora.layers import make_scale_an_input
 from gemma_tune.models.quantized.qat import disable_qat, enable_qat
@@ -73,6 +74,7 @@ def transform_for_training(
     sharding: MeshSharding | None = None,
     keeps_factors: bool = False,
     alpha_is_input: bool = False,
+    dropout: bool = False,
 ) -> Transformed:
     """Swaps parts of a model for faster and leaner ones. Unless `qat` is given, the model computes the same as before.
 
@@ -90,6 +92,8 @@ def transform_for_training(
         keeps_factors: Whether the LoRA factors that the model has are trained further, if `lora` is given.
         alpha_is_input: Whether programs take LoRA's scale as an input, so that alpha may be changed with `set_alpha`.
             Only for factors of linear layers, and not with `qat`.
+        dropout: Whether the input of LoRA's first factor may have dropout, at a rate that each training step takes. Not
+            with `qat`.
 
     Returns:
         The program and the attention kernel that were chosen.
@@ -99,9 +103,10 @@ def transform_for_training(
             quantization spec, or a part can't be swapped.
     """
     _prepare_factors(model, lora, keeps_factors)
-    if alpha_is_input:
-        for layer in lora_layers(model.backbone):
-            make_scale_an_input(layer)
+    for layer in lora_layers(model.backbone) if alpha_is_input else ():
+        make_scale_an_input(layer)
+    if dropout and lora:
+        enable_dropout(model.backbone)
     use_plain_products(model.backbone)
     use_rotary_tables(model.backbone)
     if qat:

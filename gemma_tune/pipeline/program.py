@@ -51,7 +51,12 @@ class Program:
             take_over=take_over,
             guarded=True,
             sharding=self.sharding,
-            hyperparameters=make_hyperparameters(schedule_of(config, num_train_steps), **config.optimizer_numbers),
+            hyperparameters=make_hyperparameters(
+                schedule_of(config, num_train_steps),
+                lora_dropout=config.lora.dropout,
+                seed=config.seed,
+                **config.optimizer_numbers,
+            ),
         )
 
 
@@ -84,6 +89,7 @@ def make_program(
         sharding=sharding,
         keeps_factors=bool(config.model.adapter),
         alpha_is_input=alpha_is_input,
+        dropout=bool(config.lora.dropout),
     )
     per_block = per_block_program(kind, model, training.remat)
     # The numbers themselves come with the state; here they say which of them the optimizer has at all.

@@ -180,7 +180,7 @@ def make_heldout_batches(config: Config, data: TokenizedSplits) -> HeldoutBatche
 def check_adapter_settings(config: Config) -> None:
     """Raises ConfigError if settings of `lora` would have no effect, since the adapter has its own."""
     defaults, given = dataclasses.asdict(Config().lora), dataclasses.asdict(config.lora)
-    changed = [name for name in given if given[name] != defaults[name] and name != "loraplus_lr_ratio"]
+    changed = [name for name in given if given[name] != defaults[name] and name not in ("dropout", "loraplus_lr_ratio")]
     if config.model.adapter and config.training.method != "full" and changed:
         raise ConfigError(
             f"model.adapter={config.model.adapter} continues training the adapter's own factors, so lora.{changed[0]} "

@@ -79,7 +79,7 @@ def make_schedule(name: str, learning_rate: float, warmup_steps: int, num_train_
 
 
 class Hyperparameters(NamedTuple):
-    """The numbers of the schedule and of the update rule.
+    """The numbers of the schedule, of the update rule, and of LoRA's dropout.
 
     Attributes:
         schedule: Learning rate by step.
@@ -91,6 +91,8 @@ class Hyperparameters(NamedTuple):
         epsilon: Term in AdamW's denominator.
         clip_norm: Largest global norm of the gradients; inf: no clipping.
         loraplus_lr_ratio: Factor of the learning rate for LoRA's second factors (LoRA+, arXiv:2402.12354).
+        lora_dropout: Rate of the dropout on the input of LoRA's first factors, if the model has it.
+        seed: Random seed of the dropout.
     """
 
     schedule: Schedule
@@ -102,10 +104,14 @@ class Hyperparameters(NamedTuple):
     epsilon: _Number
     clip_norm: _Number
     loraplus_lr_ratio: _Number
+    lora_dropout: _Number = 0.0
+    seed: _Number = 0
 
     def as_arrays(self) -> "Hyperparameters":
         """Returns the numbers as [] arrays on the device."""
-        return jax.tree.map(lambda number: jnp.asarray(number, jnp.int32 if type(number) is int else jnp.float32), self)
+        arrays = jax.tree.map(lambda number: jnp.asarray(number, jnp.float32), self)
+        kind, seed = jnp.asarray(self.schedule.kind, jnp.int32), jnp.asarray(self.seed % 2**31, jnp.int32)
+        return arrays._replace(schedule=arrays.schedule._replace(kind=kind), seed=seed)
 
 
 def make_hyperparameters(
@@ -117,10 +123,12 @@ def make_hyperparameters(
     epsilon: float,
     clip_norm: float,
     loraplus_lr_ratio: float = 1.0,
+    lora_dropout: float = 0.0,
+    seed: int = 0,
 ) -> Hyperparameters:
     """Returns the numbers of a run, of which `clip_norm` may be 0 for no clipping."""
-    clip_norm = clip_norm or float("inf")
-    return Hyperparameters(schedule, weight_decay, b1, b2, 1 - b1, 1 - b2, epsilon, clip_norm, loraplus_lr_ratio)
+    moments, clip_norm = (b1, b2, 1 - b1, 1 - b2, epsilon), clip_norm or float("inf")
+    return Hyperparameters(schedule, weight_decay, *moments, clip_norm, loraplus_lr_ratio, lora_dropout, seed)
 
 
 def make_optimizer(

@@ -85,7 +85,7 @@ def init_state(
     state = TrainState(
         jnp.zeros((), jnp.int32),
         {},
-        jax.jit(lambda tree: optimizer.init(as_float32(tree)), **on_mesh)(trainable),
+        jax.jit(_init_optimizer, static_argnums=0, **on_mesh)(optimizer, trainable),
         init_loss_scale() if computes_in_float16(model) else None,
         init_guard() if guarded else None,
         hyperparameters.as_arrays() if hyperparameters else None,
@@ -94,3 +94,7 @@ def init_state(
         few = jax.tree.map(lambda leaf: put_sharded(leaf, sharding.replicated), state._replace(opt_state=None))
         state = few._replace(opt_state=state.opt_state)
     return state._replace(trainable=trainable)
+
+
+def _init_optimizer(optimizer: optax.GradientTransformation, trainable: dict[str, jax.Array]) -> Any:
+    return optimizer.init(as_float32(trainable))

@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma_tune.evaluation.html_report import as_svg, figure_with_interval, html_document, html_table
 from gemma_tune.evaluation.resampling import CONFIDENCE, mean_interval
-from gemma_tune.tuning.space import SearchedSetting
+from gemma_tune.tuning.spaces.space import SearchedSetting
 from gemma_tune.tuning.storage import optuna_module
 from gemma_tune.tuning.study import PROBLEM, Search, best_trials
 from gemma_tune.tuning.trials import SLOT, attempts_by_slot

@@ -7,12 +7,12 @@ from typing import Any
 from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError
 from gemma_tune.tuning.budget import parse_budget
-from gemma_tune.tuning.default_spaces import default_space
 from gemma_tune.tuning.memory import planned_bytes
 from gemma_tune.tuning.metrics import parse_goals
-from gemma_tune.tuning.read_space import parse_space, read_space
 from gemma_tune.tuning.results import write_results
-from gemma_tune.tuning.space import Space
+from gemma_tune.tuning.spaces.default_spaces import default_space
+from gemma_tune.tuning.spaces.read_space import parse_space, read_space
+from gemma_tune.tuning.spaces.space import Space
 from gemma_tune.tuning.storage import optuna_module
 from gemma_tune.tuning.study import Search, SearchSettings, TrialEvent, check_choice, run_search
 
@@ -119,7 +119,7 @@ def start_search(
 
     from gemma_tune.pipeline import read_splits
     from gemma_tune.runtime.device_memory import available_device_bytes
-    from gemma_tune.tuning.trial_runner import TrialRunner
+    from gemma_tune.tuning.runner.trial_runner import TrialRunner
 
     # The key names the data's content, so that a search isn't continued on other data.
     search = dataclasses.replace(search, data_key=read_splits(search.base).key, planned_bytes=planned_bytes)
@@ -127,4 +127,5 @@ def start_search(
         limit = available_device_bytes() / search.settings.num_workers
         search = dataclasses.replace(search, settings=dataclasses.replace(search.settings, memory_limit=limit))
     search.open()  # Another search there is refused before the model is loaded.
-    return run_search(search, TrialRunner(search.base), on_event)
+    has_dropout = any(setting.path == "lora.dropout" for setting in search.space.settings)
+    return run_search(search, TrialRunner(search.base, has_dropout), on_event)

@@ -11,7 +11,7 @@ from gemma_tune.errors import ConfigError, ModelError, TrainingError
 from gemma_tune.settings import flatten
 from gemma_tune.tuning.budget import Budget
 from gemma_tune.tuning.metrics import Goal, goal_values
-from gemma_tune.tuning.space import Space, apply_values
+from gemma_tune.tuning.spaces.space import Space, apply_values
 from gemma_tune.tuning.storage import open_study, optuna_module, study_lock
 from gemma_tune.tuning.trials import (
     SLOT,

@@ -15,7 +15,7 @@ from typing import Any
 
 from gemma_tune.config import Config
 from gemma_tune.runtime.lock import file_lock
-from gemma_tune.tuning.space import Space, base_values
+from gemma_tune.tuning.spaces.space import Space, base_values
 from gemma_tune.tuning.storage import optuna_module
 
 SLOT, WORKER = "slot", "worker"

@@ -214,4 +214,6 @@ def test_schedules_are_optaxs(kind, warmup_steps, num_train_steps):
     last_place = np.spacing(np.float32(3e-4))
     np.testing.assert_allclose(jax.jit(jax.vmap(ours))(counts), wanted, rtol=0, atol=1.5 * last_place)
     inputs = jax.tree.map(lambda number: jnp.asarray(number, jnp.int32 if type(number) is int else jnp.float32), ours)
-    np.testing.assert_allclose(jax.jit(lambda schedule: jax.vmap(schedule)(counts))(inputs), wanted, rtol=0, atol=1.5 * last_place)
+    np.testing.assert_allclose(
+        jax.jit(lambda schedule: jax.vmap(schedule)(counts))(inputs), wanted, rtol=0, atol=1.5 * last_place
+    )

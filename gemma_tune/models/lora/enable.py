@@ -13,10 +13,12 @@ from gemma_tune.models.layers import is_quantized, iter_layers, lora_layers
 from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.models.lora.layers import (
     add_factors,
+    initial_values,
     lora_spec_of,
     merged_kernel,
     neutral_factors,
     remove_factors,
+    set_alpha,
 )
 from gemma_tune.runtime.backend import jax, keras, keras_hub
 
@@ -93,10 +95,23 @@ def enable_on_layers(backbone: keras_hub.models.Backbone, specs: Mapping[str, Lo
     for layer in iter_layers(backbone):
         layer.trainable = False
     for path, lora_spec in specs.items():
-        add_factors(layers[path], lora_spec, [seed, zlib.crc32(path.encode())])
+        add_factors(layers[path], lora_spec, _seeds(seed, path))
     # KerasHub's save_lora_weights reads these two.
     backbone._lora_enabled_layers = [index for index, path in enumerate(layers) if path in specs]
     backbone._lora_rank = next(iter(specs.values())).rank
+
+
+def reset_lora(backbone: keras_hub.models.Backbone, seed: int, alpha: float) -> None:
+    """Gives a backbone's factors the values that `enable_lora` gives them with this seed, and this alpha."""
+    variables = {variable.path: variable for variable in backbone.variables}
+    for layer in lora_layers(backbone):
+        for path, value in initial_values(layer, _seeds(seed, layer.path)).items():
+            variables[path].assign(value)
+        set_alpha(layer, alpha)
+
+
+def _seeds(seed: int, path: str) -> list[int]:
+    return [seed, zlib.crc32(path.encode())]
 
 
 def _check_layer(layer: keras.layers.Layer | None, path: str, lora_spec: LoraSpec) -> None:

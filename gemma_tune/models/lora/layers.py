@@ -13,8 +13,10 @@ import numpy as np
 from keras import ops
 from keras.src.initializers.random_initializers import compute_fans
 
+from gemma_tune.errors import ModelError
 from gemma_tune.models.functional import value_in_scope
 from gemma_tune.models.linear import PlainEinsumDense, einsum_product
+from gemma_tune.models.lora.dropout import drop_out, has_dropout, remove_dropout
 from gemma_tune.models.lora.factors import (
     LoraSpec,
     expand_over_inputs,
@@ -38,7 +40,16 @@ class LoraEinsumDense(keras.layers.EinsumDense):
 
     @property
     def kernel(self) -> jax.Array:
-        """Returns the merged kernel, which Gemma 4's blocks multiply by themselves. `_kernel` is the frozen one."""
+        """Returns the merged kernel, which Gemma 4's blocks multiply by themselves. `_kernel` is the frozen one.
+
+        Raises:
+            ModelError: The layer has dropout, which a merged kernel can't have.
+        """
+        if has_dropout(self):
+            raise ModelError(
+                f"{self.path} can't have lora.dropout: its block multiplies W + A·B by the input itself. Set "
+                "lora.dropout=0, or leave the layer out of lora.target_layers."
+            )
         return merged_kernel(self, value_in_scope(self._kernel)).astype(self.compute_dtype)
 
     def call(self, inputs: Any, training: Any = None) -> Any:
@@ -58,7 +69,8 @@ def with_factors(layer: Any, inputs: jax.Array, outputs: jax.Array) -> jax.Array
         outputs: Outputs of the frozen kernel alone, x·W, [B, L, outputs…].
     """
     scale, (a, b) = scale_of(layer), (value_in_scope(factor) for factor in factors_of(layer)[:2])
-    outputs = outputs + low_rank_product(layer.equation, scale, inputs, a.astype(inputs.dtype), b.astype(inputs.dtype))
+    casted = (drop_out(layer, inputs), a.astype(inputs.dtype), b.astype(inputs.dtype))
+    outputs = outputs + low_rank_product(layer.equation, scale, *casted)
     if not lora_spec_of(layer).use_dora:
         return outputs
     frozen = jax.lax.stop_gradient((float_kernel(layer), a, b))
@@ -149,6 +161,7 @@ def set_alpha(layer: Any, alpha: float) -> None:
 
 def remove_factors(layer: Any) -> None:
     """Removes a layer's factors."""
+    remove_dropout(layer)
     layer._tracker.unlock()
     for factor in factors_of(layer):
         layer._untrack_variable(factor)

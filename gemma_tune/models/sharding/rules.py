@@ -22,7 +22,7 @@ _RULES: tuple[tuple[str, MeshAxes], ...] = (
     (r"(gate_proj|up_proj)", ("model", "fsdp", None)),  # Experts.
     (r"down_proj", ("model", None, "fsdp")),
     (r"moe_router/.*kernel", (None, None)),
-    (r"(scale|per_expert_scale|per_dim_scale|layer_scalar)", ()),
+    (r"(scale|per_expert_scale|per_dim_scale|layer_scalar|dropout_rate|dropout_key)", ()),
 )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -22,8 +22,6 @@ from gemma_tune.training.run.bad_steps import (
     stop_message,
 )
 from gemma_tune.training.run.checkpoint_content import Progress
-from gemma_tune.training.run.checkpoints import Checkpoints
-from gemma_tune.training.run.metrics import MetricsWriter
 from gemma_tune.training.state import StepMetrics, TrainState
 from gemma_tune.training.step.train_step import TrainStep
 
@@ -36,6 +34,25 @@ class Reporter(Protocol):
     def on_evaluation(self, step: int, values: dict[str, float]) -> None: ...
 
     def on_problem(self, message: str) -> None: ...
+
+
+class CheckpointStore(Protocol):
+    """Keeps states of a run, as `Checkpoints` does on the disk."""
+
+    @property
+    def steps(self) -> list[int]: ...
+
+    def save(self, state: TrainState, progress: Progress, replace: bool = False) -> None: ...
+
+    def wait(self) -> bool: ...
+
+
+class MetricsLog(Protocol):
+    """Takes rows of metrics, as `MetricsWriter` does into files."""
+
+    def write(self, step: int, **values: float) -> None: ...
+
+    def write_bad_step(self, step: int, what: str, origins: Sequence[str]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +90,8 @@ class Loop:
             Returns held-out metrics, `loss` among them. None if nothing is held out.
         schedule: Learning rate by step, for the log.
         settings: Intervals, and what bad steps do.
-        checkpoints: Checkpoints of the run.
-        metrics: Writer of the run's metrics.
+        checkpoints: Keeps states of the run.
+        metrics: Takes the run's metrics.
         reporter: Shows progress and problems.
         origins: Function of a step, counted from 0, that returns where its examples come from, such as
             `support.jsonl:17`.
@@ -88,8 +105,8 @@ class Loop:
     evaluate: Callable[[Params, Callable[[], None]], dict[str, float]] | None
     schedule: optax.Schedule
     settings: LoopSettings
-    checkpoints: Checkpoints
-    metrics: MetricsWriter
+    checkpoints: CheckpointStore
+    metrics: MetricsLog
     reporter: Reporter
     origins: Callable[[int], list[str]] = lambda step: []
     evaluate_answers: Callable[[int, Params, Callable[[], None]], dict[str, float]] | None = None

@@ -2,13 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_tune.data import Batch
 from gemma_tune.models.functional import Params
+from gemma_tune.models.lora.dropout import DropoutValues
 from gemma_tune.training.losses.loss_scale import scale_of_sum
 from gemma_tune.training.optimizer import as_float32
 from gemma_tune.training.state import StepMetrics, TrainState
 from gemma_tune.training.step.compile_once import CompiledOnce, StepMemory, tree_num_bytes
+from gemma_tune.training.step.dropout import with_dropout
 from gemma_tune.training.step.per_block_gradients import PerBlockGradients
 from gemma_tune.training.step.update import Update
 
@@ -21,9 +24,18 @@ class PerBlockTrainStep:
         update: From `make_update`.
         num_targets: Number of tokens that are summed, about, as for `make_update`.
         grad_accum_steps: Number of micro-batches in a batch.
+        dropout: From `make_dropout_values`; None without dropout.
     """
 
-    def __init__(self, gradients: PerBlockGradients, update: Update, num_targets: int, grad_accum_steps: int):
+    def __init__(
+        self,
+        gradients: PerBlockGradients,
+        update: Update,
+        num_targets: int,
+        grad_accum_steps: int,
+        dropout: DropoutValues | None = None,
+    ):
+        self._dropout = jax.jit(dropout) if dropout else None
         self._gradients, self._num_targets, self._num_micro = gradients, num_targets, grad_accum_steps
         self._update = CompiledOnce(update, donate_argnums=0)
         self._add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more), donate_argnums=0)
@@ -32,8 +44,9 @@ class PerBlockTrainStep:
         """Runs a step."""
         total = None
         scale = scale_of_sum(state.loss_scale, self._num_targets)
-        for micro in self._micro_batches(batch):
-            grads, sums = self._gradients(state.trainable, frozen, scale, micro)
+        for number, micro in enumerate(self._micro_batches(batch)):
+            of_micro = with_dropout(frozen, self._dropout, state, np.int32(number))
+            grads, sums = self._gradients(state.trainable, of_micro, scale, micro)
             one = as_float32(grads), sums
             total = self._add(total, one) if total else one
             del grads, one

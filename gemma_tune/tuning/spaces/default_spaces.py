@@ -15,8 +15,8 @@ Ranges and their reasons:
 from typing import Any
 
 from gemma_tune.config import Config
-from gemma_tune.tuning.read_space import parse_space
-from gemma_tune.tuning.space import Space
+from gemma_tune.tuning.spaces.read_space import parse_space
+from gemma_tune.tuning.spaces.space import Space
 
 _SCHEDULE: dict[str, Any] = {
     "optimizer.schedule": ["cosine", "linear", "constant"],

@@ -18,7 +18,7 @@ import yaml
 from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.settings import flatten, setting_paths
-from gemma_tune.tuning.space import SearchedSetting, Space, as_one_text
+from gemma_tune.tuning.spaces.space import SearchedSetting, Space, as_one_text
 
 _KEYS = ("choices", "low", "high", "log", "step", "when")
 _FIXED = ("workdir", "data.source", "data.eval_source", "data.split", "data.eval_split", "data.eval_fraction", "seed")

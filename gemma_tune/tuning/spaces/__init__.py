@@ -1,0 +1,1 @@
+"""Says which settings a search may change, and with which values."""
