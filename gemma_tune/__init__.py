@@ -37,6 +37,7 @@ _PUBLIC = {
     "train": "gemma_tune.pipeline",
     "evaluate": "gemma_tune.pipeline",
     "compare": "gemma_tune.pipeline",
+    "tune": "gemma_tune.tuning",
     "export_model": "gemma_tune.export",
     "generate": "gemma_tune.serving",
     "stream": "gemma_tune.serving",

@@ -107,8 +107,8 @@ def _check_ranges(config: Any) -> None:
         raise ConfigError(f"generation.min_p must lie between 0 and 1, got {generation.min_p}.")
     if not 0 < generation.repetition_penalty < float("inf"):
         raise ConfigError(f"generation.repetition_penalty must be above 0, got {generation.repetition_penalty}.")
-    if not 0 < data.eval_fraction < 1:
-        raise ConfigError(f"data.eval_fraction must lie between 0 and 1, got {data.eval_fraction}.")
+    if not 0 <= data.eval_fraction < 1:
+        raise ConfigError(f"data.eval_fraction must be at least 0 and below 1, got {data.eval_fraction}.")
     if not 0 < generation.top_p <= 1:
         raise ConfigError(f"generation.top_p must be above 0 and at most 1, got {generation.top_p}.")
 

@@ -44,7 +44,7 @@ class DataConfig:
             `source` names if it has one, otherwise `eval_fraction` of `source`.
         split: Split to read from a TFDS data set.
         eval_split: Split of the same TFDS data set to hold out. Empty: `eval_fraction` of `split` is held out.
-        eval_fraction: Share of the questions to hold out, chosen by a hash of their content.
+        eval_fraction: Share of the questions to hold out, chosen by a hash of their content; 0: none.
         system_prompt: System turn to put before every conversation that has none.
         max_length: Maximum length of an example, in tokens.
         row_length: Length of a packed row, in tokens; 0: `max_length`. Longer rows are filled better, above all when

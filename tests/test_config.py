@@ -65,7 +65,7 @@ def test_it_is_frozen():
         ({"optimizer.name": "adam"}, r"optimizer.name must be one of .*; got 'adam'. Did you mean adamw\?"),
         ({"optimizer.learning_rate": float("nan")}, r"optimizer.learning_rate must be a finite number, got nan"),
         ({"optimizer.learning_rate": -1.0}, r"optimizer.learning_rate must be at least 0"),
-        ({"data.eval_fraction": 1.0}, r"data.eval_fraction must lie between 0 and 1"),
+        ({"data.eval_fraction": 1.0}, r"data.eval_fraction must be at least 0 and below 1"),
         (
             {"data.row_length": 100},
             r"data.row_length must be 0 or at least data.max_length=512, with data.packing; got 100",

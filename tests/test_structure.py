@@ -71,12 +71,13 @@ LAYERS = {
         ("http",),
     ),
     "tuning": (
-        ("budget", "metrics", "storage", "spaces"),
-        ("trials", "runner", "memory"),
+        ("budget", "metrics", "storage", "spaces", "runner"),
+        ("trials", "search", "memory"),
+        ("trial_run",),
         ("study",),
-        ("report",),
-        ("results",),
-        ("search",),
+        ("results", "forecast"),
+        ("workers",),
+        ("start",),
     ),
     "export": (
         ("options", "jinja_template"),

@@ -131,6 +131,11 @@ _WITHOUT_DEFAULT = ("calibration",)  # It must be given where it is needed.
 ADAPTER = Flag("adapter", "LoRA adapter to load on top of --model: a run, a folder or a file.", group="Model")
 
 
+def setting_by_flag() -> dict[str, str]:
+    """Returns the path of the setting that each flag sets, by the flag's name."""
+    return {name: path for flags in _SETTING_FLAGS.values() for name, (path, _) in flags.items()}
+
+
 def setting_flags(*names: str, defaults: Mapping[str, Any] | None = None) -> tuple[Flag, ...]:
     """Returns flags that set settings of Config.
 

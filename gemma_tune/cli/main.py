@@ -25,6 +25,7 @@ VERBS = {
     "data": "Look at a data set: rendered examples, lengths, dropped rows.",
     "train": "Fine-tune a model.",
     "eval": "Score a tuned model and its base model on held-out data.",
+    "tune": "Search for better settings.",
     "quantize": "Quantize a trained model, with or without calibration data.",
     "merge": "Merge LoRA into the weights of the base model.",
     "export": "Write a model for Keras, transformers, vLLM, llama.cpp and others.",
@@ -34,7 +35,7 @@ VERBS = {
     "serve": "Serve a model over HTTP: OpenAI's API, and a chat page.",
 }
 _USAGE, _FAILED, _INTERRUPTED, _TERMINATED = 2, 1, 130, 143
-_WHEN_STOPPED = dict.fromkeys(("train", "quickstart"), " Run the same command again to go on.")
+_WHEN_STOPPED = dict.fromkeys(("train", "quickstart", "tune"), " Run the same command again to go on.")
 
 
 class _Terminated(BaseException):

@@ -13,8 +13,8 @@ from gemma_tune.errors import ConfigError
 
 # Headings of `--help`, in the order in which they are printed.
 GROUPS = (
-    "Model", "Quantization", "Data", "LoRA", "Optimizer", "Training", "Evaluation", "Devices", "Generation", "Server",
-    "Limits", "Output", "General",
+    "Model", "Quantization", "Data", "LoRA", "Optimizer", "Training", "Evaluation", "Search", "Devices", "Generation",
+    "Server", "Limits", "Output", "General",
 )  # fmt: skip
 
 

@@ -20,12 +20,12 @@ def heldout_by_question(question_hashes: np.ndarray, fraction: float) -> np.ndar
 
     Args:
         question_hashes: [n] uint64 hashes from `question_hash`.
-        fraction: Share of the questions to hold out, between 0 and 1.
+        fraction: Share of the questions to hold out, below 1; 0: none.
 
     Returns:
         [n] bool, true for held-out examples.
     """
     places = question_hashes.astype(np.float64) / 2.0**64
-    if not len(places) or places.min() == places.max():
+    if not fraction or not len(places) or places.min() == places.max():
         return np.zeros(len(places), bool)  # One question can't be on both sides.
     return places <= max(fraction, places.min())

@@ -1,5 +1,5 @@
 """Searches hyperparameters with Optuna."""
 
-from gemma_tune.tuning.search import tune
+from gemma_tune.tuning.start import tune
 
 __all__ = ["tune"]

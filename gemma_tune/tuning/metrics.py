@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gemma_tune.config import Config
+from gemma_tune.config_checks import HELDOUT_FIGURES
 from gemma_tune.errors import ConfigError, did_you_mean
+from gemma_tune.evaluation.metrics.choice import METRICS
 
 
 class Goal(NamedTuple):
@@ -26,25 +29,25 @@ _GOALS = (
     Goal("heldout_loss", "loss", "minimize", True),
     Goal("perplexity", "perplexity", "minimize", True),
     Goal("token_accuracy", "token_accuracy", "maximize", True),
-    Goal("seconds", "seconds", "minimize", False),
-    Goal("num_steps", "num_steps", "minimize", False),
-    Goal("memory", "memory_bytes", "minimize", False),
+    Goal("seconds", "seconds", "minimize", False),  # Duration of the training.
+    Goal("memory", "memory_bytes", "minimize", False),  # Bytes of a training step by plan.
+    Goal("model_size", "model_bytes", "minimize", False),  # Bytes of all weights.
 )
 
 
-def parse_goals(text: str, answer_metrics: Mapping[str, str] | None = None) -> tuple[Goal, ...]:
+def parse_goals(text: str) -> tuple[Goal, ...]:
     """Returns what `--metric` names: one metric, or two or three with commas between, for a Pareto front.
 
     Args:
         text: Names of metrics with commas between.
-        answer_metrics: Direction (`minimize` or `maximize`) by name of the metrics of generated answers that the
-            trials give.
 
     Raises:
         ConfigError: There is no such metric (suggests the nearest), or one is named twice.
     """
     known = {goal.name: goal for goal in _GOALS} | {
-        name: Goal(name, name, direction, False) for name, direction in (answer_metrics or {}).items()
+        name: Goal(name, name, "maximize" if metric.is_higher_better else "minimize", True)
+        for name, metric in METRICS.items()
+        if metric.is_higher_better is not None
     }
     names = [name.strip() for name in text.split(",")]
     for name in names:
@@ -56,6 +59,16 @@ def parse_goals(text: str, answer_metrics: Mapping[str, str] | None = None) -> t
     if len(set(names)) < len(names) or len(names) > 3:
         raise ConfigError(f"--metric={text}: give one metric, or two or three different ones with commas between.")
     return tuple(known[name] for name in names)
+
+
+def with_goals(config: Config, goals: Sequence[Goal]) -> Config:
+    """Returns the settings of trials that compute these metrics, and whose best step is the best by the first one."""
+    known = [goal.key for goal in goals if goal.is_known_early]
+    if not known:
+        return config
+    of_answers = [key for key in known if key not in HELDOUT_FIGURES]
+    metrics = list(dict.fromkeys([*config.training.eval_metrics, *of_answers]))
+    return config.replace({"training.best_by": known[0], "training.eval_metrics": metrics})
 
 
 def goal_values(goals: Sequence[Goal], metrics: Mapping[str, Any]) -> list[float]:

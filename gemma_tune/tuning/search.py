@@ -1,131 +1,142 @@
-"""Puts a search together from a Config, a space and a budget."""
+"""Defines a search: what is searched, how, and where."""
 
+import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.config import Config
-from gemma_tune.errors import ConfigError
-from gemma_tune.tuning.budget import parse_budget
-from gemma_tune.tuning.memory import planned_bytes
-from gemma_tune.tuning.metrics import parse_goals
-from gemma_tune.tuning.results import write_results
-from gemma_tune.tuning.spaces.default_spaces import default_space
-from gemma_tune.tuning.spaces.read_space import parse_space, read_space
-from gemma_tune.tuning.spaces.space import Space
-from gemma_tune.tuning.storage import optuna_module
-from gemma_tune.tuning.study import Search, SearchSettings, TrialEvent, check_choice, run_search
+from gemma_tune.errors import ConfigError, did_you_mean
+from gemma_tune.settings import flatten
+from gemma_tune.tuning.budget import Budget
+from gemma_tune.tuning.metrics import Goal
+from gemma_tune.tuning.spaces.space import Space, apply_values
+from gemma_tune.tuning.storage import open_study, optuna_module, study_lock
+
+PRUNERS = ("asha", "hyperband", "none")
+_TRIALS = "trials"
+_EVALUATIONS = 9  # Of a whole trial, at least: with a reduction factor of 3, its rungs are at 1/9, 1/3 and the end.
 
 
-def tune(
-    config: Config,
-    space: Space | Mapping[str, Any] | str | Path | None = None,
-    *,
-    budget: str = "20_trials",
-    metric: str = "heldout_loss",
-    storage: str = "",
-    pruner: str = "asha",
-    runner: Any = None,
-) -> Any:
-    """Searches for better settings, and returns the Optuna study.
+@dataclasses.dataclass(frozen=True)
+class SearchSettings:
+    """How a search runs.
 
-    A search that was stopped goes on when it is started again with the same arguments. Several processes that are
-    started with the same arguments share the work.
-
-    Args:
-        config: Settings to start from. `workdir` holds the search.
-        space: Searched settings: a mapping as in space.yaml, the path of such a file, or None for the default space of
-            the method.
-        budget: Number of trials (`30_trials`) or time (`2h`).
-        metric: Metric to improve; several with commas between give a Pareto front.
+    Attributes:
+        budget: Number of trials, or time.
+        goals: Metrics to improve; several give a Pareto front, without pruning.
         storage: URL of a database; empty: a journal file in the workdir.
-        pruner: `asha`, `hyperband` or `none`.
-        runner: Object whose `run(config, on_evaluation)` runs a trial; None: training on the config's data.
-
-    Raises:
-        ConfigError, DataError, ModelError, TrainingError: The message says what is wrong and what to do.
-    """
-    search = make_search(config, space, budget=budget, metric=metric, storage=storage, pruner=pruner)
-    study = start_search(search, runner)
-    write_results(search, study)
-    return study
-
-
-def make_search(
-    config: Config,
-    space: Space | Mapping[str, Any] | str | Path | None = None,
-    *,
-    budget: str,
-    metric: str,
-    storage: str = "",
-    pruner: str = "asha",
-    num_workers: int = 1,
-    memory_limit: float = 0.0,
-    flags: Mapping[str, str] | None = None,
-) -> Search:
-    """Returns a checked search, before anything is loaded. Arguments are those of `tune`, and:
-
-    Args:
-        config: Settings to start from.
-        space: Searched settings.
-        budget: Number of trials or time.
-        metric: Metrics to improve.
-        storage: URL of a database.
-        pruner: Name of the pruner.
+        pruner: `asha` (arXiv:1810.05934), `hyperband` (arXiv:1603.06560) or `none`.
+        reduction_factor: Number of trials that reach a rung for each one that goes on.
+        num_random_trials: Number of trials at the start whose parameters are random, before TPE learns from them.
         num_workers: Number of workers that share the budget.
-        memory_limit: Bytes that a trial may take; 0: the memory of the device.
-        flags: Path of a setting by the name of its flag, for spaces that name flags.
+        num_side_by_side: Number of trials that a worker trains at once.
+        memory_limit: Bytes that a trial may take by plan; 0: no limit.
+        seed: Random seed of the suggestions.
+    """
+
+    budget: Budget
+    goals: tuple[Goal, ...]
+    storage: str = ""
+    pruner: str = "asha"
+    reduction_factor: int = 3
+    num_random_trials: int = 10
+    num_workers: int = 1
+    num_side_by_side: int = 1
+    memory_limit: float = 0.0
+    seed: int = 0
+
+    @property
+    def prunes(self) -> bool:
+        """Returns whether trials that fall behind are ended early."""
+        return self.pruner != "none" and len(self.goals) == 1 and self.goals[0].is_known_early
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A search: what is searched, how, and where.
+
+    Attributes:
+        base: Config that trials start from; its workdir holds the search.
+        space: Searched settings.
+        settings: How the search runs.
+        data_key: Key of the data's content.
+        eval_every_steps: Number of steps between two evaluations of a trial; None: as in `base`.
+        planned_bytes: Function from a Config to the bytes that it takes by plan; None: unknown.
+    """
+
+    base: Config
+    space: Space
+    settings: SearchSettings
+    data_key: str = ""
+    eval_every_steps: int | None = None
+    planned_bytes: Callable[[Config], float] | None = None
+
+    @property
+    def workdir(self) -> Path:
+        """Returns the folder of the search."""
+        return Path(self.base.workdir).expanduser()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what must stay the same for trials to be comparable, by name."""
+        settings = flatten(self.base.to_dict())
+        del settings["workdir"]
+        goals = [goal.name for goal in self.settings.goals]
+        return {**settings, "data content": self.data_key, "metrics": goals, "space": self.space.to_dict()}
+
+    def open(self) -> Any:
+        """Opens the Optuna study, or makes it; raises what `open_study` does."""
+        with study_lock(self.workdir):
+            directions = [goal.direction for goal in self.settings.goals]
+            study = open_study(self.workdir, self.settings.storage, directions, self.fingerprint())
+        study.pruner = self._pruner()
+        return study
+
+    def trial_folder(self, slot: int) -> Path:
+        """Returns the folder of a trial."""
+        return self.workdir / _TRIALS / str(slot)
+
+    def config_of(self, params: Mapping[str, Any], slot: int) -> Config:
+        """Returns the Config of a trial."""
+        config = apply_values(self.space, self.base, params)
+        changes: dict[str, Any] = {"workdir": str(self.trial_folder(slot))}
+        if self.eval_every_steps is not None and "training.eval_every_steps" not in params:
+            changes["training.eval_every_steps"] = self.eval_every_steps
+        return config.replace(changes)
+
+    def evaluated_for(self, num_steps: int) -> "Search":
+        """Returns the search with evaluations so often that trials of this many steps can be pruned early."""
+        every = self.base.training.eval_every_steps or sys.maxsize
+        if not self.settings.prunes or every * _EVALUATIONS <= num_steps:
+            return self
+        return dataclasses.replace(self, eval_every_steps=max(1, num_steps // _EVALUATIONS))
+
+    def sampler(self, slot: int) -> Any:
+        """Returns the sampler of a slot: TPE (arXiv:2304.11127) over groups of settings that occur together."""
+        settings, optuna = self.settings, optuna_module()
+        return optuna.samplers.TPESampler(
+            n_startup_trials=settings.num_random_trials,
+            multivariate=True,
+            group=True,
+            constant_liar=settings.num_workers * settings.num_side_by_side > 1,
+            seed=(settings.seed * 1_000_003 + slot) % 2**32,
+        )
+
+    def _pruner(self) -> Any:
+        settings, pruners = self.settings, optuna_module().pruners
+        if not settings.prunes:
+            return pruners.NopPruner()
+        make = pruners.SuccessiveHalvingPruner if settings.pruner == "asha" else pruners.HyperbandPruner
+        every = self.base.training.eval_every_steps if self.eval_every_steps is None else self.eval_every_steps
+        return make(min_resource=max(1, every), reduction_factor=settings.reduction_factor)
+
+
+def check_pruner(pruner: str) -> None:
+    """Checks the name of a pruner.
 
     Raises:
-        ConfigError: An argument is wrong, or the space contains settings that are not allowed.
+        ConfigError: There is no such pruner.
     """
-    optuna_module()
-    check_choice(pruner)
-    if num_workers < 1:
-        raise ConfigError(f"--workers must be at least 1, got {num_workers}.")
-    if space is None:
-        space = default_space(config)
-    elif isinstance(space, (str, Path)):
-        space = read_space(Path(space).expanduser(), flags or {})
-    elif not isinstance(space, Space):
-        space = parse_space(space, flags or {})
-    settings = SearchSettings(
-        budget=parse_budget(budget),
-        goals=parse_goals(metric),
-        storage=storage,
-        pruner=pruner,
-        num_workers=num_workers,
-        memory_limit=memory_limit,
-        seed=config.seed,
-    )
-    search = Search(config, space.including(config), settings)
-    search.space.check(config)
-    return search
-
-
-def start_search(
-    search: Search, runner: Any = None, on_event: Callable[[TrialEvent], None] = lambda event: None
-) -> Any:
-    """Reads the data, loads the model once, runs the search's trials, and returns the Optuna study.
-
-    Args:
-        search: From `make_search`.
-        runner: Object that runs trials; None: training on the config's data.
-        on_event: Called when something happens to a trial.
-    """
-    if runner is not None:
-        return run_search(search, runner, on_event)
-    import dataclasses
-
-    from gemma_tune.pipeline import read_splits
-    from gemma_tune.runtime.device_memory import available_device_bytes
-    from gemma_tune.tuning.runner.trial_runner import TrialRunner
-
-    # The key names the data's content, so that a search isn't continued on other data.
-    search = dataclasses.replace(search, data_key=read_splits(search.base).key, planned_bytes=planned_bytes)
-    if not search.settings.memory_limit:
-        limit = available_device_bytes() / search.settings.num_workers
-        search = dataclasses.replace(search, settings=dataclasses.replace(search.settings, memory_limit=limit))
-    search.open()  # Another search there is refused before the model is loaded.
-    has_dropout = any(setting.path == "lora.dropout" for setting in search.space.settings)
-    return run_search(search, TrialRunner(search.base, has_dropout), on_event)
+    if pruner not in PRUNERS:
+        raise ConfigError(f"pruner must be one of {', '.join(PRUNERS)}, got {pruner!r}.{did_you_mean(pruner, PRUNERS)}")

@@ -1,6 +1,7 @@
 """Opens the study of a search: in one journal file of the workdir, or in a database."""
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from gemma_tune.errors import ConfigError, TrainingError
 
 JOURNAL = "study.jsonl"
 _FINGERPRINT, _NAME = "fingerprint", "gemma_tune"
+_TAIL_BYTES = 4096
 
 
 def optuna_module() -> Any:
@@ -74,20 +76,44 @@ def open_study(workdir: Path, storage: str, directions: Sequence[str], fingerpri
 
 
 def _journal(optuna: Any, file: Path) -> Any:
-    """Returns storage in a file. Its lock is the operating system's: Optuna's own outlives a killed process by 30 s."""
-    _drop_torn_line(file)
-    lock = filelock.FileLock(f"{file}.lock")
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file), lock_obj=lock))
+    """Returns storage in a file."""
+
+    class WholeLines:
+        """Locks the file for writing, and first removes the rest of a line that was cut off.
+
+        A killed process or a full disk cuts lines off, and nobody could read what others wrote behind it. The lock is
+        the operating system's: Optuna's own outlives a killed process by 30 seconds.
+        """
+
+        def __init__(self) -> None:
+            self._lock = filelock.FileLock(f"{file}.lock")
+
+        def acquire(self) -> bool:
+            self._lock.acquire()
+            _drop_torn_line(file)
+            return True
+
+        def release(self) -> None:
+            self._lock.release()
+
+    backend = optuna.storages.journal.JournalFileBackend(str(file), lock_obj=WholeLines())
+    return optuna.storages.JournalStorage(backend)
 
 
 def _drop_torn_line(file: Path) -> None:
-    """Removes the rest of a line that a killed process or a full disk cut off: nobody could read what follows it."""
+    """Removes the end of a file behind its last line break."""
     if not file.exists():
         return
-    with filelock.FileLock(f"{file}.lock"), open(file, "rb+") as journal:
-        content = journal.read()
-        if content and not content.endswith(b"\n"):
-            journal.truncate(content.rfind(b"\n") + 1)
+    with open(file, "rb+") as journal:
+        size = position = journal.seek(0, os.SEEK_END)
+        tail = b""
+        while position and b"\n" not in tail:
+            position = max(0, position - _TAIL_BYTES)
+            journal.seek(position)
+            tail = journal.read(_TAIL_BYTES)
+        end = position + tail.rfind(b"\n") + 1
+        if end < size:
+            journal.truncate(end)
 
 
 def _check_fingerprint(found: Mapping[str, Any] | None, wanted: Mapping[str, Any], where: str) -> None:

@@ -6,6 +6,7 @@ while `study_lock` is held, and each step may be repeated: a worker that dies in
 other.
 """
 
+import collections
 import contextlib
 import datetime
 import uuid
@@ -21,6 +22,7 @@ from gemma_tune.tuning.storage import optuna_module
 SLOT, WORKER = "slot", "worker"
 _RETRY_OF = "retry_of"
 _WORKERS = "workers"
+_MOST_ATTEMPTS = 10  # A trial that is lost so often takes its workers with it.
 _SECONDS_TO_SIGN = 60.0  # A worker puts its name on a trial in less time than this.
 
 
@@ -89,22 +91,34 @@ def requeue_lost_trials(study: Any, workdir: Path) -> int:
     """Puts the trials of dead workers back in the queue, each exactly once, and returns how many. Hold `study_lock`.
 
     A worker is dead if its lock file in `workdir` is there and nobody holds it. A worker without a lock file here
-    belongs to a machine with another workdir: its trials are left to the same command there.
+    belongs to a machine with another workdir: its trials are left to the same command there. A trial that was lost ten
+    times is not tried again.
     """
     states = optuna_module().trial.TrialState
     trials = study.get_trials(deepcopy=False)
     retried = {trial.user_attrs.get(_RETRY_OF) for trial in trials}
+    num_attempts = collections.Counter(trial.user_attrs.get(SLOT) for trial in trials)
     count = 0
     for trial in trials:
         if trial.state != states.RUNNING or not _is_lost(trial, workdir):
             continue
-        if SLOT in trial.user_attrs and trial.number not in retried:
+        slot = trial.user_attrs.get(SLOT)
+        if slot is not None and trial.number not in retried and num_attempts[slot] < _MOST_ATTEMPTS:
             # A new attempt first, then the old one fails: after a kill in between, `retried` holds the number.
             params = {**trial.params, **trial.system_attrs.get("fixed_params", {})}
-            study.enqueue_trial(params, user_attrs={SLOT: trial.user_attrs[SLOT], _RETRY_OF: trial.number})
+            study.enqueue_trial(params, user_attrs={SLOT: slot, _RETRY_OF: trial.number})
         study.tell(trial.number, state=states.FAIL)
         count += 1
     return count
+
+
+def previous_values(study: Any, trial: Any) -> dict[int, float]:
+    """Returns the first metric by step that a lost attempt of this trial has reported; none if there was no attempt."""
+    number = trial.user_attrs.get(_RETRY_OF)
+    if number is None:
+        return {}
+    lost = study.get_trials(deepcopy=False)[number]
+    return {**previous_values(study, lost), **lost.intermediate_values}
 
 
 def _is_lost(trial: Any, workdir: Path) -> bool:

@@ -26,7 +26,7 @@ from gemma_tune.pipeline.setup import (
     prepare_data,
 )
 from gemma_tune.runtime.backend import keras
-from gemma_tune.training.batches import most_targets
+from gemma_tune.training.batches import HeldoutBatches, TrainingBatches, most_targets
 from gemma_tune.tuning.runner.side_by_side import SideBySideSteps, make_side_by_side_steps
 
 # Settings that are inputs of the compiled steps, or of the loop around them.
@@ -106,8 +106,8 @@ class SharedPrograms:
         base = self._load_base(config)
         num_row_shards = count_row_shards(base)
         data = self._tokenized(config, base)
-        batches, heldout = make_training_batches(config, data, num_row_shards), make_heldout_batches(config, data)
-        key = program_config(config, self._config.seed, self._has_dropout)
+        batches, heldout = self.make_batches(config)
+        key = self.key_of(config)
         kept = self._programs.get(key)
         if kept is None or kept.num_targets < batches.most_targets:
             self._programs.pop(key, None)
@@ -137,13 +137,23 @@ class SharedPrograms:
             schedule=schedule_of(config, len(batches)),
         )
 
+    def make_batches(self, config: Config) -> tuple[TrainingBatches, HeldoutBatches]:
+        """Returns the training batches of a trial by step, and the held-out batches."""
+        base = self._load_base(config)
+        data = self._tokenized(config, base)
+        return make_training_batches(config, data, count_row_shards(base)), make_heldout_batches(config, data)
+
+    def key_of(self, config: Config) -> Config:
+        """Returns the settings that shape a trial's program: trials that share it have the same."""
+        return program_config(config, self._config.seed, self._has_dropout)
+
     def side_by_side_steps(self, config: Config) -> SideBySideSteps:
         """Returns the steps of several trials at once. `set_up` has to be called before, for each of the trials.
 
         Raises:
             ConfigError: They can't be trained side by side.
         """
-        key = program_config(config, self._config.seed, self._has_dropout)
+        key = self.key_of(config)
         kept = self._programs[key]
         if kept.side_by_side is None:
             kept.side_by_side = make_side_by_side_steps(key, kept.program, kept.num_targets, kept.num_heldout_targets)

@@ -27,6 +27,7 @@ class TrialResult(NamedTuple):
         best_step: Step of the best held-out value; the last step if none is better than the value before training.
         seconds: Duration.
         num_compilations: Number of training steps that were compiled for it; 0 if an earlier trial's served.
+        model_bytes: Bytes of all weights, trained and frozen.
     """
 
     metrics: dict[str, float]
@@ -34,6 +35,7 @@ class TrialResult(NamedTuple):
     best_step: int
     seconds: float
     num_compilations: int
+    model_bytes: int
 
 
 class TrialRunner:
@@ -52,6 +54,7 @@ class TrialRunner:
         self._config, self._splits = config, read_splits(config)
         if not self._splits.heldout:
             raise ConfigError("A search compares trials by held-out data. Set data.eval_source or data.eval_fraction.")
+        heldout_questions(config, self._splits)  # Checks the metrics before a model is loaded.
         self._programs = SharedPrograms(config, self._splits, has_dropout)
         self._last: tuple[Setup, HostArrays] | None = None
 
@@ -106,6 +109,7 @@ class TrialRunner:
             best_step=best_step,
             seconds=time.perf_counter() - begin,
             num_compilations=setup.train_step.num_programs - num_before,
+            model_bytes=_model_bytes(setup),
         )
 
     def run_together(
@@ -143,9 +147,56 @@ class TrialRunner:
         num_compilations = steps.train_step.num_programs - num_before
         return [
             trial.error
-            or TrialResult(trial.metrics[trial.best_step], trial.num_steps, trial.best_step, seconds, num_compilations)
+            or TrialResult(
+                metrics=trial.metrics[trial.best_step],
+                num_steps=trial.num_steps,
+                best_step=trial.best_step,
+                seconds=seconds,
+                num_compilations=num_compilations,
+                model_bytes=_model_bytes(trial.setup),
+            )
             for trial in trials
         ]
+
+    def run_many(
+        self, configs: Sequence[Config], on_evaluations: Sequence[OnEvaluation]
+    ) -> list[TrialResult | Exception]:
+        """Runs trials: those that share a program side by side, and these groups one after the other.
+
+        Args:
+            configs: Settings of the trials.
+            on_evaluations: As in `run`, one for each trial.
+
+        Returns:
+            For each trial its result, or the exception that ended it.
+        """
+        results: dict[int, TrialResult | Exception] = {}
+        for group in self._groups(configs):
+            if len(group) > 1:
+                chosen = [configs[index] for index in group]
+                results |= zip(group, self.run_together(chosen, [on_evaluations[i] for i in group]), strict=True)
+                continue
+            (index,) = group
+            try:
+                results[index] = self.run(configs[index], on_evaluations[index])
+            except Exception as error:
+                results[index] = error
+        return [results[index] for index in range(len(configs))]
+
+    def num_steps(self, config: Config) -> int:
+        """Returns the number of steps of a trial. The base model is loaded and the data tokenized, if not yet done."""
+        return len(self._programs.make_batches(config)[0])
+
+    def num_heldout_batches(self, config: Config) -> int:
+        """Returns the number of batches of an evaluation, as `num_steps` does."""
+        return len(self._programs.make_batches(config)[1])
+
+    def _groups(self, configs: Sequence[Config]) -> list[list[int]]:
+        """Returns the indices of trials that share a program, for each program."""
+        groups: dict[Config, list[int]] = {}
+        for index, config in enumerate(configs):
+            groups.setdefault(self._programs.key_of(config), []).append(index)
+        return list(groups.values())
 
     def save_last_adapter(self, folder: Path) -> Path:
         """Saves the best step of the trial that ran to its end last, as `train` saves an adapter, and returns the file.
@@ -206,6 +257,10 @@ class _Evaluations:
         """Keeps the metrics of a step, and passes them on."""
         self.by_step[step] = values
         self._on_evaluation(step, values)
+
+
+def _model_bytes(setup: Setup) -> int:
+    return sum(array.nbytes for array in (*setup.frozen.values(), *setup.state.trainable.values()))
 
 
 def _loop_settings(config: Config) -> LoopSettings:

@@ -1,13 +1,18 @@
-"""The state of a trial between two steps, in the host's memory, from which it can go on."""
+"""The state of a trial between two steps, in the host's memory or in a file, from which it can go on."""
 
+import json
+import zipfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from gemma_tune.models.sharding.placement import put_sharded
+from gemma_tune.runtime.atomic_files import write_atomically
 from gemma_tune.runtime.processes import fetch_to_host
 from gemma_tune.training.run.checkpoint_content import Progress, state_from_tree, state_to_tree
 from gemma_tune.training.state import TrainState
@@ -29,6 +34,48 @@ class TrialState(NamedTuple):
     progress: Progress
     best: HostArrays
     metrics: dict[str, float]
+
+    @property
+    def step(self) -> int:
+        """Returns the number of steps done."""
+        return int(self.arrays[".step"])
+
+
+def save_state(file: Path, state: TrialState) -> None:
+    """Writes the state of a trial into a file, atomically.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    names: list[tuple[str, str, str]] = []
+    for group, arrays in (("arrays", state.arrays), ("best", state.best)):
+        for path, array in arrays.items():
+            names.append((group, path, array.dtype.name))
+            # NumPy's files know no bfloat16.
+            tensors[f"tensor_{len(names)}"] = array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
+    about = json.dumps({"tensors": names, "progress": state.progress._asdict(), "metrics": state.metrics})
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as stream:
+            np.savez(stream, allow_pickle=False, about=np.array(about), **tensors)
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, write)
+
+
+def load_state(file: Path) -> TrialState | None:
+    """Returns the state of a trial that `save_state` wrote; None if there is no such file, or if it can't be read."""
+    arrays: dict[str, HostArrays] = {"arrays": {}, "best": {}}
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            about = json.loads(str(content["about"]))
+            for index, (group, path, dtype) in enumerate(about["tensors"], start=1):
+                array = content[f"tensor_{index}"]
+                arrays[group][path] = array.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else array
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+    return TrialState(arrays["arrays"], Progress(**about["progress"]), arrays["best"], about["metrics"])
 
 
 class KeptStates:

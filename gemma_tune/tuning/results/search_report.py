@@ -10,9 +10,11 @@ import numpy as np
 
 from gemma_tune.evaluation.html_report import as_svg, figure_with_interval, html_document, html_table
 from gemma_tune.evaluation.resampling import CONFIDENCE, mean_interval
+from gemma_tune.tuning.search import Search
 from gemma_tune.tuning.spaces.space import SearchedSetting
 from gemma_tune.tuning.storage import optuna_module
-from gemma_tune.tuning.study import PROBLEM, Search, best_trials
+from gemma_tune.tuning.study import best_trials
+from gemma_tune.tuning.trial_run import PROBLEM
 from gemma_tune.tuning.trials import SLOT, attempts_by_slot
 
 _FEWEST = 4  # Finished trials without which nothing can be said about settings.
@@ -178,8 +180,13 @@ def _front(search: Search, trials: Sequence[Any], best: Sequence[Any]) -> str:
 
 
 def importances(study: Any) -> dict[str, float]:
-    """Returns how much each setting explains of the first metric, the most important first; empty: not computable."""
+    """Returns how much each setting explains of the first metric, the most important first.
+
+    Nothing can be said about fewer than four finished trials, or about trials that are all as good.
+    """
     optuna = optuna_module()
+    if sum(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False)) < _FEWEST:
+        return {}
     sign = 1 if study.directions[0].name == "MINIMIZE" else -1
     try:
         with warnings.catch_warnings():

@@ -2,16 +2,18 @@
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from gemma_tune.config import Config
 from gemma_tune.runtime.atomic_files import write_text
-from gemma_tune.runtime.shell import gemma_tune_command
 from gemma_tune.settings import flatten
-from gemma_tune.tuning.report import search_report
-from gemma_tune.tuning.study import METRICS, PROBLEM, STEPS, Search, best_trials
+from gemma_tune.tuning.results.search_report import importances, search_report
+from gemma_tune.tuning.search import Search
+from gemma_tune.tuning.study import best_trials
+from gemma_tune.tuning.trial_run import ENDED_AS, METRICS, PROBLEM, STEPS
 from gemma_tune.tuning.trials import SLOT, attempts_by_slot
 
 BEST, REPORT, TRIALS = "best.py", "report.html", "trials.csv"
@@ -39,22 +41,25 @@ def write_results(search: Search, study: Any) -> dict[str, Any]:
                 "trial": trial.user_attrs[SLOT],
                 "values": dict(zip(goals, trial.values, strict=True)),
                 "params": trial.params,
+                "adapter": _adapter(search, trial),
             }
             for trial in best
         ],
+        "importances": importances(study),
         "trials": rows,
     }
+
+
+def _adapter(search: Search, trial: Any) -> str:
+    """Returns the folder of a trial's adapter; empty: it was not saved."""
+    folder = search.trial_folder(trial.user_attrs[SLOT])
+    return str(folder) if folder.is_dir() and any(folder.iterdir()) else ""
 
 
 def best_config(search: Search, trial: Any) -> Config:
     """Returns the Config of a trial with a workdir of its own, to train with."""
     config = search.config_of(trial.params, trial.user_attrs[SLOT])
     return config.replace({"workdir": str(search.workdir / "best")})
-
-
-def train_command(search: Search) -> str:
-    """Returns the command that trains with the best settings."""
-    return gemma_tune_command("train", config=search.workdir / BEST)
 
 
 def trial_rows(search: Search, study: Any) -> list[dict[str, Any]]:
@@ -79,9 +84,7 @@ def trial_rows(search: Search, study: Any) -> list[dict[str, Any]]:
 
 def state_of(trial: Any) -> str:
     """Returns the state of a trial in a word or two."""
-    if problem := trial.user_attrs.get(PROBLEM, ""):
-        return "too large" if "by plan" in problem else "failed"
-    return {"COMPLETE": "done", "WAITING": "waiting"}.get(trial.state.name, trial.state.name.lower())
+    return str(trial.user_attrs.get(ENDED_AS) or {"COMPLETE": "done"}.get(trial.state.name, trial.state.name.lower()))
 
 
 def _values(trial: Any) -> list[float]:
@@ -107,7 +110,7 @@ def config_file(config: Config, origin: str) -> str:
     """
     defaults = flatten(Config().to_dict())
     changed = {path: value for path, value in flatten(config.to_dict()).items() if value != defaults[path]}
-    lines = "".join(f"            {path!r}: {_literal(value)},\n" for path, value in changed.items())
+    lines = "".join(f"            {_literal(path)}: {_literal(value)},\n" for path, value in changed.items())
     return (
         f'"""{origin}"""\n\nfrom gemma_tune import Config\n\n\n'
         f"def get_config() -> Config:\n    return Config().replace(\n        {{\n{lines}        }}\n    )\n"
@@ -115,7 +118,11 @@ def config_file(config: Config, origin: str) -> str:
 
 
 def _literal(value: Any) -> str:
-    return repr(value) if not isinstance(value, float) or math.isfinite(value) else f"float({str(value)!r})"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _origin(search: Search, trial: Any) -> str:

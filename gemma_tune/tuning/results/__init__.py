@@ -1,0 +1,1 @@
+"""Shows what a search finds: on the terminal, in files, and as settings to train with."""
