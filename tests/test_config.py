@@ -108,7 +108,7 @@ def test_it_is_frozen():
             {"training.qat": "int4", "lora.use_dora": True},
             r"training.qat rounds .* can't be combined with lora.use_dora",
         ),
-        ({"lora.rnk": 3}, r"There is no setting 'lora.rnk'. Did you mean lora.rank\?"),
+        ({"lora.rnk": 3}, r"There is no setting 'lora.rnk'. Did you mean lora.rank"),
         ({"rank": 3}, r"There is no setting 'rank'"),
         ({"lora.rank.x": 3}, r"There is no setting 'lora.rank.x'"),
     ],
