@@ -153,13 +153,14 @@ def with_data(search: Search) -> Search:
     return dataclasses.replace(search, data_key=read_splits(search.base).key)
 
 
-def prepare(search: Search, opens_study: bool = True) -> tuple[Search, Any]:
+def prepare(search: Search, opens_study: bool = True, runner: Any = None) -> tuple[Search, Any]:
     """Reads the data and loads the model, and returns the search with all that follows from them, and its runner.
 
     Args:
         search: From `make_search`.
         opens_study: Whether the study is opened, or made, so that another search in the workdir is refused before the
             model is loaded.
+        runner: Runner of another search on the same data, whose programs serve this one too.
     """
     from gemma_tune.runtime.device_memory import available_device_bytes
     from gemma_tune.tuning.runner.trial_runner import TrialRunner
@@ -170,7 +171,7 @@ def prepare(search: Search, opens_study: bool = True) -> tuple[Search, Any]:
     if opens_study:
         search.open()
     has_dropout = any(setting.path == _DROPOUT for setting in search.space.settings)
-    runner = TrialRunner(search.base, has_dropout)
+    runner = runner or TrialRunner(search.base, has_dropout)
     search = search.evaluated_for(runner.num_steps(search.base))
     return _with_settings(search, num_side_by_side=_num_side_by_side(search)), runner
 

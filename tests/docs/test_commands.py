@@ -174,9 +174,11 @@ class PageRunner:
 def with_tiny_model(words):
     """Returns a command's arguments on the tiny model and with few steps, unless it names its own."""
     verb, arguments = words[1], list(words[1:])
-    if verb in ("train", "quickstart"):
+    if verb in ("train", "quickstart", "tune"):
         arguments += SHORT
-    if verb in ("train", "quickstart", "data") and not any(word.startswith(("--model", "--config=")) for word in words):
+    if verb == "tune":
+        arguments.append("--budget=2_trials")
+    if verb in ("train", "quickstart", "tune", "data") and not any(word.startswith(("--model", "--config=")) for word in words):
         arguments.append("--model=tiny")
     if verb in ("generate", "chat", "compare"):
         arguments.append("--max_new_tokens=2")
