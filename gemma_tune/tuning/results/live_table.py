@@ -89,7 +89,7 @@ class LiveTable:
     def _make_table(self, trials: Mapping[int, Any]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
         for heading in ("trial", "state", "step", self._goal):
-            table.add_column(heading, justify="right" if heading != "state" else "left", no_wrap=True)
+            table.add_column(heading, justify="right" if heading != "state" else "left", no_wrap=True, min_width=5)
         table.add_column("settings", ratio=1)
         rows = list(trials.items())
         best = self._best_slot(trials)

@@ -45,7 +45,7 @@ def write_results(search: Search, study: Any) -> dict[str, Any]:
             }
             for trial in best
         ],
-        "importances": importances(study),
+        "importances": importances(search, study),
         "trials": rows,
     }
 
