@@ -14,13 +14,14 @@ from gemma_tune.runtime.processes import fetch_to_host
 # First values of a weight that count. A quantized layer keeps those of its float kernel.
 NUM_FINGERPRINT_VALUES = 256
 _NUM_COMPARED_VALUES = 4
+_NO_WEIGHTS = ("factor_scale", "dropout_rate", "dropout_key")  # Numbers that LoRA's programs take as inputs.
 
 
 def fingerprint(model: keras.Model) -> str:
     """Returns 16 hexadecimal digits that depend on the path, the shape and the first values of every base weight.
 
     Values count in bfloat16, so that a base has the same fingerprint in float32 and in bfloat16. A quantized layer
-    counts with the float values that it was quantized from. LoRA factors don't count.
+    counts with the float values that it was quantized from. LoRA factors and their numbers don't count.
     """
     digest = hashlib.sha256()
     bfloat16 = np.dtype("bfloat16")
@@ -51,7 +52,8 @@ def _samples(model: keras.Model) -> list[tuple[str, tuple[int, ...], np.ndarray]
     codes = {variable.path for layer in quantized for variable in layer.code_variables}
     samples = [(layer.float_kernel.path, layer.float_kernel.shape, layer.first_floats) for layer in quantized]
     for path, variable in variables_by_path(model).items():
-        if "lora_" not in path.rsplit("/", 1)[-1] and path not in codes:
+        name = path.rsplit("/", 1)[-1]
+        if "lora_" not in name and name not in _NO_WEIGHTS and path not in codes:
             shape = tuple(variable.shape)
             num_rows = -(-NUM_FINGERPRINT_VALUES // max(1, math.prod(shape[1:])))
             first_rows = variable.value[:num_rows] if shape else variable.value  # On a mesh, only these are gathered.

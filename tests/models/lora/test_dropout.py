@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from gemma_tune.errors import ModelError
+from gemma_tune.models.base_fingerprint import fingerprint, sample_values
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.lora.dropout import drop_out, enable_dropout, has_dropout, make_dropout_values
 from gemma_tune.models.lora.enable import enable_lora, merge_lora
-from gemma_tune.models.lora.layers import factors_of, scale_of
+from gemma_tune.models.lora.layers import factors_of, make_scale_an_input, scale_of
 
 
 @pytest.fixture
@@ -50,6 +51,17 @@ def test_which_layers_have_it_and_merging_removes_it(backbone):
     merge_lora(backbone)
     assert not [variable.path for variable in backbone.variables if "dropout" in variable.path]
     assert make_dropout_values(backbone) is None
+
+
+def test_adapters_still_know_their_base(tiny):
+    """What a program takes as an input is no weight of the base."""
+    model = tiny("gemma3")
+    wanted = fingerprint(model), sample_values(model)
+    enable_lora(model.backbone, 2, 4.0, ("query", "value"), seed=0)
+    enable_dropout(model.backbone)
+    for layer in lora_layers(model.backbone):
+        make_scale_an_input(layer)
+    assert (fingerprint(model), sample_values(model)) == wanted
 
 
 def test_a_block_that_multiplies_a_merged_kernel_is_refused(backbone):
