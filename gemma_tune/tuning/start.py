@@ -123,6 +123,11 @@ def make_search(
     if (search.workdir / "config.json").exists():
         raise ConfigError(f"{search.workdir} holds a training run. Choose another --workdir for the search.")
     search.space.check(config)
+    if side_by_side > 1 and _runs_alone(search):
+        raise ConfigError(
+            "Trials on a mesh, and trials whose answers are judged, can't be trained side by side. Leave "
+            "--side_by_side out."
+        )
     return search
 
 
@@ -173,7 +178,9 @@ def prepare(search: Search, opens_study: bool = True, runner: Any = None) -> tup
     has_dropout = any(setting.path == _DROPOUT for setting in search.space.settings)
     runner = runner or TrialRunner(search.base, has_dropout)
     search = search.evaluated_for(runner.num_steps(search.base))
-    return _with_settings(search, num_side_by_side=_num_side_by_side(search)), runner
+    wanted, limit = search.settings.num_side_by_side, search.settings.memory_limit
+    num = 1 if _runs_alone(search) else wanted or planned_side_by_side(search.base, limit)
+    return _with_settings(search, num_side_by_side=num), runner
 
 
 def retraining_config(search: Search, study: Any) -> Config:
@@ -190,19 +197,11 @@ def retraining_config(search: Search, study: Any) -> Config:
     return on_all_data(config, best.user_attrs[BEST_STEP], len(splits.train), len(splits.heldout))
 
 
-def _num_side_by_side(search: Search) -> int:
-    """Returns how many trials are trained at once: answers are generated, and meshes used, by one at a time."""
-    base, wanted = search.base, search.settings.num_side_by_side
-    searched = {setting.path for setting in search.space.settings}
-    alone = base.training.mesh or base.training.eval_metrics or base.training.best_by not in HELDOUT_FIGURES
-    if alone or searched & _ONE_AFTER_THE_OTHER:
-        if wanted > 1:
-            raise ConfigError(
-                "Trials on a mesh, and trials whose answers are judged, can't be trained side by side. Leave "
-                "--side_by_side out."
-            )
-        return 1
-    return wanted or planned_side_by_side(base, search.settings.memory_limit)
+def _runs_alone(search: Search) -> bool:
+    """Returns whether one trial is trained at a time, as where answers are generated or a mesh is used."""
+    base, searched = search.base, {setting.path for setting in search.space.settings}
+    answers = base.training.eval_metrics or base.training.best_by not in HELDOUT_FIGURES
+    return bool(base.training.mesh or answers or searched & _ONE_AFTER_THE_OTHER)
 
 
 def _with_settings(search: Search, **changes: Any) -> Search:

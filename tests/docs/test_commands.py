@@ -178,7 +178,9 @@ def with_tiny_model(words):
         arguments += SHORT
     if verb == "tune":
         arguments.append("--budget=2_trials")
-    if verb in ("train", "quickstart", "tune", "data") and not any(word.startswith(("--model", "--config=")) for word in words):
+    if verb in ("train", "quickstart", "tune", "data") and not any(
+        word.startswith(("--model", "--config=")) for word in words
+    ):
         arguments.append("--model=tiny")
     if verb in ("generate", "chat", "compare"):
         arguments.append("--max_new_tokens=2")

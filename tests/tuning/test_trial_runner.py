@@ -3,15 +3,18 @@
 import contextlib
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 from gemma_tune import Config, pipeline
 from gemma_tune.errors import ConfigError
 from gemma_tune.models.functional import parameters
+from gemma_tune.training.run.checkpoint_content import Progress
 from gemma_tune.tuning.runner.shared_programs import NUMBERS, program_config, rounded_sizes
 from gemma_tune.tuning.runner.side_by_side import num_side_by_side
 from gemma_tune.tuning.runner.trial_runner import TrialRunner
+from gemma_tune.tuning.runner.trial_state import TrialState, load_state, save_state
 
 CONFIG = Config().replace({
     "model.source": "tiny", "data.max_length": 48, "data.source": "sample:smartphone_support",
@@ -183,3 +186,19 @@ def test_sizes_have_room_for_other_seeds():
     assert rounded_sizes((90, 101, 130), 512) == (96, 128, 160)
     assert rounded_sizes((500, 505, 510), 512) == (512,)
     assert rounded_sizes((1,), 4) == (2,)
+
+
+def test_a_state_in_a_file_is_the_same(tmp_path):
+    arrays = {".step": np.int32(3), "a/b": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3), "k": np.uint32([1, 2])}
+    state = TrialState(arrays, Progress(0.5, 2, 1), {"w": np.float32([[0.1]])}, {"loss": 0.5})
+    save_state(tmp_path / "trials/0/state.npz", state)
+    found = load_state(tmp_path / "trials/0/state.npz")
+    assert found.step == 3 and (found.progress, found.metrics) == (state.progress, state.metrics)
+    for kept, wanted in ((found.arrays, arrays), (found.best, state.best)):
+        assert kept.keys() == wanted.keys()
+        for path, array in wanted.items():
+            assert kept[path].dtype == array.dtype
+            np.testing.assert_array_equal(kept[path], array)
+    content = (tmp_path / "trials/0/state.npz").read_bytes()
+    (tmp_path / "half.npz").write_bytes(content[: len(content) // 2])
+    assert load_state(tmp_path / "half.npz") is None and load_state(tmp_path / "none.npz") is None

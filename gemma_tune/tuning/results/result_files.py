@@ -13,7 +13,7 @@ from gemma_tune.settings import flatten
 from gemma_tune.tuning.results.search_report import importances, search_report
 from gemma_tune.tuning.search import Search
 from gemma_tune.tuning.study import best_trials
-from gemma_tune.tuning.trial_run import ENDED_AS, METRICS, PROBLEM, STEPS
+from gemma_tune.tuning.trial_run import BEST_STEP, ENDED_AS, METRICS, PROBLEM, STEPS
 from gemma_tune.tuning.trials import SLOT, attempts_by_slot
 
 BEST, REPORT, TRIALS = "best.py", "report.html", "trials.csv"
@@ -73,6 +73,7 @@ def trial_rows(search: Search, study: Any) -> list[dict[str, Any]]:
                 "state": state_of(trial),
                 **{goal.name: value for goal, value in zip(search.settings.goals, _values(trial), strict=False)},
                 "num_steps": trial.user_attrs.get(STEPS, 0),
+                "best_step": trial.user_attrs.get(BEST_STEP),
                 "seconds": round(trial.duration.total_seconds(), 3) if trial.duration else None,
                 **{setting.path: trial.params.get(setting.path) for setting in search.space.settings},
                 **{f"metrics.{name}": value for name, value in sorted(metrics.items())},
