@@ -21,9 +21,17 @@ table.figures { width: auto; }
 .figures :is(th, td):not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; background: white; border-radius: .5rem; padding: .5rem; }
 figure svg { width: 100%; height: auto; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
+.charts figure { background: none; padding: 0; margin: 0; max-width: 34rem; }
+.charts svg text { font-family: inherit !important; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
+.card { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem; }
+.card span, .card small { display: block; opacity: .75; font-size: .85rem; }
+.card b { font-size: 1.4rem; font-variant-numeric: tabular-nums; }
 .answers td { width: 25%; overflow-wrap: anywhere; }
 ins, del { text-decoration: none; border-radius: .2rem; padding: 0 .1rem; }
-ins { background: #e8590c33; } del { background: #2b8a3e33; color: #8889; text-decoration: line-through; }
+ins { background: #e8590c33; } del { background: #2b8a3e33; opacity: .7; text-decoration: line-through; }
+.listing th { white-space: nowrap; width: 1%; } .listing td { overflow-wrap: anywhere; }
 .better { color: #2b8a3e; } .worse { color: #c92a2a; }
 .interval { opacity: .65; font-size: .85em; white-space: nowrap; }
 .scroll { overflow-x: auto; } abbr { text-decoration: none; border-bottom: 1px dotted; cursor: help; }
@@ -33,7 +41,7 @@ ins { background: #e8590c33; } del { background: #2b8a3e33; color: #8889; text-d
   .answers tr { border-bottom: 2px solid var(--line); padding: .6rem 0; } .answers tr:first-child { display: none; }
   .answers td { border: 0; } .answers td::before { content: attr(data-label); display: block; font-weight: 600; }
 }
-details { margin-top: 1rem; }
+details { margin-top: .6rem; } summary { cursor: pointer; }
 pre { background: var(--soft); padding: 1rem; overflow-x: auto; }
 """
 
@@ -55,7 +63,8 @@ def html_table(
     Args:
         rows: Cells of each row, as HTML.
         header: Cells of the first row, as HTML; none without.
-        css_class: Class of the table: `figures` aligns all columns but the first to the right.
+        css_class: Class of the table: `figures` aligns all columns but the first to the right; `answers` puts the cells
+            of a row below each other on a phone; `listing` has narrow labels.
         has_labels: Whether the first cell of a row is its label.
     """
     lines = ["".join(f"<th>{cell}</th>" for cell in header)] if header else []
@@ -96,9 +105,37 @@ def figure_with_interval(value: float, low: float, high: float) -> str:
     return f"{value:.{digits}f} <span class=interval>[{low:.{digits}f}, {high:.{digits}f}]</span>"
 
 
-def as_svg(figure: Any) -> str:
-    """Returns a matplotlib figure as an SVG element for an HTML file."""
+def card_grid(cards: Sequence[tuple[str, str, str]]) -> str:
+    """Returns cards side by side, as many as fit, from their label, value and note, which are HTML."""
+    texts = (
+        f"<div class=card><span>{label}</span><b>{value}</b><small>{note}</small></div>" for label, value, note in cards
+    )
+    return f"<div class=cards>{''.join(texts)}</div>" if cards else ""
+
+
+def chart_grid(charts: Sequence[str]) -> str:
+    """Returns SVG charts side by side, as many as fit; on a phone below each other."""
+    figures = "".join(f"<figure>{chart}</figure>" for chart in charts)
+    return f"<div class=charts>{figures}</div>" if charts else ""
+
+
+def as_svg(figure: Any, follows_theme: bool = False) -> str:
+    """Returns a matplotlib figure as an SVG element for an HTML file.
+
+    Args:
+        figure: The figure.
+        follows_theme: Whether its background is the page's, and what is black has the color of the page's text. Texts
+            then stay texts, in the page's font.
+    """
+    import matplotlib
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    # The salt makes IDs the same each time, and different from those of other charts with another title.
+    titles = "".join(axes.get_title(loc="left") for axes in figure.axes)
+    with matplotlib.rc_context({"svg.hashsalt": titles, "svg.fonttype": "none" if follows_theme else "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=follows_theme)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = text[text.index("<svg") :]
+    if follows_theme:
+        text = text.replace("#000000", "currentColor").replace("<text ", '<text fill="currentColor" ')
+    return text

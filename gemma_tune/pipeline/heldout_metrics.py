@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gemma_tune.config import Config, GenerationConfig
 from gemma_tune.config_checks import HELDOUT_FIGURES
 from gemma_tune.data import Splits
@@ -17,12 +19,15 @@ from gemma_tune.evaluation.metrics.choice import METRICS, choose_metrics
 from gemma_tune.evaluation.metrics.metric import Metric
 from gemma_tune.evaluation.read_cases import cases_of
 from gemma_tune.evaluation.resampling import confidence_interval, figure_of, row_figures
+from gemma_tune.evaluation.run_report import AnswerHistory
 from gemma_tune.models.functional import Params
 from gemma_tune.pipeline.setup import heldout_rows
 from gemma_tune.runtime.atomic_files import write_lines
 from gemma_tune.runtime.backend import jax, keras
 from gemma_tune.serving.generation import generate
 from gemma_tune.training.run.workdir import ANSWERS
+
+_MAX_STEPS_SHOWN = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +155,32 @@ def write_step_answers(workdir: Path, step: int, rows: Sequence[dict[str, Any]])
 
 def read_step_answers(workdir: Path, step: int) -> list[str]:
     """Returns the answers of one evaluation; none if they can't be read."""
+    return [row["answer"] for row in _read_rows(workdir, step)]
+
+
+def answer_histories(workdir: Path, num_questions: int) -> list[AnswerHistory]:
+    """Returns how the answers to the first questions changed from evaluation to evaluation, ten of them at most."""
+    found = sorted((workdir / ANSWERS).glob("step_*.jsonl"))
+    places = np.unique(np.linspace(0, len(found) - 1, _MAX_STEPS_SHOWN).round().astype(int)) if found else []
+    steps = [int(found[place].stem.removeprefix("step_")) for place in places]
+    rows = {step: _read_rows(workdir, step)[:num_questions] for step in steps}
+    first = rows[steps[0]] if steps else []
+    return [
+        AnswerHistory(
+            row["question"],
+            row["reference"],
+            [(step, rows[step][number]["answer"]) for step in steps if number < len(rows[step])],
+        )
+        for number, row in enumerate(first)
+    ]
+
+
+def _read_rows(workdir: Path, step: int) -> list[dict[str, Any]]:
     try:
-        lines = _answers_file(workdir, step).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["answer"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
+        text = _answers_file(workdir, step).read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.split("\n") if line]  # splitlines() would split at U+2028 too.
+        return rows if all({"question", "reference", "answer"} <= row.keys() for row in rows) else []
+    except (OSError, ValueError, AttributeError):
         return []
 
 

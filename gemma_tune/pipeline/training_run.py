@@ -15,6 +15,7 @@ from gemma_tune.pipeline.heldout_answers import answer_questions, base_answers, 
 from gemma_tune.pipeline.heldout_metrics import (
     HeldoutQuestions,
     answer_greedily,
+    answer_histories,
     best_is_highest,
     figures_with_intervals,
     heldout_questions,
@@ -201,7 +202,10 @@ def _finish(
     )
     write_samples(workdir, samples)
     write_json(workdir / _RESULT_FILE, result.to_dict())
-    write_report(workdir, setup.config.to_dict(), result.to_dict(), trained.metrics)
+    histories = answer_histories(workdir, len(samples)) if asked else []
+    write_report(
+        workdir, setup.config.to_dict(), result.to_dict(), trained.metrics, setup.data.report.lengths, histories
+    )
     return result
 
 
