@@ -41,7 +41,7 @@ def _run_on_data(invocation: Invocation) -> dict[str, Any]:
         console.print(tables.slices_table(evaluation, column))
     if (worst := tables.worst_answers_table(evaluation)) is not None:
         console.print(worst)
-    if judged := tables.judge_line(evaluation):
+    if judged := evaluation.judge_summary():
         console.print(judged, markup=False)
     for name, need in evaluation.left_out.items():
         console.print(f"{name} was left out: {need}", style="dim", markup=False)

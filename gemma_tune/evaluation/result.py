@@ -23,6 +23,7 @@ from gemma_tune.evaluation.resampling import (
 )
 
 _NO_VALUE = "(none)"
+_OUTCOMES = {"win": "wins", "tie": "ties", "loss": "losses"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +67,14 @@ class Slice(NamedTuple):
         value: Value that they have there.
         rows: Numbers of the rows.
         figures: Figure of each model, in the order of the evaluation's models.
+        comparison: Comparison of the two models on these rows; None for one model.
     """
 
     column: str
     value: str
     rows: Sequence[int]
     figures: Sequence[Figure]
+    comparison: PairedComparison | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +125,7 @@ class Evaluation:
         """Comparisons of the evaluated model with the other one, by metric; empty if there is no other."""
         if len(self.models) < 2:
             return {}
-        return {
-            metric.name: compare_paired(metric, *(model.statistics[metric.name] for model in self.models))
-            for metric in self.metrics
-        }
+        return {metric.name: self._compared(metric, range(len(self.cases))) for metric in self.metrics}
 
     @functools.cached_property
     def slices(self) -> Mapping[str, Sequence[Slice]]:
@@ -134,11 +134,44 @@ class Evaluation:
 
     def worst_rows(self) -> list[int]:
         """Returns the numbers of all rows, the worst by the first metric that has a direction first."""
-        metric = next((metric for metric in self.metrics if metric.is_higher_better is not None), None)
+        metric = self.ordering_metric
         if metric is None:
             return list(range(len(self.cases)))
         goodness = _goodness(metric, row_figures(metric, self.model.statistics[metric.name]))
         return [int(row) for row in np.argsort(goodness, kind="stable")]
+
+    @property
+    def ordering_metric(self) -> Metric | None:
+        """The first metric that says which of two answers is the better one; None if none does."""
+        return next((metric for metric in self.metrics if metric.is_higher_better is not None), None)
+
+    def row_changes(self) -> list[str]:
+        """Returns `better`, `worse` or `same` for each row: the evaluated model's answer beside the other one's."""
+        metric = self.ordering_metric
+        if metric is None or len(self.models) < 2:
+            return ["same"] * len(self.cases)
+        first, second = (_goodness(metric, row_figures(metric, model.statistics[metric.name])) for model in self.models)
+        return [
+            "same" if before == after or math.isclose(before, after) else "better" if after > before else "worse"
+            for before, after in zip(first, second, strict=True)
+        ]
+
+    def judge_summary(self) -> str:
+        """Returns what a judge found, in a sentence; '' without one."""
+        verdicts = self.judge_verdicts
+        if verdicts is None:
+            return ""
+        counts = ", ".join(f"{verdicts.count(outcome)} {name}" for outcome, name in _OUTCOMES.items())
+        missing = verdicts.count("unreadable") + verdicts.count("unanswered")
+        return (
+            f"Judge {self.judge_name}: {self.model.name} has {counts} against {self.models[0].name} "
+            f"(p = {verdicts.p_value:.4f}). The judge agrees with itself on {verdicts.agreement:.0%} of the pairs"
+            + (f"; {missing} questions have no verdict." if missing else ".")
+        )
+
+    def _compared(self, metric: Metric, rows: Sequence[int]) -> PairedComparison:
+        first, second = (model.statistics[metric.name][list(rows)] for model in self.models)
+        return compare_paired(metric, first, second)
 
     def _slices_of(self, column: str) -> list[Slice]:
         metric = self.metrics[0]
@@ -146,7 +179,13 @@ class Evaluation:
         for number, case in enumerate(self.cases):
             rows.setdefault(_text_of(case.columns.get(column)), []).append(number)
         found = [
-            Slice(column, value, numbers, [_figure(metric, model, numbers) for model in self.models])
+            Slice(
+                column,
+                value,
+                numbers,
+                [_figure(metric, model, numbers) for model in self.models],
+                self._compared(metric, numbers) if len(self.models) > 1 else None,
+            )
             for value, numbers in rows.items()
         ]
         return sorted(found, key=lambda each: float(_goodness(metric, np.array(each.figures[-1].value))))
@@ -172,6 +211,7 @@ class Evaluation:
                     "value": each.value,
                     "metric": self.metrics[0].name,
                     "figures": [_plain_figure(figure) for figure in each.figures],
+                    **({"comparison": _plain_comparison(each.comparison)} if each.comparison else {}),
                 }
                 for slices in self.slices.values()
                 for each in slices

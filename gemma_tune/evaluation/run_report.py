@@ -8,21 +8,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemma_tune.config import Config
+from gemma_tune.evaluation.evaluation_report import WANTED_ANSWER, answers_html, figures_html, slices_html
+from gemma_tune.evaluation.heldout import HELDOUT_LABELS
 from gemma_tune.evaluation.html_report import (
     card_grid,
     chart_grid,
     coloured_difference,
-    figure_with_interval,
+    cut_text,
+    difference_legend,
     html_document,
     html_table,
 )
+from gemma_tune.evaluation.resampling import mean_interval
+from gemma_tune.evaluation.result import Evaluation
 from gemma_tune.evaluation.run_charts import length_chart, run_charts
 from gemma_tune.runtime.atomic_files import write_text
 from gemma_tune.settings import flatten
 
 REPORT_FILE = "report.html"
-_HELDOUT = (("loss", "loss", ".4f"), ("perplexity", "perplexity", ".2f"), ("token_accuracy", "token accuracy", ".1%"))
-_MAX_SAMPLES, _MAX_CHARACTERS = 50, 2000  # So that the file stays below a megabyte.
+_MAX_SAMPLES = 50
 _COUNTS = {
     "num_rows": "rows read",
     "num_unreadable": "unreadable",
@@ -52,34 +56,42 @@ class AnswerHistory(NamedTuple):
     answers: Sequence[tuple[int, str]]
 
 
-def write_report(
-    workdir: Path,
-    config: dict[str, Any],
-    result: dict[str, Any],
-    metrics: Sequence[dict[str, Any]],
-    lengths: np.ndarray,
-    histories: Sequence[AnswerHistory] = (),
-) -> Path:
-    """Writes report.html, and returns its path.
+class RunReport(NamedTuple):
+    """What the report of a run shows.
 
-    Args:
-        workdir: Workdir of the run.
+    Attributes:
         config: Settings of the run, from `Config.to_dict()`.
         result: Result of the run, from `RunResult.to_dict()`.
         metrics: Metrics of the run, as in the lines of metrics.jsonl.
         lengths: [n] tokens in each example.
+        evaluation: Held-out figures and answers `before` and `after` training.
         histories: Answers at several steps.
     """
-    charts = run_charts(metrics, result["heldout_intervals"], result["best_step"]) if metrics else []
+
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    lengths: np.ndarray
+    evaluation: Evaluation
+    histories: Sequence[AnswerHistory] = ()
+
+
+def write_report(workdir: Path, run: RunReport) -> Path:
+    """Writes report.html in the run's workdir, and returns its path."""
+    config, result, evaluation = run.config, run.result, run.evaluation
+    charts = run_charts(run.metrics, result["heldout_intervals"], result["best_step"]) if run.metrics else []
+    figures = figures_html(evaluation)
+    answers_file = f"answers/step_{result['best_step']:06d}.jsonl"
     parts = [
         f"<h1>{html.escape(config['model']['source'])} tuned on {html.escape(config['data']['source'])}</h1>",
-        _summary(config, result, metrics),
+        _summary(config, result, run.metrics),
         card_grid(_cards(result)),
         chart_grid(charts),
-        _figures(result),
-        _answers(result["samples"]),
-        _histories(histories),
-        _data(config, result["data"], lengths),
+        f"<h2>Held-out figures</h2>{figures}" if figures else "",
+        *(slices_html(evaluation, column) for column in evaluation.slice_columns),
+        answers_html(evaluation, answers_file) if evaluation.cases else _samples(result["samples"]),
+        _histories(run.histories),
+        _data(config, result["data"], run.lengths),
         _settings(config),
     ]
     path = workdir / REPORT_FILE
@@ -93,7 +105,8 @@ def _summary(config: Mapping[str, Any], result: Mapping[str, Any], metrics: Sequ
     texts = [
         f"{config['training']['method']}, {result['num_trainable_parameters']:,} trained parameters",
         f"{result['num_steps']} steps in {time}",
-        f"weights of step {result['best_step']}, the best by {result['best_by'].replace('_', ' ')}",
+        f"weights of step {result['best_step']}"
+        + (f", the best by {result['best_by'].replace('_', ' ')}" if result["heldout_after"] else ""),
     ]
     return f"<p>{html.escape('; '.join(texts))}.</p>"
 
@@ -103,7 +116,7 @@ def _cards(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     before, after = result["heldout_before"], result["heldout_after"]
     cards = [
         (f"held-out {label}", format(after[name], style), f"before: {before[name]:{style}}")
-        for name, label, style in _HELDOUT
+        for name, label, style in HELDOUT_LABELS
         if name in before and name in after and name != "perplexity"
     ]
     for name, each in result["heldout_intervals"].get("after", {}).items():
@@ -111,76 +124,44 @@ def _cards(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         note = f"before: {first['value']:.3f}" if first else ""
         cards.append((f"held-out {html.escape(name)}", f"{each['value']:.3f}", note))
     if result["num_answers_scored"]:
-        share = f"{result['num_answers_right']} of {result['num_answers_scored']}"
-        cards.append(("right answers", share, f"mean word F1 {result['mean_answer_f1']:.3f}"))
+        num_right, num_scored = result["num_answers_right"], result["num_answers_scored"]
+        low, high = mean_interval([1.0] * num_right + [0.0] * (num_scored - num_right))
+        cards.append(
+            (
+                "right answers",
+                f"{num_right} of {num_scored}",
+                "" if np.isnan(low) else f"95 % interval {low:.0%} to {high:.0%}",
+            )
+        )
     return cards
 
 
-def _figures(result: Mapping[str, Any]) -> str:
-    before, after, intervals = result["heldout_before"], result["heldout_after"], result["heldout_intervals"]
-    if not (before and after):
-        return ""
-    rows = [
-        (label, format(before[name], style), format(after[name], style))
-        for name, label, style in _HELDOUT
-        if name in before and name in after
-    ]
-    known = [name for name, _, _ in _HELDOUT]
-    for name in dict.fromkeys((*before, *after)):
-        if name not in known and name != "num_tokens":
-            cells = (
-                _figure(name, values, intervals.get(when, {}))
-                for when, values in (("before", before), ("after", after))
-            )
-            rows.append((html.escape(name), *cells))
-    note = "<p><small>Intervals are of 95 %.</small></p>" if any(intervals.values()) else ""
-    return "<h2>Held-out figures</h2>" + html_table(rows, ("", "before", "after"), css_class="figures") + note
-
-
-def _figure(name: str, values: Mapping[str, float], intervals: Mapping[str, Mapping[str, float]]) -> str:
-    if name in intervals:
-        return figure_with_interval(**intervals[name])
-    return f"{values[name]:.3f}" if name in values else "–"
-
-
-def _answers(samples: Sequence[Mapping[str, str]]) -> str:
+def _samples(samples: Sequence[Mapping[str, str]]) -> str:
     if not samples:
         return ""
     rows = [
         [
             html.escape(sample["question"]),
-            html.escape(_cut(sample["reference"])),
-            *(_coloured(sample[name], sample["reference"]) for name in ("base_answer", "tuned_answer")),
+            html.escape(cut_text(sample["reference"])),
+            *(coloured_difference(sample[name], sample["reference"]) for name in ("base_answer", "tuned_answer")),
         ]
         for sample in samples[:_MAX_SAMPLES]
     ]
     header = ("question", "wanted answer", "base model", "tuned model")
     more = f"<p>{len(samples) - len(rows)} more are in samples.json.</p>" if len(samples) > len(rows) else ""
-    legend = (
-        "<p><small><ins>Coloured</ins>: words that the wanted answer doesn't have. <del>Struck out</del>: words that "
-        "are missing.</small></p>"
-    )
     table = html_table(rows, header, css_class="answers", has_labels=False)
-    return f"<h2>Answers to held-out questions</h2>{legend}{table}{more}"
+    return f"<h2>Answers to held-out questions</h2>{difference_legend(WANTED_ANSWER)}{table}{more}"
 
 
 def _histories(histories: Sequence[AnswerHistory]) -> str:
     """Returns how answers changed during training, a closed section for each question."""
     parts = []
     for each in histories:
-        rows = [(f"step {step}", _coloured(answer, each.reference)) for step, answer in each.answers]
-        rows.append(("wanted", html.escape(_cut(each.reference))))
+        rows = [(f"step {step}", coloured_difference(answer, each.reference)) for step, answer in each.answers]
+        rows.append(("wanted", html.escape(cut_text(each.reference))))
         table = html_table(rows, css_class="listing")
-        parts.append(f"<details><summary>{html.escape(_cut(each.question))}</summary>{table}</details>")
+        parts.append(f"<details><summary>{html.escape(cut_text(each.question))}</summary>{table}</details>")
     return f"<h2>How answers changed</h2>{''.join(parts)}" if parts else ""
-
-
-def _coloured(answer: str, reference: str) -> str:
-    return coloured_difference(_cut(answer), _cut(reference))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "…"
 
 
 def _data(config: Mapping[str, Any], data: Mapping[str, Any], lengths: np.ndarray) -> str:

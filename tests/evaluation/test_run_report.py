@@ -1,5 +1,6 @@
 """The report of a run: what it says, that it loads nothing, and that it stays small."""
 
+import html
 import os
 import re
 import shutil
@@ -8,8 +9,14 @@ import numpy as np
 import pytest
 
 from gemma_tune.config import Config
+from gemma_tune.data import Turn
+from gemma_tune.evaluation.case import EvalCase
+from gemma_tune.evaluation.evaluation_report import evaluation_html
+from gemma_tune.evaluation.judge.pairwise import PairVerdict, PairwiseResult
+from gemma_tune.evaluation.metrics.choice import find_metrics
+from gemma_tune.evaluation.result import EvaluatedModel, Evaluation
 from gemma_tune.evaluation.run_charts import thinned_line
-from gemma_tune.evaluation.run_report import AnswerHistory, write_report
+from gemma_tune.evaluation.run_report import AnswerHistory, RunReport, write_report
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 CONFIG = Config().replace({"model.source": "gemma3_270m", "lora.rank": 8, "training.best_by": "f1"})
@@ -21,7 +28,26 @@ SAMPLE = {
 }
 
 
-def report(folder, num_steps=40, samples=(SAMPLE,), histories=()):
+WANTED = ["Hold Power for 12 seconds.", "Open Settings.", "Charge it.", "Is it > 1?"]
+BEFORE = ["Hold Power for 12 seconds.", "I don't know <b>that</b>.", "Charge it.", "No."]
+AFTER = ["Hold Power for 3 seconds.", "Open Settings.", "Charge it.", "Is it > 1?"]
+
+
+def evaluation_of(*models, wanted=WANTED, metrics=("f1", "length_words"), columns=("topic",), **others):
+    """Returns an evaluation of (name, answers)."""
+    cases = [
+        EvalCase((Turn("user", f"Question <{row}>?"),), text, {"topic": "power" if row % 2 else "other"}, f"rows:{row}")
+        for row, text in enumerate(wanted)
+    ]
+    found = find_metrics(metrics)
+    heldout = {"loss": 2.0, "perplexity": 7.39, "token_accuracy": 0.4}
+    return Evaluation("questions.jsonl", cases, found, [
+        EvaluatedModel(name, answers, heldout, {each.name: each.statistics(cases, answers) for each in found}, 1.5)
+        for name, answers in models
+    ], columns, **others)  # fmt: skip
+
+
+def report(folder, num_steps=40, samples=(SAMPLE,), histories=(), evaluation=None):
     metrics = []
     for step in range(num_steps + 1):
         if step:
@@ -51,14 +77,20 @@ def report(folder, num_steps=40, samples=(SAMPLE,), histories=()):
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     lengths = np.random.default_rng(0).integers(5, 900, 100_000)
-    return write_report(folder, CONFIG.to_dict(), result, metrics, lengths, histories).read_text()
+    if evaluation is None:
+        models = [EvaluatedModel(name, (), result[f"heldout_{name}"], {}) for name in ("before", "after")]
+        evaluation = Evaluation("questions.jsonl", (), (), models)
+    return write_report(
+        folder, RunReport(CONFIG.to_dict(), result, metrics, lengths, evaluation, histories)
+    ).read_text()
 
 
 def test_figures_answers_data_and_settings_are_in_it(tmp_path):
     text = report(tmp_path, histories=[AnswerHistory("Is it?", "Yes, it is.", [(0, "No"), (20, "Yes, it was.")])])
     plain = re.sub(r"<[^>]*>", " ", text)
-    for wanted in ("weights of step 40, the best by f1", "3 of 4", "0.500  [0.250, 0.750]", "1,234 trained parameters"):
+    for wanted in ("weights of step 40, the best by f1", "3 of 4", "interval 30% to 95%", "1,234 trained parameters"):
         assert wanted in plain
+    assert [plain.count(figure) for figure in ("20.09", "7.39")] == [1, 1], "perplexity, before and after"
     assert "<ins> more</ins><del> less</del>" in text, "the word that differs"
     assert "<ins>I am a large language model.</ins>" in text, "another answer is marked as a whole"
     assert "<ins> was</ins><del> is</del>" in text and "step 20" in text, "how answers changed"
@@ -67,10 +99,70 @@ def test_figures_answers_data_and_settings_are_in_it(tmp_path):
     assert "duplicates" in text and "85" in text and "unreadable" not in text
 
 
+def test_with_answers_of_all_questions_it_compares_before_and_after(tmp_path):
+    """Instead of the samples: figures with a paired test, slices, and what became worse."""
+    text = report(tmp_path, evaluation=evaluation_of(("before", BEFORE), ("after", AFTER)))
+    assert "Yes, one is" not in text and "f1 by topic" in text and "Worse than before" in text
+
+
+def test_two_models_are_compared_by_paired_figures_slices_and_answers():
+    """What became worse comes first and is open; figures are those of the evaluation, to the digits that are shown."""
+    evaluation = evaluation_of(("base model", BEFORE), ("tuned <model>", AFTER))
+    text = evaluation_html(evaluation)
+    plain = html.unescape(re.sub(r"<[^>]*>", " ", text))
+    found = evaluation.comparisons["f1"]
+    assert (found.num_wins, found.num_ties, found.num_losses) == (2, 1, 1)
+    assert f"{found.difference:.3f}  [{found.interval.low:.3f}, {found.interval.high:.3f}]" in plain
+    assert f"{found.p_value:.4f}" in plain and 'title="2 wins">2</span>' in text
+    assert (
+        "tuned <model>" in plain
+        and "<model>" not in text
+        and "<b>" not in text.replace("</b>", "<b>").split("cards")[0]
+    )
+    summaries = re.findall(r"<details( open)?><summary class=(\w+)>([^<]*)<", text)
+    assert summaries == [
+        (" open", "worse", "Worse than base model: 1 of 4"),
+        ("", "better", "Better than base model: 2 of 4"),
+        ("", "same", "As good as base model: 1 of 4"),
+    ]
+    worse = text[text.index("class=worse>Worse") : text.index("class=better>Better")]
+    assert "Question &lt;0&gt;?" in worse and "<ins> 3</ins><del> 12</del>" in worse and "f1 0.800" in worse
+    (power, other) = sorted(evaluation.slices["topic"], key=lambda each: each.value == "other")
+    assert (power.comparison.num_wins, power.comparison.num_losses, other.comparison.num_losses) == (2, 0, 1)
+    assert [
+        row.count("class=counts") for row in re.findall(r"<tr>.*?</tr>", text[text.index("f1 by topic") :])[:3]
+    ] == [0, 1, 1]
+    lengths = re.search(r"length_<wbr>words</abbr></th>(.*?)</tr>", text)[1]
+    assert "class=counts" not in lengths and lengths.count("–") == 2, "neither more nor less is better"
+
+
+def test_what_a_judge_said_and_what_was_left_out_is_in_the_report():
+    verdicts = PairwiseResult(
+        [PairVerdict("win", ("A", "B"), ("It <is> right.", "")), *[PairVerdict("tie", (), ())] * 3]
+    )
+    evaluation = evaluation_of(
+        ("base", BEFORE), ("tuned", AFTER), judge_name="gemma", judge_verdicts=verdicts, left_out={"bleu": "it needs x"}
+    )
+    text = html.unescape(evaluation_html(evaluation))
+    assert "Judge gemma: tuned has 1 wins, 3 ties, 0 losses against base (p = 1.0000)" in text
+    assert "judge: win. It <is> right." in text and "bleu was left out: it needs x" in text
+
+
+def test_one_model_without_wanted_answers_and_two():
+    """One model's answers have no colours; of two, what the second changed is coloured."""
+    nothing = [""] * 4
+    one = evaluation_html(evaluation_of(("tiny", AFTER), wanted=nothing, metrics=("length_words",), columns=()))
+    assert "<ins>" not in one and "<details" not in one and "Open Settings." in one and "wanted answer" not in one
+    two = evaluation_html(
+        evaluation_of(("tiny", BEFORE), ("other", AFTER), wanted=nothing, metrics=("length_words",), columns=())
+    )
+    assert "<ins> 3</ins><del> 12</del>" in two and "words that the answer of tiny doesn't have" in two
+
+
 def test_texts_are_escaped_and_nothing_is_loaded(tmp_path):
     text = report(tmp_path)
     assert "<script" not in text and "&lt;script&gt;alert(1)" in text
-    assert not re.search(r"""(src|href)=["']?(?!#)""", re.sub(r"xmlns(:xlink)?=\"[^\"]*\"", "", text))
+    assert not re.search(r"""\b(src|href)\s*=(?!["']?#)""", text)
     assert "@import" not in text and "url(http" not in text
 
 
@@ -102,12 +194,16 @@ def test_it_fits_a_phone_and_follows_its_theme(tmp_path, theme):
     sync_api = pytest.importorskip("playwright.sync_api", reason="pip install 'gemma-tune[browser]'")
     if CHROMIUM is None:
         pytest.skip("There is no Chromium: apt-get install chromium, or CHROMIUM=/path/to/it.")
-    report(tmp_path, histories=[AnswerHistory("Is it?", "Yes, it is.", [(0, "No"), (20, "Yes, it was.")])])
+    report(
+        tmp_path,
+        histories=[AnswerHistory("Is it?", "Yes, it is.", [(0, "No"), (20, "Yes, it was.")])],
+        evaluation=evaluation_of(("before", BEFORE), ("after", AFTER)),
+    )
     errors, requests = [], []
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         shown = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=theme)
-        shown.on("pageerror", errors.append)
+        shown.on("pageerror", lambda error: errors.append(error))
         shown.on("request", lambda request: requests.append(request.url))
         shown.goto(f"file://{tmp_path}/report.html")
         shown.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
