@@ -25,7 +25,8 @@ table.figures { width: auto; }
 .figures :is(th, td):first-child { min-width: 7rem; }
 figure { margin: 1rem 0; background: white; border-radius: .5rem; padding: .5rem; overflow-x: auto; }
 figure svg { width: 100%; height: auto; min-width: 36rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
+.charts { display: grid; gap: 1rem; margin: 1rem 0; }
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }
 .charts figure { background: none; padding: 0; margin: 0; max-width: 34rem; }
 .charts svg { min-width: 0; } .charts svg text { font-family: inherit !important; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
@@ -35,7 +36,7 @@ figure svg { width: 100%; height: auto; min-width: 36rem; }
 .answers td { width: 25%; overflow-wrap: anywhere; }
 ins, del { text-decoration: none; border-radius: .2rem; padding: 0 .1rem; }
 ins { background: #e8590c33; } del { background: #2b8a3e33; opacity: .7; text-decoration: line-through; }
-.listing th { width: min(12rem, 30%); overflow-wrap: anywhere; } .listing td { overflow-wrap: anywhere; }
+.listing { table-layout: fixed; } .listing th { width: 10rem; } .listing :is(th, td) { overflow-wrap: anywhere; }
 .better { color: var(--good); } .worse { color: var(--bad); }
 .counts { display: flex; gap: 1px; min-width: 9rem; } .counts span { padding: 0 .3rem; text-align: center; }
 .counts .win { background: #2b8a3e44; } .counts .tie { background: #8883; } .counts .loss { background: #c92a2a44; }
@@ -43,7 +44,7 @@ ins { background: #e8590c33; } del { background: #2b8a3e33; opacity: .7; text-de
 .interval { opacity: .65; font-size: .85em; white-space: nowrap; }
 .scroll { overflow-x: auto; } abbr { text-decoration: none; border-bottom: 1px dotted; cursor: help; }
 @media (max-width: 40rem) {
-  body { margin: 1rem auto; } th, td { padding: .35rem; }
+  body { margin: 1rem auto; } th, td { padding: .35rem; } .listing th { width: 5.5rem; }
   table.answers, .answers :is(tbody, tr, td) { display: block; width: auto; }
   .answers tr { border-bottom: 2px solid var(--line); padding: .6rem 0; } .answers tr:first-child { display: none; }
   .answers td { border: 0; } .answers td::before { content: attr(data-label); display: block; font-weight: 600; }

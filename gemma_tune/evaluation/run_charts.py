@@ -1,5 +1,6 @@
 """Draws the charts of a run: losses, metrics, learning rate, and the lengths of its examples."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 from gemma_tune.evaluation.html_report import as_svg
 
 _MOST_POINTS = 300  # Of a line; longer ones are drawn as mean and range of as many groups.
+_MOST_BARS = 40
 _TRAINING, _HELDOUT, _QUIET = "#4c8ed9", "#d9480f", "#888888"
 _NO_CHART = ("loss", "perplexity", "num_tokens")  # The loss has one of its own, and perplexity is exp(loss).
 
@@ -64,8 +66,12 @@ def run_charts(
 def length_chart(lengths: np.ndarray, max_length: int) -> str:
     """Returns a histogram of the examples' lengths, as SVG, with a line at the length from which they are shortened."""
     figure, axes = _axes("examples by length", "tokens")
-    axes.hist(lengths, bins=min(40, max(8, len(np.unique(lengths)))), color=_TRAINING)
-    if lengths.max() > max_length:
+    low, high = int(lengths.min()), int(lengths.max())
+    width = math.ceil(
+        (high - low + 1) / _MOST_BARS
+    )  # In whole tokens: else some bars would have more lengths than others.
+    axes.hist(lengths, bins=np.arange(low, high + 1 + width, width) - 0.5, color=_TRAINING)
+    if high > max_length:
         axes.axvline(max_length, color=_HELDOUT, linestyle="--", linewidth=1)
         axes.text(max_length, axes.get_ylim()[1], " data.max_length", color=_HELDOUT, fontsize=9, va="top")
     return as_svg(figure, follows_theme=True)

@@ -27,6 +27,7 @@ from gemma_tune.settings import flatten
 
 REPORT_FILE = "report.html"
 _MAX_SAMPLES = 50
+_CHART_NOTE = "<p><small>Dotted: the step whose weights were saved. Vertical bars: intervals of 95 %.</small></p>"
 _COUNTS = {
     "num_rows": "rows read",
     "num_unreadable": "unreadable",
@@ -87,6 +88,7 @@ def write_report(workdir: Path, run: RunReport) -> Path:
         _summary(config, result, run.metrics),
         card_grid(_cards(result)),
         chart_grid(charts),
+        _CHART_NOTE if result["heldout_after"] else "",
         f"<h2>Held-out figures</h2>{figures}" if figures else "",
         *(slices_html(evaluation, column) for column in evaluation.slice_columns),
         answers_html(evaluation, answers_file) if evaluation.cases else _samples(result["samples"]),

@@ -68,7 +68,7 @@ class HeldoutQuestions:
 
 def answer_metric_names(config: Config) -> list[str]:
     """Returns the names of the metrics of answers that a run computes, each once."""
-    names = (*config.training.eval_metrics, config.training.best_by)
+    names = (config.training.best_by, *config.training.eval_metrics)  # The first one orders the answers of the report.
     return [name for name in dict.fromkeys(names) if name not in HELDOUT_FIGURES]
 
 
