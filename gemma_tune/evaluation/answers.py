@@ -18,7 +18,8 @@ _UNSPACED = (
     "\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _INDIAN = "\u0900-\u0963\u0966-\u0dff"  # Devanagari to Sinhala, whose vowel signs aren't in \w.
-_WORD = re.compile(rf"[{_UNSPACED}]|(?:[^\W{_UNSPACED}]|[{_INDIAN}])+")
+WORD_PATTERN = rf"[{_UNSPACED}]|(?:[^\W{_UNSPACED}]|[{_INDIAN}])+"  # Regular expression.
+_WORD = re.compile(WORD_PATTERN)
 _UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
 _RIGHT_F1 = 0.5
 

@@ -28,6 +28,7 @@ from gemma_tune.runtime.atomic_files import write_json, write_lines, write_text
 
 WANTED_ANSWER = "the wanted answer"
 REPORT_FILE, FIGURES_FILE, ANSWERS_FILE = "evaluation.html", "evaluation.json", "answers.jsonl"
+_OUTCOMES = {"win": "wins", "tie": "ties", "loss": "losses"}
 _UNITS = {"loss": ", nats per token"}
 _MAX_ANSWERS = 200  # In a report; in each group where answers are in groups, half as many.
 _MAX_SLICES, _FIRST_SLICES = 40, 10  # In a report, and of them before one asks for more.
@@ -47,7 +48,7 @@ def evaluation_html(evaluation: Evaluation) -> str:
     """Returns the report: figures with intervals and paired tests, slices, and the answers, the worst first."""
     name = evaluation.model.name
     compared = f"{name} compared with {evaluation.models[0].name}" if len(evaluation.models) > 1 else name
-    judged = evaluation.judge_summary()
+    judged = judge_sentence(evaluation)
     parts = [
         f"<h1>{html.escape(compared)}</h1>",
         f"<p>{len(evaluation.cases):,} questions of {html.escape(evaluation.data_source)}.</p>",
@@ -60,6 +61,20 @@ def evaluation_html(evaluation: Evaluation) -> str:
         answers_html(evaluation, f"{ANSWERS_FILE}"),
     ]
     return html_document(f"gemma_tune evaluation: {name}", parts)
+
+
+def judge_sentence(evaluation: Evaluation) -> str:
+    """Returns what a judge found; '' without one."""
+    verdicts = evaluation.judge_verdicts
+    if verdicts is None:
+        return ""
+    counts = ", ".join(f"{verdicts.count(outcome)} {name}" for outcome, name in _OUTCOMES.items())
+    missing = verdicts.count("unreadable") + verdicts.count("unanswered")
+    return (
+        f"Judge {evaluation.judge_name}: {evaluation.model.name} has {counts} against {evaluation.models[0].name} "
+        f"(p = {verdicts.p_value:.4f}). The judge agrees with itself on {verdicts.agreement:.0%} of the pairs"
+        + (f"; {missing} questions have no verdict." if missing else ".")
+    )
 
 
 def figures_html(evaluation: Evaluation) -> str:

@@ -9,6 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from gemma_tune.evaluation.answers import WORD_PATTERN
+
+_PIECE = re.compile(rf"\s*(?:{WORD_PATTERN}|[^\w\s])")
 _LEAST_IN_COMMON = 0.5  # Ratio of words, from which a difference can be read word by word.
 _MAX_CHARACTERS = 2000  # Of a text, so that a report of many answers stays small.
 _STYLE = """
@@ -70,7 +73,7 @@ def html_table(
 
     Args:
         rows: Cells of each row, as HTML.
-        header: Cells of the first row, as HTML; none without.
+        header: Cells of the first row, as HTML; none without. For `answers` they are escaped texts without tags.
         css_class: Class of the table: `figures` aligns all columns but the first to the right; `answers` puts the cells
             of a row below each other on a phone; `listing` has narrow labels.
         has_labels: Whether the first cell of a row is its label.
@@ -78,7 +81,7 @@ def html_table(
     lines = ["".join(f"<th>{cell}</th>" for cell in header)] if header else []
     for row in rows:
         cells = [
-            f'<td data-label="{html.escape(label, quote=True)}">{cell}</td>' if label else f"<td>{cell}</td>"
+            f'<td data-label="{label}">{cell}</td>' if label else f"<td>{cell}</td>"
             for cell, label in itertools.zip_longest(row, header if css_class == "answers" else (), fillvalue="")
         ]
         if has_labels:
@@ -94,7 +97,7 @@ def coloured_difference(answer: str, reference: str) -> str:
     An answer with less than half in common is another one: it is marked as a whole. Long texts are cut.
     """
     answer, reference = cut_text(answer), cut_text(reference)
-    ours, wanted = (re.findall(r"\s*(?:\w+|[^\w\s])", text) for text in (answer, reference))
+    ours, wanted = (_PIECE.findall(text) for text in (answer, reference))
     matcher = difflib.SequenceMatcher(None, ours, wanted, False)
     if matcher.ratio() < _LEAST_IN_COMMON:
         return f"<ins>{html.escape(answer)}</ins>"

@@ -23,7 +23,6 @@ from gemma_tune.evaluation.resampling import (
 )
 
 _NO_VALUE = "(none)"
-_OUTCOMES = {"win": "wins", "tie": "ties", "loss": "losses"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,19 +154,6 @@ class Evaluation:
             "same" if before == after or math.isclose(before, after) else "better" if after > before else "worse"
             for before, after in zip(first, second, strict=True)
         ]
-
-    def judge_summary(self) -> str:
-        """Returns what a judge found, in a sentence; '' without one."""
-        verdicts = self.judge_verdicts
-        if verdicts is None:
-            return ""
-        counts = ", ".join(f"{verdicts.count(outcome)} {name}" for outcome, name in _OUTCOMES.items())
-        missing = verdicts.count("unreadable") + verdicts.count("unanswered")
-        return (
-            f"Judge {self.judge_name}: {self.model.name} has {counts} against {self.models[0].name} "
-            f"(p = {verdicts.p_value:.4f}). The judge agrees with itself on {verdicts.agreement:.0%} of the pairs"
-            + (f"; {missing} questions have no verdict." if missing else ".")
-        )
 
     def _compared(self, metric: Metric, rows: Sequence[int]) -> PairedComparison:
         first, second = (model.statistics[metric.name][list(rows)] for model in self.models)
