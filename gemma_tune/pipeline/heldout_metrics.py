@@ -166,14 +166,14 @@ def answer_histories(workdir: Path, num_questions: int) -> list[AnswerHistory]:
     places = {round(place) for place in np.linspace(0, len(found) - 1, _MAX_STEPS_SHOWN)} if found else set()
     steps = [int(found[place].stem.removeprefix("step_")) for place in sorted(places)]
     rows = {step: _read_rows(workdir, step)[:num_questions] for step in steps}
-    first = rows[steps[0]] if steps else []
+    questions = max(rows.values(), key=len, default=[])
     return [
         AnswerHistory(
             row["question"],
             row["reference"],
             [(step, rows[step][number]["answer"]) for step in steps if number < len(rows[step])],
         )
-        for number, row in enumerate(first)
+        for number, row in enumerate(questions)
     ]
 
 
