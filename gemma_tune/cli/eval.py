@@ -22,7 +22,7 @@ def _run_on_data(invocation: Invocation) -> dict[str, Any]:
         raise ConfigError("--junit is written for a suite: name one with --suite=….")
     from gemma_tune import pipeline
     from gemma_tune.cli import evaluation_tables as tables
-    from gemma_tune.evaluation.evaluation_report import write_evaluation
+    from gemma_tune.evaluation.evaluation_report import judge_sentence, write_evaluation
 
     options = pipeline.EvaluationOptions(
         metrics=_names(flags.metrics),
@@ -41,7 +41,7 @@ def _run_on_data(invocation: Invocation) -> dict[str, Any]:
         console.print(tables.slices_table(evaluation, column))
     if (worst := tables.worst_answers_table(evaluation)) is not None:
         console.print(worst)
-    if judged := tables.judge_line(evaluation):
+    if judged := judge_sentence(evaluation):
         console.print(judged, markup=False)
     for name, need in evaluation.left_out.items():
         console.print(f"{name} was left out: {need}", style="dim", markup=False)

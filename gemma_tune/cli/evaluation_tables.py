@@ -15,7 +15,6 @@ from gemma_tune.evaluation.suites.check_suite import Check
 from gemma_tune.pipeline import SuiteResult
 
 _MAX_SLICES, _MAX_WORST = 8, 3
-_OUTCOMES = {"win": "wins", "tie": "ties", "loss": "losses"}
 _STYLES = {"better": "green", "worse": "red", "": ""}
 _PASSED = {True: ("passed", "green"), False: ("failed", "red"), None: ("skipped", "yellow")}
 
@@ -86,20 +85,6 @@ def _comparison_texts(metric: Metric, found: PairedComparison | None) -> Sequenc
     if metric.is_higher_better is None or math.isnan(found.p_value):
         return ("–", "–")
     return (counts, Text(f"{found.p_value:.4f}", _STYLES[significant_change(metric, found)]))
-
-
-def judge_line(evaluation: Evaluation) -> str:
-    """Returns what a judge found, in a sentence; '' without one."""
-    verdicts = evaluation.judge_verdicts
-    if verdicts is None:
-        return ""
-    counts = ", ".join(f"{verdicts.count(outcome)} {name}" for outcome, name in _OUTCOMES.items())
-    missing = verdicts.count("unreadable") + verdicts.count("unanswered")
-    return (
-        f"Judge {evaluation.judge_name}: {evaluation.model.name} has {counts} against {evaluation.models[0].name} "
-        f"(p = {verdicts.p_value:.4f}). The judge agrees with itself on {verdicts.agreement:.0%} of the pairs"
-        + (f"; {missing} questions have no verdict." if missing else ".")
-    )
 
 
 def checks_table(result: SuiteResult) -> Table:

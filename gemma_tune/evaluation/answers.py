@@ -10,7 +10,17 @@ from typing import NamedTuple
 from gemma_tune.data import Example
 from gemma_tune.data.dedup import hash_text
 
-_WORD = re.compile(r"\w+")
+# Thai and Lao, Burmese, Khmer, Hiragana and Katakana, and Han, which are written without spaces between words.
+_UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e50-\u0e59\u0e81-\u0edf"
+    "\u1000-\u1049\u1050-\u109d\u1780-\u17d3\u17d7\u17dc-\u17e9"
+    "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
+    "\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_INDIAN = "\u0900-\u0963\u0966-\u0dff"  # Devanagari to Sinhala, whose vowel signs aren't in \w.
+WORD_PATTERN = rf"[{_UNSPACED}]|(?:[^\W{_UNSPACED}]|[{_INDIAN}])+"  # Regular expression.
+_WORD = re.compile(WORD_PATTERN)
+_UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
 _RIGHT_F1 = 0.5
 
 
@@ -29,8 +39,17 @@ class AnswerScore(NamedTuple):
 
 
 def words(text: str) -> list[str]:
-    """Returns the words of a text in lower case, without punctuation."""
+    """Returns the words of a text in lower case, without punctuation.
+
+    In scripts that are written without spaces, such as Chinese, Japanese and Thai, each character counts as a word, as
+    in MLQA (arXiv:1910.07475).
+    """
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def count_unspaced_characters(text: str) -> int:
+    """Returns the number of characters of scripts that are written without spaces between words."""
+    return len(_UNSPACED_CHARACTER.findall(text))
 
 
 def word_f1(answer: str, reference: str) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gemma_tune.evaluation.comparison_chart import draw_comparison
 from gemma_tune.evaluation.comparison_figures import FidelityReport, figure_rows, notes, summaries
-from gemma_tune.evaluation.html_report import as_svg, html_document, html_table
+from gemma_tune.evaluation.html_report import as_svg, coloured_difference, difference_legend, html_document, html_table
 from gemma_tune.runtime.atomic_files import write_text
 
 JSON_FILE, CHART_FILE, MARKDOWN_FILE = "comparison.json", "comparison.png", "comparison.md"
@@ -83,15 +83,13 @@ def _html_figures(report: FidelityReport) -> str:
 def _html_answers(report: FidelityReport) -> str:
     if not report.questions:
         return ""
-    parts = ["<h2>Answers</h2><p>Marked: what follows the first word that differs from the reference's answer.</p>"]
+    parts = [f"<h2>Answers</h2>{difference_legend(f'the answer of {report.reference.name}')}"]
     for index, (question, wanted) in enumerate(zip(report.questions, report.wanted_answers, strict=True)):
         rows = [("wanted answer", html.escape(wanted))]
-        for model in report.models:
-            answer = model.answers[index]
-            start = first_difference(answer, report.reference.answers[index])
-            rest = f"<mark>{html.escape(answer[start:])}</mark>" if answer[start:] else ""
-            rows.append((html.escape(model.name), html.escape(answer[:start]) + rest))
-        parts.append(f"<h3>{html.escape(question)}</h3>{html_table(rows)}")
+        for model in report.models:  # The reference's own answer has no difference from itself.
+            text = coloured_difference(model.answers[index], report.reference.answers[index])
+            rows.append((html.escape(model.name), text))
+        parts.append(f"<h3>{html.escape(question)}</h3>{html_table(rows, css_class='listing')}")
     return "".join(parts)
 
 

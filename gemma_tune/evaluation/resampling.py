@@ -106,7 +106,7 @@ def compare_paired(
     gains = -gains if metric.is_higher_better is False else gains
     return PairedComparison(
         float(difference(both.sum(0))),
-        _bootstrap(difference, both, confidence, seed),
+        _bootstrap(difference, both, confidence, seed) if len(both) > 1 else Interval(np.nan, np.nan),
         int((gains > _SAME).sum()),
         int((np.abs(gains) <= _SAME).sum()),
         int((gains < -_SAME).sum()),

@@ -66,12 +66,14 @@ class Slice(NamedTuple):
         value: Value that they have there.
         rows: Numbers of the rows.
         figures: Figure of each model, in the order of the evaluation's models.
+        comparison: Comparison of the two models on these rows; None for one model.
     """
 
     column: str
     value: str
     rows: Sequence[int]
     figures: Sequence[Figure]
+    comparison: PairedComparison | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +124,7 @@ class Evaluation:
         """Comparisons of the evaluated model with the other one, by metric; empty if there is no other."""
         if len(self.models) < 2:
             return {}
-        return {
-            metric.name: compare_paired(metric, *(model.statistics[metric.name] for model in self.models))
-            for metric in self.metrics
-        }
+        return {metric.name: self._compared(metric, range(len(self.cases))) for metric in self.metrics}
 
     @functools.cached_property
     def slices(self) -> Mapping[str, Sequence[Slice]]:
@@ -134,11 +133,31 @@ class Evaluation:
 
     def worst_rows(self) -> list[int]:
         """Returns the numbers of all rows, the worst by the first metric that has a direction first."""
-        metric = next((metric for metric in self.metrics if metric.is_higher_better is not None), None)
+        metric = self.ordering_metric
         if metric is None:
             return list(range(len(self.cases)))
         goodness = _goodness(metric, row_figures(metric, self.model.statistics[metric.name]))
         return [int(row) for row in np.argsort(goodness, kind="stable")]
+
+    @property
+    def ordering_metric(self) -> Metric | None:
+        """The first metric that says which of two answers is the better one; None if none does."""
+        return next((metric for metric in self.metrics if metric.is_higher_better is not None), None)
+
+    def row_changes(self) -> list[str]:
+        """Returns `better`, `worse` or `same` for each row: the evaluated model's answer beside the other one's."""
+        metric = self.ordering_metric
+        if metric is None or len(self.models) < 2:
+            return ["same"] * len(self.cases)
+        first, second = (_goodness(metric, row_figures(metric, model.statistics[metric.name])) for model in self.models)
+        return [
+            "same" if before == after or math.isclose(before, after) else "better" if after > before else "worse"
+            for before, after in zip(first, second, strict=True)
+        ]
+
+    def _compared(self, metric: Metric, rows: Sequence[int]) -> PairedComparison:
+        first, second = (model.statistics[metric.name][list(rows)] for model in self.models)
+        return compare_paired(metric, first, second)
 
     def _slices_of(self, column: str) -> list[Slice]:
         metric = self.metrics[0]
@@ -146,7 +165,13 @@ class Evaluation:
         for number, case in enumerate(self.cases):
             rows.setdefault(_text_of(case.columns.get(column)), []).append(number)
         found = [
-            Slice(column, value, numbers, [_figure(metric, model, numbers) for model in self.models])
+            Slice(
+                column,
+                value,
+                numbers,
+                [_figure(metric, model, numbers) for model in self.models],
+                self._compared(metric, numbers) if len(self.models) > 1 else None,
+            )
             for value, numbers in rows.items()
         ]
         return sorted(found, key=lambda each: float(_goodness(metric, np.array(each.figures[-1].value))))
@@ -172,6 +197,7 @@ class Evaluation:
                     "value": each.value,
                     "metric": self.metrics[0].name,
                     "figures": [_plain_figure(figure) for figure in each.figures],
+                    **({"comparison": _plain_comparison(each.comparison)} if each.comparison else {}),
                 }
                 for slices in self.slices.values()
                 for each in slices

@@ -1,126 +1,195 @@
-"""Writes a run's report: one HTML file with its metrics, curves, answers and settings."""
+"""Writes a run's report: one HTML file with its figures, curves, data, answers and settings."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from gemma_tune.evaluation.html_report import as_svg, html_document, html_table
+import numpy as np
+
+from gemma_tune.config import Config
+from gemma_tune.evaluation.evaluation_report import WANTED_ANSWER, answers_html, figures_html, slices_html
+from gemma_tune.evaluation.heldout import HELDOUT_LABELS
+from gemma_tune.evaluation.html_report import (
+    card_grid,
+    chart_grid,
+    coloured_difference,
+    cut_text,
+    difference_legend,
+    html_document,
+    html_table,
+)
+from gemma_tune.evaluation.resampling import mean_interval
+from gemma_tune.evaluation.result import Evaluation
+from gemma_tune.evaluation.run_charts import length_chart, run_charts
 from gemma_tune.runtime.atomic_files import write_text
 from gemma_tune.settings import flatten
 
 REPORT_FILE = "report.html"
+_MAX_SAMPLES = 50
+_CHART_NOTE = "<p><small>Dotted: the step whose weights were saved. Vertical bars: intervals of 95 %.</small></p>"
+_COUNTS = {
+    "num_rows": "rows read",
+    "num_unreadable": "unreadable",
+    "num_empty": "empty",
+    "num_control_tokens": "with control tokens",
+    "num_duplicates": "duplicates",
+    "num_in_heldout": "with a held-out question",
+    "num_truncated": "shortened",
+    "num_overlong_dropped": "dropped as too long",
+    "num_without_target": "without an answer to learn",
+    "num_train": "for training",
+    "num_heldout": "held out",
+}
 
 
-def write_report(
-    workdir: Path, config: dict[str, Any], result: dict[str, Any], metrics: Sequence[dict[str, Any]]
-) -> Path:
-    """Writes report.html, and returns its path.
+class AnswerHistory(NamedTuple):
+    """Answers to one question at several steps of training.
 
-    Args:
-        workdir: Workdir of the run.
+    Attributes:
+        question: The question.
+        reference: The wanted answer.
+        answers: Step and answer, in order.
+    """
+
+    question: str
+    reference: str
+    answers: Sequence[tuple[int, str]]
+
+
+class RunReport(NamedTuple):
+    """What the report of a run shows.
+
+    Attributes:
         config: Settings of the run, from `Config.to_dict()`.
         result: Result of the run, from `RunResult.to_dict()`.
         metrics: Metrics of the run, as in the lines of metrics.jsonl.
+        lengths: [n] tokens in each example.
+        evaluation: Held-out figures and answers `before` and `after` training.
+        histories: Answers at several steps.
     """
+
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    lengths: np.ndarray
+    evaluation: Evaluation
+    histories: Sequence[AnswerHistory] = ()
+
+
+def write_report(workdir: Path, run: RunReport) -> Path:
+    """Writes report.html in the run's workdir, and returns its path."""
+    config, result, evaluation = run.config, run.result, run.evaluation
+    charts = run_charts(run.metrics, result["heldout_intervals"], result["best_step"]) if run.metrics else []
+    figures = figures_html(evaluation)
+    answers_file = f"answers/step_{result['best_step']:06d}.jsonl"
     parts = [
         f"<h1>{html.escape(config['model']['source'])} tuned on {html.escape(config['data']['source'])}</h1>",
-        _figures(result),
-        f"<figure>{_curves(metrics)}</figure>" if metrics else "",
-        _answers(result["samples"]),
-        _data(result["data"]),
-        f"<details><summary>Settings</summary><pre>{html.escape(_settings(config))}</pre></details>",
+        _summary(config, result, run.metrics),
+        card_grid(_cards(result)),
+        chart_grid(charts),
+        _CHART_NOTE if result["heldout_after"] else "",
+        f"<h2>Held-out figures</h2>{figures}" if figures else "",
+        *(slices_html(evaluation, column) for column in evaluation.slice_columns),
+        answers_html(evaluation, answers_file) if evaluation.cases else _samples(result["samples"]),
+        _histories(run.histories),
+        _data(config, result["data"], run.lengths),
+        _settings(config),
     ]
     path = workdir / REPORT_FILE
     write_text(path, html_document("gemma_tune report", parts))
     return path
 
 
-def _figures(result: dict[str, Any]) -> str:
+def _summary(config: Mapping[str, Any], result: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    seconds = sum(row.get("step_seconds", 0.0) for row in metrics)
+    time = f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
+    texts = [
+        f"{config['training']['method']}, {result['num_trainable_parameters']:,} trained parameters",
+        f"{result['num_steps']} steps in {time}",
+        f"weights of step {result['best_step']}"
+        + (f", the best by {result['best_by'].replace('_', ' ')}" if result["heldout_after"] else ""),
+    ]
+    return f"<p>{html.escape('; '.join(texts))}.</p>"
+
+
+def _cards(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns label, value and note of each card."""
     before, after = result["heldout_before"], result["heldout_after"]
-    rows = []
-    for name, label, style in (
-        ("loss", "Held-out loss", ".4f"),
-        ("perplexity", "Held-out perplexity", ".2f"),
-        ("token_accuracy", "Token accuracy", ".1%"),
-    ):
-        if name in before and name in after:
-            rows.append((label, format(before[name], style), format(after[name], style)))
-    table = html_table(rows, ("", "before", "after"), css_class="figures") if rows else ""
-    scored = (
-        f"<p>{result['num_answers_right']} of {result['num_answers_scored']} held-out questions got the wanted "
-        "answer.</p>"
-        if result["num_answers_scored"]
-        else ""
-    )
-    steps = (
-        f"<p>{result['num_steps']} steps, best at step {result['best_step']}; "
-        f"{result['num_trainable_parameters']:,} trained parameters.</p>"
-    )
-    return table + scored + steps
+    cards = [
+        (f"held-out {label}", format(after[name], style), f"before: {before[name]:{style}}")
+        for name, label, style in HELDOUT_LABELS
+        if name in before and name in after and name != "perplexity"
+    ]
+    for name, each in result["heldout_intervals"].get("after", {}).items():
+        first = result["heldout_intervals"].get("before", {}).get(name)
+        note = f"before: {first['value']:.3f}" if first else ""
+        cards.append((f"held-out {html.escape(name)}", f"{each['value']:.3f}", note))
+    if result["num_answers_scored"]:
+        num_right, num_scored = result["num_answers_right"], result["num_answers_scored"]
+        low, high = mean_interval([1.0] * num_right + [0.0] * (num_scored - num_right))
+        cards.append(
+            (
+                "right answers",
+                f"{num_right} of {num_scored}",
+                "" if np.isnan(low) else f"95 % interval {low:.0%} to {high:.0%}",
+            )
+        )
+    return cards
 
 
-def _curves(metrics: Sequence[dict[str, Any]]) -> str:
-    """Returns a chart of training and held-out loss and of the learning rate, as SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    losses, rates = figure.subplots(1, 2, width_ratios=(2, 1))
-    steps = [row for row in metrics if "loss" in row]
-    heldout = [row for row in metrics if "heldout_loss" in row]
-    losses.plot(
-        [row["step"] for row in steps], [row["loss"] for row in steps], color="#7aa6da", linewidth=1.2, label="training"
-    )
-    losses.plot(
-        [row["step"] for row in heldout],
-        [row["heldout_loss"] for row in heldout],
-        color="#c0392b",
-        marker="o",
-        markersize=4,
-        label="held out",
-    )
-    losses.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
-    losses.legend(frameon=False)
-    rates.plot([row["step"] for row in steps], [row["learning_rate"] for row in steps], color="#555")
-    rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axes in (losses, rates):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    return as_svg(figure)
-
-
-def _answers(samples: Sequence[dict[str, str]]) -> str:
+def _samples(samples: Sequence[Mapping[str, str]]) -> str:
     if not samples:
         return ""
-    columns = {
-        "question": "Question",
-        "base_answer": "Base model",
-        "tuned_answer": "Tuned model",
-        "reference": "Wanted answer",
-    }
-    rows = [[html.escape(sample[name]) for name in columns] for sample in samples]
-    table = html_table(rows, tuple(columns.values()), css_class="answers", has_labels=False)
-    return f"<h2>Held-out questions</h2>{table}"
+    rows = [
+        [
+            html.escape(sample["question"]),
+            html.escape(cut_text(sample["reference"])),
+            *(coloured_difference(sample[name], sample["reference"]) for name in ("base_answer", "tuned_answer")),
+        ]
+        for sample in samples[:_MAX_SAMPLES]
+    ]
+    header = ("question", "wanted answer", "base model", "tuned model")
+    more = f"<p>{len(samples) - len(rows)} more are in samples.json.</p>" if len(samples) > len(rows) else ""
+    table = html_table(rows, header, css_class="answers", has_labels=False)
+    return f"<h2>Answers to held-out questions</h2>{difference_legend(WANTED_ANSWER)}{table}{more}"
 
 
-def _data(data: dict[str, Any]) -> str:
-    labels = {
-        "num_rows": "rows read",
-        "num_unreadable": "unreadable",
-        "num_empty": "empty",
-        "num_control_tokens": "with control tokens",
-        "num_duplicates": "duplicates",
-        "num_in_heldout": "with a held-out question",
-        "num_truncated": "truncated",
-        "num_overlong_dropped": "dropped as too long",
-        "num_without_target": "without an answer to learn",
-        "num_train": "for training",
-        "num_heldout": "held out",
-    }
-    items = ", ".join(f"{data[key]} {label}" for key, label in labels.items() if data[key])
-    return f"<h2>Data</h2><p>{html.escape(items)}.</p>"
+def _histories(histories: Sequence[AnswerHistory]) -> str:
+    """Returns how answers changed during training, a closed section for each question."""
+    parts = []
+    for each in histories:
+        rows = [(f"step {step}", coloured_difference(answer, each.reference)) for step, answer in each.answers]
+        rows.append(("wanted", html.escape(cut_text(each.reference))))
+        table = html_table(rows, css_class="listing")
+        parts.append(f"<details><summary>{html.escape(cut_text(each.question))}</summary>{table}</details>")
+    return f"<h2>How answers changed</h2>{''.join(parts)}" if parts else ""
 
 
-def _settings(config: dict[str, Any]) -> str:
-    return "\n".join(f"{path} = {value!r}" for path, value in flatten(config).items())
+def _data(config: Mapping[str, Any], data: Mapping[str, Any], lengths: np.ndarray) -> str:
+    settings = config["data"]
+    sources = [("training", settings["source"]), ("held out", settings["eval_source"])]
+    rows = [(label, html.escape(source)) for label, source in sources if source]
+    rows += [(label, f"{data[key]:,}") for key, label in _COUNTS.items() if data[key]]
+    if "length_tokens" in data:
+        found = data["length_tokens"]
+        rows.append(
+            (
+                "tokens in an example",
+                f"{found['min']} to {found['max']}, mean {found['mean']}, median {found['median']:g}",
+            )
+        )
+    chart = chart_grid([length_chart(lengths, settings["max_length"])]) if len(lengths) else ""
+    return f"<h2>Data</h2>{html_table(rows, css_class='listing')}{chart}"
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    defaults, settings = flatten(Config().to_dict()), flatten(config)
+    changed = {path: value for path, value in settings.items() if value != defaults.get(path)}
+    parts = [f"<h2>Settings</h2>{_listing('Changed from the defaults', changed)}", _listing("All", settings)]
+    return "".join(parts)
+
+
+def _listing(title: str, settings: Mapping[str, Any]) -> str:
+    lines = "\n".join(f"{path} = {value!r}" for path, value in settings.items())
+    return f"<details><summary>{title} ({len(settings)})</summary><pre>{html.escape(lines)}</pre></details>"

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gemma_tune.config import Config, GenerationConfig
 from gemma_tune.config_checks import HELDOUT_FIGURES
@@ -16,13 +18,18 @@ from gemma_tune.evaluation.case import EvalCase
 from gemma_tune.evaluation.metrics.choice import METRICS, choose_metrics
 from gemma_tune.evaluation.metrics.metric import Metric
 from gemma_tune.evaluation.read_cases import cases_of
-from gemma_tune.evaluation.resampling import confidence_interval, figure_of, row_figures
+from gemma_tune.evaluation.resampling import figure_of, row_figures
+from gemma_tune.evaluation.result import EvaluatedModel, Evaluation
+from gemma_tune.evaluation.run_report import AnswerHistory
 from gemma_tune.models.functional import Params
 from gemma_tune.pipeline.setup import heldout_rows
 from gemma_tune.runtime.atomic_files import write_lines
 from gemma_tune.runtime.backend import jax, keras
 from gemma_tune.serving.generation import generate
 from gemma_tune.training.run.workdir import ANSWERS
+
+_MAX_STEPS_SHOWN = 10
+_MAX_SLICES, _FEWEST_IN_SLICE = 12, 3  # Of a column by which a report divides the questions.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +68,7 @@ class HeldoutQuestions:
 
 def answer_metric_names(config: Config) -> list[str]:
     """Returns the names of the metrics of answers that a run computes, each once."""
-    names = (*config.training.eval_metrics, config.training.best_by)
+    names = (config.training.best_by, *config.training.eval_metrics)  # The first one orders the answers of the report.
     return [name for name in dict.fromkeys(names) if name not in HELDOUT_FIGURES]
 
 
@@ -150,25 +157,84 @@ def write_step_answers(workdir: Path, step: int, rows: Sequence[dict[str, Any]])
 
 def read_step_answers(workdir: Path, step: int) -> list[str]:
     """Returns the answers of one evaluation; none if they can't be read."""
+    return [row["answer"] for row in _read_rows(workdir, step)]
+
+
+def answer_histories(workdir: Path, num_questions: int) -> list[AnswerHistory]:
+    """Returns how the answers to the first questions changed from evaluation to evaluation, ten of them at most."""
+    found = sorted((workdir / ANSWERS).glob("step_*.jsonl"))
+    places = {round(place) for place in np.linspace(0, len(found) - 1, _MAX_STEPS_SHOWN)} if found else set()
+    steps = [int(found[place].stem.removeprefix("step_")) for place in sorted(places)]
+    rows = {step: _read_rows(workdir, step)[:num_questions] for step in steps}
+    questions = max(rows.values(), key=len, default=[])
+    return [
+        AnswerHistory(
+            row["question"],
+            row["reference"],
+            [(step, rows[step][number]["answer"]) for step in steps if number < len(rows[step])],
+        )
+        for number, row in enumerate(questions)
+    ]
+
+
+def _read_rows(workdir: Path, step: int) -> list[dict[str, Any]]:
     try:
-        lines = _answers_file(workdir, step).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["answer"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
+        text = _answers_file(workdir, step).read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.split("\n") if line]  # splitlines() would split at U+2028 too.
+        return rows if all({"question", "reference", "answer"} <= row.keys() for row in rows) else []
+    except (OSError, ValueError, AttributeError):
         return []
 
 
-def figures_with_intervals(questions: HeldoutQuestions, answers: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Returns value, low and high of each metric's figure and confidence interval; nothing without all answers."""
-    if len(answers) != len(questions.cases):
-        return {}
-    figures = questions.figures(answers)
+def evaluation_of_run(
+    source: str,
+    questions: HeldoutQuestions | None,
+    figures: tuple[Mapping[str, float], Mapping[str, float]],
+    answers: tuple[Sequence[str], Sequence[str]],
+) -> Evaluation:
+    """Returns the held-out figures of a run before and after training, and its answers if there are all of them.
+
+    Args:
+        source: Name of the held-out data.
+        questions: Questions that were answered; None: none.
+        figures: Held-out figures before and after training.
+        answers: Answers before and after training.
+    """
+    is_complete = questions is not None and all(len(each) == len(questions.cases) for each in answers)
+    asked = questions if questions and is_complete else HeldoutQuestions((), ())
+    models = [
+        EvaluatedModel(
+            name,
+            texts if is_complete else (),
+            heldout,
+            {metric.name: metric.statistics(asked.cases, texts) for metric in asked.metrics},
+        )
+        for name, heldout, texts in zip(("before", "after"), figures, answers, strict=True)
+    ]
+    return Evaluation(source, asked.cases, asked.metrics, models, slice_columns_of(asked.cases))
+
+
+def slice_columns_of(cases: Sequence[EvalCase]) -> list[str]:
+    """Returns the columns that divide the cases into a few kinds: 2 to 12 values, each of several cases on average."""
+    names = dict.fromkeys(name for case in cases for name in case.columns)
+    found = []
+    for name in names:
+        values = [case.columns.get(name) for case in cases]
+        is_plain = all(value is None or isinstance(value, (str, int)) for value in values)
+        if is_plain and 2 <= len(set(values)) <= min(_MAX_SLICES, len(values) // _FEWEST_IN_SLICE):
+            found.append(name)
+    return found
+
+
+def intervals_of(evaluation: Evaluation) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns value, low and high of each metric of answers, by the name of the model and that of the metric."""
     return {
-        metric.name: {
-            "value": figures[metric.name],
-            **confidence_interval(metric, metric.statistics(questions.cases, answers))._asdict(),
+        model.name: {
+            name: {"value": figures[number].value, **figures[number].interval._asdict()}
+            for name, figures in evaluation.figures.items()
+            if math.isfinite(figures[number].value)
         }
-        for metric in questions.metrics
-        if metric.name in figures
+        for number, model in enumerate(evaluation.models)
     }
 
 

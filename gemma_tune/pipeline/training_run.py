@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gemma_tune.config import Config
 from gemma_tune.evaluation import score_answers
-from gemma_tune.evaluation.run_report import REPORT_FILE, write_report
+from gemma_tune.evaluation.run_report import REPORT_FILE, RunReport, write_report
 from gemma_tune.models.functional import Params, assign, gather_to_host
 from gemma_tune.models.lora.adapter import save_adapter
 from gemma_tune.models.preset import save_preset
@@ -15,9 +15,11 @@ from gemma_tune.pipeline.heldout_answers import answer_questions, base_answers, 
 from gemma_tune.pipeline.heldout_metrics import (
     HeldoutQuestions,
     answer_greedily,
+    answer_histories,
     best_is_highest,
-    figures_with_intervals,
+    evaluation_of_run,
     heldout_questions,
+    intervals_of,
     read_step_answers,
     write_step_answers,
 )
@@ -180,6 +182,9 @@ def _finish(
         answers = answer_questions(setup, questions)
     for sample, answer in zip(samples, answers, strict=False):
         sample.tuned_answer = answer
+    before, after = _heldout_metrics(trained.metrics, 0), _heldout_metrics(trained.metrics, step)
+    kept = (read_step_answers(workdir, 0), read_step_answers(workdir, step)) if asked else ([], [])
+    evaluation = evaluation_of_run(setup.config.data.source, asked, (before, after), kept)
     result = RunResult(
         model=setup.model,
         workdir=workdir,
@@ -189,19 +194,24 @@ def _finish(
         num_steps=len(setup.batches),
         best_step=step,
         num_skipped_steps=max([row.get("num_skipped_steps", 0) for row in trained.metrics], default=0),
-        before=_heldout_metrics(trained.metrics, 0),
-        after=_heldout_metrics(trained.metrics, step),
+        before=before,
+        after=after,
         best_by=setup.config.training.best_by,
-        intervals={
-            name: figures_with_intervals(asked, read_step_answers(workdir, at)) if asked else {}
-            for name, at in (("before", 0), ("after", step))
-        },
+        intervals=intervals_of(evaluation),
         samples=samples,
         scores=score_answers(answers[: len(questions)], [example.answer for example in questions]),
     )
     write_samples(workdir, samples)
     write_json(workdir / _RESULT_FILE, result.to_dict())
-    write_report(workdir, setup.config.to_dict(), result.to_dict(), trained.metrics)
+    shown = RunReport(
+        config=setup.config.to_dict(),
+        result=result.to_dict(),
+        metrics=trained.metrics,
+        lengths=setup.data.report.lengths,
+        evaluation=evaluation,
+        histories=answer_histories(workdir, len(samples)) if asked else [],
+    )
+    write_report(workdir, shown)
     return result
 
 

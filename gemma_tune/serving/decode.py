@@ -84,10 +84,8 @@ class Decoder:
         params = rounded_params(self._model, params)  # Here, so that it isn't done for every token.
         num_rows, batch = len(prompts), self._padded(prompts, max_new_tokens)
         rows = uniform_rows(sampling, len(batch.lengths), seed)
-        # A device array, as in later steps: else the first step would be compiled apart.
-        seen = jnp.asarray(batch.seen)
-        tokens, cache = self._prefill(
-            params, batch.token_ids, batch.lengths, rows, seen, cache_length=batch.cache_length
+        tokens, cache, seen = self._prefill(
+            params, batch.token_ids, batch.lengths, rows, batch.seen, cache_length=batch.cache_length
         )
         stopped = [False] * num_rows
         for step in range(max_new_tokens):
@@ -117,7 +115,7 @@ class Decoder:
     def _prefill_fn(
         self, params: Params, token_ids: Any, lengths: Any, rows: RowSampling, seen: Any, *, cache_length: int
     ):
-        """Returns the first tokens and the cache.
+        """Returns the first tokens, the cache and the seen tokens.
 
         Each prompt is padded at its end, which causal attention doesn't see, and which decode steps overwrite.
         """
@@ -128,7 +126,10 @@ class Decoder:
             _, hidden, cache = self._model.call_with_cache(token_ids, cache, 0)
             last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
             logits = self._logits(last[:, 0], lengths)
-        return sample(logits, rows, seen), cache
+        tokens = sample(logits, rows, seen)
+        # Marked here, so that the first step gets an array that lies where those of later steps do: else it would be
+        # compiled apart.
+        return tokens, cache, _marked(seen, tokens)
 
     def _step_fn(self, params: Params, tokens: Any, positions: Any, cache: Any, rows: RowSampling, seen: Any):
         """Returns the next tokens, the cache and the seen tokens, given a token and position of each row, both [B]."""
@@ -138,11 +139,11 @@ class Decoder:
             _, hidden, row_cache = self._model.call_with_cache(token[None, None], row_cache, position)
             return hidden[0, 0], jax.tree.map(lambda leaf: leaf[0], row_cache)
 
-        seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
         with params_scope(self._model, params), weights_are_rounded():
             hidden, cache = jax.vmap(one_row)(tokens, positions, cache)
             logits = self._logits(hidden, positions)
-        return sample(logits, rows, seen), cache, seen
+        tokens = sample(logits, rows, seen)
+        return tokens, cache, _marked(seen, tokens)
 
     def _logits(self, hidden: Any, positions: Any) -> jax.Array:
         """Returns logits [B, V] in float32 for hidden states [B, D], in the form that reads the LM head fastest."""
@@ -165,6 +166,11 @@ def decoder_of(model: keras.Model) -> Decoder:
         decoder = Decoder(model)
         object.__setattr__(model, "_gemma_tune_decoder", decoder)
     return decoder
+
+
+def _marked(seen: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns `seen`, [B, V] bool, with the token of each row, [B], marked."""
+    return seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, on the tiny model."""
+"""The notebooks run from top to bottom, on the tiny model."""
 
 from pathlib import Path
 
@@ -7,6 +7,20 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="pip install -e '.[test]'")
 nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[test]'")
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+WRITTEN = {
+    "quickstart": ("run/report.html", "run/preset/config.json"),
+    "evaluate_and_search": (
+        "run/report.html",
+        "run/evaluation/evaluation.html",
+        "search/report.html",
+        "search/best.py",
+    ),
+}
+
+
+def test_each_notebook_is_known():
+    assert {path.stem for path in NOTEBOOKS} == set(WRITTEN)
 
 
 @pytest.mark.nightly
@@ -20,4 +34,4 @@ def test_it_runs(path, tmp_path, monkeypatch):
         "outputs are of one machine; the notebook is kept without"
     )
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "preset" / "config.json").exists()
+    assert [name for name in WRITTEN[path.stem] if not (tmp_path / name).exists()] == []

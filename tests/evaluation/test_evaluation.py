@@ -65,4 +65,5 @@ def test_a_difference_is_coloured_word_by_word():
     assert html.unescape(re.sub(r"<ins>.*?</ins>|</?del>", "", found)) == wanted
     assert html.unescape(re.sub(r"<del>.*?</del>|</?ins>", "", found)) == answer
     assert coloured_difference(wanted, wanted) == wanted
+    assert coloured_difference("请重启您的手机", "请重启您的电脑") == "请重启您的<ins>手机</ins><del>电脑</del>"
     assert coloured_difference("Something else & more", wanted) == "<ins>Something else &amp; more</ins>"

@@ -8,8 +8,11 @@ import pytest
 
 from gemma_tune.data import Turn
 from gemma_tune.errors import ConfigError, DataError
+from gemma_tune.evaluation.answers import words
 from gemma_tune.evaluation.case import EvalCase
-from gemma_tune.evaluation.metrics.choice import METRICS, choose_metrics
+from gemma_tune.evaluation.judge.grading import JUDGE_GRADE
+from gemma_tune.evaluation.likelihood.multiple_choice import CHOICE_METRICS
+from gemma_tune.evaluation.metrics.choice import METRICS, OTHER_FIGURES, choose_metrics
 from gemma_tune.evaluation.metrics.numbers import last_number
 from gemma_tune.evaluation.metrics.patterns import is_refusal
 from gemma_tune.evaluation.metrics.tool_calls import parse_tool_calls
@@ -76,7 +79,32 @@ def test_rouge_is_that_of_rouge_score(name):
             assert score(name, answer, reference) == pytest.approx(
                 scorer.score(reference, answer)[name].fmeasure, abs=1e-6
             )
+    for answer, reference in (("set max_length", "max length"), ("a_b", "a_b c"), ("__init__", "init")):
+        wanted = scorer.score(reference, answer)[name].fmeasure
+        assert score(name, answer, reference) == pytest.approx(wanted, abs=1e-6), "underscores separate words"
     assert score("rouge1", "नमस्ते 电池", "नमस्ते 电池") == 1
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("The max_length is 3.5", ["the", "max_length", "is", "3", "5"]),
+        ("重启手机。", ["重", "启", "手", "机"]),
+        ("3月にWi-Fiを", ["3", "月", "に", "wi", "fi", "を"]),
+        ("ปิด ok", ["ป", "\u0e34", "ด", "ok"]),  # A vowel sign is a character too.
+        ("नमस्ते दुनिया।", ["नमस्ते", "दुनिया"]),
+        ("전화기를 다시", ["전화기를", "다시"]),
+    ],
+)
+def test_words_of_all_scripts(text, found):
+    """Where there are no spaces, each character counts: else a sentence would be one word, right or wrong as a whole."""
+    assert words(text) == found
+
+
+def test_f1_without_spaces_is_that_of_characters():
+    assert score("f1", "请重启您的手机", "请重启您的电脑") == pytest.approx(5 / 7)
+    assert score("f1", "再起動します", "電源を切る") == 0
+    assert score("exact_match", "कि", "की") == 0, "vowel signs count"
 
 
 @pytest.mark.peers  # scikit-learn comes with lm-eval.
@@ -123,6 +151,14 @@ def test_a_right_answer_is_nearer_to_its_own_reference():
         ("x2 and nothing", None),
         ("no number", None),
         ("1/0", None),
+        ("1 1/2 cups", 1.5),
+        ("from -2 3/4", -2.75),
+        ("2-1/2 inches", 2.5),
+        ("1½ cups", 1.5),
+        ("¾", 0.75),
+        ("in 2024 1/2 of them", 0.5),
+        ("1 234/2", 617),
+        ("7 12/4", 3),
         ("In 2024 100 people came", 100),
         ("५", 5),
     ],
@@ -144,6 +180,12 @@ def test_json_is_read_as_json():
     assert score("json_match", '{"b": [1], "a": 2.0}', '{"a": 2, "b": [1]}') == 1
     assert score("json_match", '{"a": true}', '{"a": 1}') == 0
     assert score("json_match", "[1, 2]", "[2, 1]") == 0
+    code = "First:\n```python\nprint({})\n```\nThen:\n"
+    assert score("json_match", code + '```json\n{"a": "```"}\n```', '{"a": "```"}') == 1, "behind another language"
+    assert score("json_match", code + "```\n[1]\n```\nDone.", "[1]") == 1
+    assert score("json_match", "```json [1]```", "[1]") == 1, "on one line"
+    assert score("json_valid", code) == 0
+    assert score("json_valid", "```yaml\n[1]\n```") == 0
 
 
 def test_a_schema_is_followed_or_not():
@@ -183,10 +225,21 @@ def test_tool_calls_are_read_in_all_their_forms(text):
     assert score("tool_name", "It is sunny.", wanted) == 0
 
 
+def test_arguments_without_names_are_named_by_their_place():
+    code = '```tool_code\nprint(weather("London", days=3))\n```'
+    assert parse_tool_calls(code) == [("weather", {"0": "London", "days": 3})]
+    assert score("tool_arguments", code, '```tool_code\nweather("London", days=3)\n```') == 1
+    assert score("tool_arguments", code, '```tool_code\nweather("Paris", days=3)\n```') == 0
+    by_name = json.dumps({"name": "weather", "arguments": {"location": "London", "days": 3}})
+    assert [score(name, code, by_name) for name in ("tool_name", "tool_arguments")] == [1, 0]
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "",
+        '```tool_code\nprint("It is sunny.")\n```',
+        "```tool_code\nweather(*places)\n```",
         "call:f{",
         "<start_function_call>call:f{a:<end_function_call>",
         "<start_function_call>call:f{a:[b}<end_function_call>",
@@ -212,6 +265,26 @@ def test_patterns_and_texts_of_columns():
 
 
 @pytest.mark.parametrize(
+    "column, value, message",
+    [
+        ("regex", "(", "'regex' should be a regular expression, found '\\('.*--metrics"),
+        ("pattern", 3, "'pattern' should be a regular expression, found 3"),
+        ("json_schema", {"type": "objekt"}, "the JSON schema is wrong"),
+        ("schema", "no json", "should be a JSON schema"),
+        ("must_contain", [""], "'must_contain' should be a text or a list of texts"),
+        ("must_not_contain", 3, "'must_not_contain' should be a text"),
+    ],
+)
+def test_a_wrong_column_is_told_before_anything_is_answered(column, value, message):
+    pytest.importorskip("jsonschema")
+    good = {"regex": "x", "pattern": "x", "json_schema": {}, "schema": {}, "must_contain": "x", "must_not_contain": "x"}
+    cases = [case(LONG, **{column: good[column]}), case(LONG, **{column: value})]
+    with pytest.raises(DataError, match=f"rows.jsonl:1.*{message}"):
+        choose_metrics([], [], cases)
+    assert [metric.name for metric in choose_metrics(["f1"], [], cases)[0]] == ["f1"]
+
+
+@pytest.mark.parametrize(
     "text, refuses",
     [
         ("I'm sorry, but I can't help with that.", True),
@@ -222,6 +295,23 @@ def test_patterns_and_texts_of_columns():
         ("Open Settings and choose Battery.", False),
         ("You can't help it: batteries age.", False),
         ("The phone cannot be repaired at home.", False),
+        ("I'm sorry to hear that. Hold Power for 12 seconds.", False),
+        ("I am so sorry for the inconvenience! We will replace it.", False),
+        ("I'm sorry that your phone is lost. Lock it at once.", False),
+        ("I'm sorry you have to wait.", False),
+        ("I apologize for the delay. Your parcel is on its way.", False),
+        ("Es tut mir leid, das zu hören. Starten Sie neu.", False),
+        ("Désolé pour le retard, votre colis arrive.", False),
+        ("Siento oír eso. Lo siento por la espera.", False),
+        ("Mi dispiace per il disagio.", False),
+        ("Sinto muito pelo atraso.", False),
+        ("I'm sorry to hear that, but I can't help with refunds.", True),
+        ("I'm sorry to say that I can't answer.", True),
+        ("I'm afraid I don't know.", True),
+        ("I apologize, but that is out of scope.", True),
+        ("Tut mir leid, dass ich nicht helfen kann.", True),
+        ("Désolé de ne pas pouvoir vous aider.", True),
+        ("Mi dispiace, ma non lo so.", True),
     ],
 )
 def test_refusals_are_told_by_their_words(text, refuses):
@@ -229,6 +319,7 @@ def test_refusals_are_told_by_their_words(text, refuses):
 
 
 LONG = "open the settings and choose the battery"
+CALLS = json.dumps({"name": "f", "arguments": {}})
 
 
 @pytest.mark.parametrize(
@@ -240,6 +331,13 @@ LONG = "open the settings and choose the battery"
         ([case("positive"), case("negative")], "exact_match"),
         ([case(json.dumps({"name": "f", "arguments": {}}))], "tool_arguments"),
         ([case(), case()], "refusal"),
+        ([case(CALLS), *[case(LONG)] * 20], "f1"),
+        ([case(CALLS), *[case("{}")] * 20], "json_match"),
+        ([*[case(CALLS)] * 2, case(LONG)], "tool_arguments"),
+        ([case("北京"), case("上海市")], "exact_match"),
+        ([case("请打开设置并选择电池，然后重新启动您的手机。"), case("请重启。")], "f1"),
+        ([case("電源ボタンを長押しして再起動してください。")], "f1"),
+        ([case("กรุณาเปิดการตั้งค่าแล้วเลือกแบตเตอรี่")], "f1"),
         ([case(must_contain="x"), case()], "contains"),
         ([case(LONG, regex="x"), case(LONG + " now")], "regex"),
     ],
@@ -248,6 +346,20 @@ def test_metrics_are_chosen_by_the_data(cases, first):
     chosen, _ = choose_metrics([], [], cases)
     assert chosen[0].name == first
     assert all(not metric.problem(cases) for metric in chosen)
+
+
+def test_calls_among_texts_are_scored_as_both():
+    """From one in ten on; a single one among many is no reason."""
+    names = [metric.name for metric in choose_metrics([], [], [case(CALLS), *[case(LONG)] * 9])[0]]
+    assert names[0] == "f1" and {"tool_arguments", "tool_name"} < set(names)
+    names = [metric.name for metric in choose_metrics([], [], [case(CALLS), *[case(LONG)] * 20])[0]]
+    assert "tool_name" not in names
+
+
+def test_bleu_is_not_chosen_where_there_are_no_spaces():
+    chinese = [case("请打开设置并选择电池，然后重新启动您的手机。"), case("请把手机放在充电器上，等待一小时再试。")]
+    assert "bleu" not in [metric.name for metric in choose_metrics([], [], chinese)[0]]
+    assert "chrf" in [metric.name for metric in choose_metrics([], [], chinese)[0]]
 
 
 def test_wrong_metrics_are_refused_with_those_that_suit(tmp_path):
@@ -264,6 +376,9 @@ def score(answer, reference, topic):
     More of it.
     """
     return None if topic == "none" else topic in answer
+
+def f1(answer):
+    return 1
 
 def anything(**given):
     return len(given["columns"]) if given["answer"] else float("nan")
@@ -289,6 +404,13 @@ def test_a_function_of_the_users_own(tmp_path):
     (broken, *_), _ = choose_metrics([], [f"{path}:broken"], cases)
     with pytest.raises(ConfigError, match="failed for rows.jsonl:1: KeyError"):
         broken.statistics(cases[:1], ["x"])
+    same = f"{path}:score"
+    assert len(choose_metrics(["f1"], [same, same], cases)[0]) == 2, "the same function twice is one metric"
+    other_file = tmp_path / "other.py"
+    other_file.write_text("def score(answer):\n    return 1\n")
+    for names, functions in (([], [f"{path}:f1"]), (["chrf"], [f"{path}:f1"]), (["f1"], [same, f"{other_file}:score"])):
+        with pytest.raises(ConfigError, match="another metric that is called (f1|score). Rename the function"):
+            choose_metrics(names, functions, cases)
     with pytest.raises(ConfigError, match="needs 'topic'"):
         choose_metrics([], [f"{path}:score"], [case("r")])
 
@@ -310,3 +432,7 @@ def test_what_is_no_function_is_said(tmp_path, monkeypatch, name, message):
     (tmp_path / "wrong.py").write_text("def :")
     with pytest.raises(ConfigError, match=message):
         choose_metrics([], [name], [case("r", topic="x")])
+
+
+def test_names_of_figures_that_are_no_metrics_of_answers_are_taken():
+    assert {metric.name for metric in CHOICE_METRICS} | {JUDGE_GRADE} < set(OTHER_FIGURES)

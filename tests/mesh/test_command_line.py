@@ -58,3 +58,15 @@ def test_without_a_mesh_one_device_is_taken_and_that_is_said(tmp_path, capfd):
 def test_more_devices_than_there_are(tmp_path, capfd):
     assert run(["train", *FEW, "--mesh=fsdp:2,model:8", f"--workdir={tmp_path}"]) == 1
     assert "needs 16 devices, but this run has 8 (cpu)" in said(capfd)
+
+
+@pytest.mark.nightly
+def test_answers_during_training_are_those_of_one_device(tmp_path):
+    found = {}
+    for name, mesh in (("one", []), ("mesh", ["--mesh=data:2,fsdp:2,model:2"])):
+        metrics = ["--best_by=f1", "--config.training.num_eval_answers=9", f"--workdir={tmp_path / name}"]
+        assert run(["train", *FEW, *metrics, *mesh]) == 0
+        lines = [path.read_text().splitlines() for path in sorted((tmp_path / name / "answers").iterdir())]
+        found[name] = [[json.loads(line)["answer"] for line in step] for step in lines]
+    assert [len(step) for step in found["one"]] == [9, 9]
+    assert found["one"] == found["mesh"]

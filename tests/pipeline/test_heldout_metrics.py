@@ -10,13 +10,20 @@ import jax
 import pytest
 
 from gemma_tune import Config, pipeline
+from gemma_tune.data import Turn
 from gemma_tune.errors import ConfigError
+from gemma_tune.evaluation.case import EvalCase
 from gemma_tune.evaluation.metrics.choice import METRICS
 from gemma_tune.pipeline import training_run
 from gemma_tune.pipeline.heldout_metrics import (
+    HeldoutQuestions,
+    answer_histories,
     best_is_highest,
+    evaluation_of_run,
     heldout_questions,
+    intervals_of,
     read_step_answers,
+    slice_columns_of,
     write_step_answers,
 )
 from gemma_tune.pipeline.setup import read_splits
@@ -69,6 +76,8 @@ def test_figures_are_those_of_the_answers_that_are_kept(tmp_path, monkeypatch, c
     assert saved["best_by"] == "f1" and saved["heldout_after"]["f1"] == rows[result.best_step]["heldout_f1"]
     interval = saved["heldout_intervals"]["after"]["f1"]
     assert interval["low"] <= interval["value"] == saved["heldout_after"]["f1"] <= interval["high"]
+    report = (tmp_path / "w" / "report.html").read_text()
+    assert "than before" in report and "better, as good, worse" in report and report.count("step 2</th>") == 1
 
 
 @pytest.mark.nightly
@@ -129,3 +138,47 @@ def test_which_value_is_the_best(name, is_highest):
 def test_a_metric_of_answers_needs_answers():
     with pytest.raises(ConfigError, match="The metric f1 needs answers: set training.num_eval_answers above 0"):
         Config().replace({"training.best_by": "f1", "training.num_eval_answers": 0})
+
+
+def cases_with(**columns):
+    (count,) = {len(values) for values in columns.values()}
+    return [
+        EvalCase((Turn("user", f"q{row}"),), f"answer {row}", {name: values[row] for name, values in columns.items()})
+        for row in range(count)
+    ]
+
+
+def test_a_report_is_divided_by_columns_of_few_values():
+    cases = cases_with(
+        topic=list("abcabcabc"), kind=[1, 1, 1, 1, 1, 1, None, None, None], same=["x"] * 9, id=list("123456789"),
+        pairs=list("aabbccdde"), tags=[["a"], ["b"]] * 4 + [["a"]],
+    )  # fmt: skip
+    assert slice_columns_of(cases) == ["topic", "kind"]
+    assert slice_columns_of([]) == []
+
+
+def test_before_and_after_are_compared_if_all_answers_are_there():
+    cases = cases_with(topic=list("aabb"))
+    questions = HeldoutQuestions(cases, [METRICS["f1"]])
+    figures, right = ({"loss": 2.0}, {"loss": 1.0}), [case.reference for case in cases]
+    found = evaluation_of_run("data", questions, figures, (["no"] * 4, right))
+    assert found.comparisons["f1"].num_wins == 4 and [model.heldout["loss"] for model in found.models] == [2.0, 1.0]
+    assert intervals_of(found)["after"]["f1"]["value"] == 1.0
+    for asked, answers in ((questions, ([], right)), (questions, (right, right[:3])), (None, ([], []))):
+        found = evaluation_of_run("data", asked, figures, answers)
+        assert not found.cases and not found.metrics and intervals_of(found) == {"before": {}, "after": {}}
+        assert [model.heldout["loss"] for model in found.models] == [2.0, 1.0]
+
+
+def test_histories_are_of_ten_steps_at_most_and_leave_out_what_cannot_be_read(tmp_path):
+    for step in range(0, 250, 10):
+        rows = [{"question": f"q{n}", "reference": "r", "answer": f"{step}\u2028{n}"} for n in range(3)]
+        write_step_answers(tmp_path, step, rows)
+    histories = answer_histories(tmp_path, 2)
+    assert [(each.question, len(each.answers)) for each in histories] == [("q0", 10), ("q1", 10)]
+    steps = [step for step, _ in histories[1].answers]
+    assert steps[0] == 0 and steps[-1] == 240 and steps == sorted(set(steps))
+    assert histories[1].answers[-1] == (240, "240\u20281"), "a separator of lines that isn't one of JSON Lines"
+    (tmp_path / "answers" / f"step_{steps[4]:06d}.jsonl").write_text('{"question": 1')
+    assert [step for step, _ in answer_histories(tmp_path, 2)[0].answers] == [*steps[:4], *steps[5:]]
+    assert answer_histories(tmp_path / "nowhere", 2) == []

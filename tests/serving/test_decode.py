@@ -1,7 +1,11 @@
 """The Decoder against KerasHub's own `generate`."""
 
+import logging
+
+import jax
 import pytest
 
+from gemma_tune.models.functional import parameters
 from gemma_tune.serving.decode import Decoder, decoder_of
 from gemma_tune.serving.engine.stats import num_compilations
 from gemma_tune.serving.sampling import Sampling
@@ -63,6 +67,31 @@ def test_lengths_in_one_bucket_share_a_program(shared_model):
     assert num_compilations() == compiled
     list(decoder.generate([list(range(10, 50))], 4, ()))  # The next bucket, as a negative control.
     assert num_compilations() > compiled
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_a_step_is_compiled_once(shared_model, caplog, is_committed):
+    """Also with arrays that are committed to their device, as those of a model in training are."""
+    groups = parameters(shared_model)
+    params = {**groups.trainable, **groups.frozen}
+    if is_committed:
+        params = {path: jax.device_put(value, jax.devices()[0]) for path, value in params.items()}
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        list(Decoder(shared_model).generate(PROMPTS, 4, (), params=params))
+    compiled = [
+        name for name in ("_prefill_fn", "_step_fn") for _ in range(caplog.text.count(f"Compiling jit({name})"))
+    ]
+    assert compiled == ["_prefill_fn", "_step_fn"]
+
+
+def test_a_repeated_token_is_made_less_likely_from_the_first_one_on(shared_model, free):
+    """The token that the prefill gives counts as seen too."""
+    sampling = Sampling(repetition_penalty=1e6)
+    rows = rows_of(decoder_of(shared_model).generate(PROMPTS, NUM_NEW, (), sampling), len(PROMPTS))
+    assert all(
+        len(set(row)) == NUM_NEW and not set(row) & set(prompt) for row, prompt in zip(rows, PROMPTS, strict=True)
+    )
+    assert any(len(set(row)) < NUM_NEW for row in free), "without a penalty some token occurs twice"
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3])

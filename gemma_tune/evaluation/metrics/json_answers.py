@@ -13,7 +13,7 @@ from gemma_tune.evaluation.case import EvalCase
 from gemma_tune.evaluation.metrics.metric import Metric, mean_statistics
 
 SCHEMA_COLUMNS = ("json_schema", "schema")
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```([\w+#.-]*)(.*?)```[ \t]*$", re.DOTALL | re.MULTILINE)  # Its language, and what is in it.
 _TAG = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _NOTHING = object()
 
@@ -24,7 +24,8 @@ def json_values(text: str) -> Iterator[Any]:
     if whole is not _NOTHING:
         yield whole
         return
-    for block in _FENCE.findall(text) or _TAG.findall(text):
+    blocks = [block for language, block in _FENCE.findall(text) if language.lower() in ("", "json")]
+    for block in blocks or _TAG.findall(text):
         value = _parsed(block)
         if value is not _NOTHING:
             yield value
@@ -68,18 +69,24 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _following_schema(cases: Sequence[EvalCase], answers: Sequence[str]) -> np.ndarray:
-    checkers: dict[str, Callable[[Any], bool]] = {}
     scores: list[float | None] = []
-    for case, answer in zip(cases, answers, strict=True):
-        schema = schema_of(case)
-        if schema is None:
-            scores.append(None)
-            continue
-        key = json.dumps(schema, sort_keys=True)
-        checkers[key] = checkers.get(key) or _checker(schema, case.origin)
+    for is_valid, answer in zip(_checkers(cases), answers, strict=True):
         value = _answer_value(answer)
-        scores.append(float(value is not _NOTHING and checkers[key](value)))
+        scores.append(None if is_valid is None else float(value is not _NOTHING and is_valid(value)))
     return mean_statistics(scores)
+
+
+def _checkers(cases: Sequence[EvalCase]) -> list[Callable[[Any], bool] | None]:
+    """Returns the function that checks a value by each case's schema; None for a case without one."""
+    found: dict[str, Callable[[Any], bool]] = {}
+    checkers: list[Callable[[Any], bool] | None] = []
+    for case in cases:
+        schema = schema_of(case)
+        key = json.dumps(schema, sort_keys=True)
+        if schema is not None and key not in found:
+            found[key] = _checker(schema, case.origin)
+        checkers.append(found.get(key))
+    return checkers
 
 
 def schema_of(case: EvalCase) -> Any:
@@ -122,10 +129,12 @@ def _no_json(cases: Sequence[EvalCase]) -> str:
 
 
 def _no_schema(cases: Sequence[EvalCase]) -> str:
-    if not any(name in case.columns for case in cases for name in SCHEMA_COLUMNS):
+    if not any(case.columns.get(name) not in (None, "") for case in cases for name in SCHEMA_COLUMNS):
         return f"no row has a JSON schema in a column {' or '.join(SCHEMA_COLUMNS)}."
-    has_package = importlib.util.find_spec("jsonschema") is not None
-    return "" if has_package else "it needs the package jsonschema: pip install 'gemma-tune[eval]'"
+    if importlib.util.find_spec("jsonschema") is None:
+        return "it needs the package jsonschema: pip install 'gemma-tune[eval]'"
+    _checkers(cases)  # Raises for a wrong schema now, not after all answers.
+    return ""
 
 
 JSON_METRICS = (

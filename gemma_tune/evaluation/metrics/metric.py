@@ -27,7 +27,8 @@ class Metric:
         statistics: Function of the n cases and the n answers that returns the [n, k] float64 statistics of each row;
             all 0 for a row that the metric can't judge.
         figure: Function of summed statistics, [..., k], that returns the figure, [...] float64.
-        problem: Function of the cases that says why the metric doesn't suit them; '' if it does.
+        problem: Function of the cases that says why the metric doesn't suit them; '' if it does. Raises DataError for a
+            column that can't be used, such as a wrong regular expression, so that no answers are generated in vain.
         is_higher_better: Whether a higher figure is a better one; None where neither is, as with the length.
     """
 

@@ -1,8 +1,10 @@
 """Metrics that compare the words and characters of an answer with those of the wanted one.
 
 exact_match and f1 are SQuAD's (arXiv:1606.05250), for any alphabet. ROUGE (Lin 2004) is that of the package
-rouge-score, without stemming. BLEU (Papineni et al. 2002) and chrF (Popović 2015) are sacrebleu's (Post 2018), of the
-whole corpus.
+rouge-score, without stemming; as there, an underscore separates words, which it doesn't for the other metrics. BLEU
+(Papineni et al. 2002) and chrF (Popović 2015) are sacrebleu's (Post 2018), of the whole corpus. BLEU is that of its
+`effective_order=True`: lengths of n-grams that no answer has don't count, as sacrebleu does for single sentences. It
+differs from sacrebleu's default where all answers are shorter than four words: there that is 0.
 """
 
 import functools
@@ -77,7 +79,7 @@ class _WordTokenizer:
     """Words in any alphabet. The package's own keeps a to z and 0 to 9 alone, so that Hindi would score 0."""
 
     def tokenize(self, text: str) -> list[str]:
-        return words(text)
+        return words(text.replace("_", " "))
 
 
 def _sacrebleu() -> Any:

@@ -3,7 +3,8 @@
 Calls are read as models and APIs write them: JSON objects with `name` and `arguments` or `parameters`, alone, in a
 list, in OpenAI's `tool_calls`, or between `<tool_call>` tags; Python calls in a `tool_code` block, as Gemma 3 writes
 them; and FunctionGemma's `<start_function_call>call:NAME{key:value}<end_function_call>`. As in the Berkeley
-Function-Calling Leaderboard, a call counts only as a whole.
+Function-Calling Leaderboard, a call counts only as a whole. Arguments of Python calls without names are named by their
+place, "0", "1" and so on: a text doesn't say what the tool calls them.
 """
 
 import ast
@@ -20,6 +21,7 @@ from gemma_tune.evaluation.metrics.metric import Metric, mean_statistics
 
 _FUNCTION_GEMMA = re.compile(r"<start_function_call>\s*call:([\w.-]+)(\{.*?\})\s*<end_function_call>", re.DOTALL)
 _TOOL_CODE = re.compile(r"```tool_code\s*\n(.*?)```", re.DOTALL)
+_PRINT = "print"  # Gemma is asked to write print(tool(…)) where it wants to see a result.
 _KEY = re.compile(r"\s*([\w.-]+)\s*:")
 _BARE = re.compile(r"[^,\]}]*")
 _ESCAPE = "<escape>"
@@ -67,20 +69,21 @@ def _calls_in(value: Any) -> Iterator[ToolCall]:
 
 
 def _python_calls(code: str) -> Iterator[ToolCall]:
-    """Yields the calls in lines of Python. Arguments must be literals with names."""
+    """Yields the calls in lines of Python whose arguments are literals."""
     try:
         tree = ast.parse(code.strip())
     except (SyntaxError, ValueError, RecursionError):
         return
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and not node.args and isinstance(node.func, (ast.Name, ast.Attribute)):
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
+            named = [(str(place), value) for place, value in enumerate(node.args)]
+            named += [(str(keyword.arg), keyword.value) for keyword in node.keywords]
             try:
-                yield ToolCall(
-                    ast.unparse(node.func),
-                    {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords},
-                )
+                call = ToolCall(ast.unparse(node.func), {name: ast.literal_eval(value) for name, value in named})
             except (ValueError, TypeError):
                 continue
+            if call.name != _PRINT:
+                yield call
 
 
 def _parse_function_gemma(text: str) -> dict[str, Any] | None:
