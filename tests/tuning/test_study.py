@@ -136,6 +136,7 @@ def test_a_line_that_was_cut_off_hides_nothing(tmp_path):
     assert all(json.loads(line) for line in journal.read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_the_trials_of_a_dead_worker_are_done_once(tmp_path):
     whole = run_search(search(tmp_path / "whole", "6_trials", pruner="none"), Curve())
 

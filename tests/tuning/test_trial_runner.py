@@ -55,14 +55,15 @@ def compilations():
     "settings",
     [
         OTHER_NUMBERS,
-        pytest.param(NOTHING_CLIPPED_OR_DECAYED, marks=pytest.mark.slow),
-        pytest.param({"lora.use_dora": True, "lora.alpha": 6.0}, marks=pytest.mark.slow),
-        pytest.param({"training.program": "whole", "lora.alpha": 6.0}, marks=pytest.mark.slow),
-        pytest.param({"training.method": "full", "optimizer.name": "lion"}, marks=pytest.mark.slow),
-        pytest.param({"training.grad_accum_steps": 2, "optimizer.name": "adafactor"}, marks=pytest.mark.slow),
-        pytest.param({"lora.dropout": 0.3, "training.grad_accum_steps": 2, "seed": 0}, marks=pytest.mark.slow),
+        pytest.param(NOTHING_CLIPPED_OR_DECAYED, marks=pytest.mark.nightly),
+        pytest.param({"lora.use_dora": True, "lora.alpha": 6.0}, marks=pytest.mark.nightly),
+        pytest.param({"training.program": "whole", "lora.alpha": 6.0}, marks=pytest.mark.nightly),
+        pytest.param({"training.method": "full", "optimizer.name": "lion"}, marks=pytest.mark.nightly),
+        pytest.param({"training.grad_accum_steps": 2, "optimizer.name": "adafactor"}, marks=pytest.mark.nightly),
+        pytest.param({"lora.dropout": 0.3, "training.grad_accum_steps": 2, "seed": 0}, marks=pytest.mark.nightly),
     ],
 )
+@pytest.mark.slow
 def test_a_trial_is_a_run_of_train(runner, tmp_path, settings):
     """Bit for bit, though the run's step was compiled for its own number of targets, and with alpha as a constant."""
     config = CONFIG.replace(settings)
@@ -108,6 +109,7 @@ def test_how_many_fit_side_by_side():
     assert [num_side_by_side(limit, 10.0, 12.0) for limit in (5.0, 13.0, 14.0, 20.9)] == [1, 1, 2, 5]
 
 
+@pytest.mark.slow
 def test_trials_that_differ_in_numbers_compile_nothing(runner):
     with compilations() as first:
         assert runner.run(CONFIG).num_compilations == 0
@@ -122,6 +124,7 @@ def test_trials_that_differ_in_numbers_compile_nothing(runner):
     assert found
 
 
+@pytest.mark.slow
 def test_a_pruned_trial_leaves_no_trace(runner):
     class Pruned(Exception):
         pass
@@ -136,6 +139,7 @@ def test_a_pruned_trial_leaves_no_trace(runner):
     assert runner.run(CONFIG).metrics == wanted.metrics
 
 
+@pytest.mark.slow
 def test_a_trial_goes_on_from_its_state(runner, tmp_path):
     config, states = CONFIG.replace(OTHER_NUMBERS | {"training.num_train_steps": 6}), {}
     whole = runner.run(config, on_checkpoint=lambda state: states.update({int(state.arrays[".step"]): state}))
@@ -148,6 +152,7 @@ def test_a_trial_goes_on_from_its_state(runner, tmp_path):
     assert runner.save_last_adapter(tmp_path / "resumed").read_bytes() == wanted
 
 
+@pytest.mark.slow
 def test_all_programs_share_the_frozen_arrays_of_one_base(runner):
     base = parameters(runner._programs._load_base(CONFIG))
     held = {id(array) for array in (*base.frozen.values(), *base.trainable.values())}
@@ -157,6 +162,7 @@ def test_all_programs_share_the_frozen_arrays_of_one_base(runner):
         assert large and all(id(array) in held for array in large)
 
 
+@pytest.mark.slow
 def test_the_trials_seed_draws_factors_and_order_and_the_searchs_splits(runner):
     setups = [runner._programs.set_up(CONFIG.replace({"seed": seed})) for seed in (0, 5)]
     first, second = (setup.state.trainable for setup in setups)
@@ -165,6 +171,7 @@ def test_the_trials_seed_draws_factors_and_order_and_the_searchs_splits(runner):
     assert setups[0].data is setups[1].data
 
 
+@pytest.mark.slow
 def test_other_data_is_refused(runner):
     with pytest.raises(ConfigError, match="the same data.*data.eval_fraction is 0.1, got 0.2"):
         runner.run(CONFIG.replace({"data.eval_fraction": 0.2}))
