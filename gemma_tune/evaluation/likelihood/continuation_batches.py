@@ -4,6 +4,7 @@ Texts share rows, as held-out examples do. Those that begin alike share their be
 choices of a question are read after one context, and questions after the same examples read these once.
 """
 
+import heapq
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -114,15 +115,12 @@ def continuation_batches(
         planned = plan_rows([len(tree.token_ids) for tree in trees], length)
         rows = [[trees[i] for i in row] for row in planned]
         length = _rounded_length(max(sum(len(tree.token_ids) for tree in row) for row in rows))
-        # Rows with many targets are dealt out evenly, since the largest number in a batch is that of all.
-        rows.sort(key=lambda row: -_num_targets([row]))
         num_batches = -(-len(rows) // (num_parts * max(1, part_tokens // length)))
-        size = -(-len(rows) // num_batches)
-        size = -(-size // num_parts) * num_parts
-        dealt = [_parts(rows[start::num_batches], size, num_parts) for start in range(num_batches)]
-        most = max(_num_targets(part) for batch in dealt for part in batch)
-        for batch in dealt:
-            yield _filled(batch, size // num_parts, length, _bucket(most))
+        rows_of_part = -(-len(rows) // (num_batches * num_parts))
+        parts = _dealt(rows, num_batches * num_parts, rows_of_part)
+        num_targets = _bucket(max(map(_num_targets, parts)))
+        for start in range(0, len(parts), num_parts):
+            yield _filled(parts[start : start + num_parts], rows_of_part, length, num_targets)
 
 
 def _read_text(pair: Pair, number: int, max_length: int) -> tuple[int, ...]:
@@ -193,9 +191,16 @@ def _rounded_length(length: int) -> int:
     return power * 3 // 4 if power > 4 * _MIN_ROW_LENGTH and length <= power * 3 // 4 else power
 
 
-def _parts(rows: Sequence[list[_Tree]], size: int, num_parts: int) -> list[Sequence[list[_Tree]]]:
-    each = size // num_parts
-    return [rows[part * each : (part + 1) * each] for part in range(num_parts)]
+def _dealt(rows: Sequence[list[_Tree]], num_parts: int, most_rows: int) -> list[list[list[_Tree]]]:
+    """Deals out rows so that parts have about as many targets: the largest number in a part is computed in all."""
+    parts: list[list[list[_Tree]]] = [[] for _ in range(num_parts)]
+    heap = [(0, part) for part in range(num_parts)]
+    for row in sorted(rows, key=lambda row: -_num_targets([row])):
+        num_targets, part = heapq.heappop(heap)
+        parts[part].append(row)
+        if len(parts[part]) < most_rows:
+            heapq.heappush(heap, (num_targets + _num_targets([row]), part))
+    return parts
 
 
 def _num_targets(rows: Sequence[list[_Tree]]) -> int:
@@ -203,8 +208,8 @@ def _num_targets(rows: Sequence[list[_Tree]]) -> int:
 
 
 def _bucket(count: int) -> int:
-    """Returns a count rounded up by at most an eighth or to a multiple of 64, so that there are few shapes."""
-    step = max(_TARGET_BUCKET, 1 << max(0, count.bit_length() - 4))
+    """Returns a count rounded up by at most a 16th or to a multiple of 64, so that there are few shapes."""
+    step = max(_TARGET_BUCKET, 1 << max(0, count.bit_length() - 5))
     return -(-count // step) * step
 
 

@@ -12,6 +12,7 @@ from gemma_tune.evaluation.likelihood.continuation_batches import Pair, continua
 from gemma_tune.evaluation.likelihood.scoring_program import ScoringProgram
 from gemma_tune.models.functional import check_text_only
 from gemma_tune.runtime.backend import is_single_cpu, keras
+from gemma_tune.runtime.process_memory import keep_freed_memory, release_freed_memory
 from gemma_tune.runtime.processes import fetch_to_host
 from gemma_tune.training.losses.cross_entropy import TargetScores
 
@@ -78,6 +79,9 @@ class LogLikelihoodScorer:
                 scores = program(params, batch)
                 if running:  # One batch is computed while the next is prepared, and no queue grows.
                     add_up(*running)
+                elif is_single_cpu():  # What compiling took is given back; what a batch takes, the next one takes too.
+                    release_freed_memory()
+                    keep_freed_memory()
                 running = scores, of_pairs
         if running:
             add_up(*running)
