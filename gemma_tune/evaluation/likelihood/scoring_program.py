@@ -56,6 +56,7 @@ class ScoringProgram:
         self.shares_prefixes = self._kernel != "keras"
         self.num_parts = self._sharding.shape.num_row_shards if self._sharding else 1
         self._is_split = is_single_cpu() and blocks_are_sequential(self._backbone)
+        self._kinds: list[int] = []
         self._whole, self._embed, self._head = map(jax.jit, (self._scores, self._first_input, self._scores_of_output))
         self._block = jax.jit(self._block_output, static_argnums=0)
 
@@ -75,6 +76,8 @@ class ScoringProgram:
                 enable_prefix_trees(self._backbone)
             if self._sharding:
                 enable_mesh_sharding(self._backbone, self._sharding)
+            if self._is_split:
+                self._kinds = block_kinds(self._backbone)
             groups = parameters(self._model)
             yield {**groups.trainable, **groups.frozen}
 
@@ -88,7 +91,7 @@ class ScoringProgram:
         inside = {path for of_block in paths for path in of_block}
         outer = {path: value for path, value in params.items() if path not in inside}
         x, arguments = self._embed(outer, batch)
-        for kind, of_block in zip(block_kinds(self._backbone), paths, strict=True):
+        for kind, of_block in zip(self._kinds, paths, strict=True):
             x = self._block(kind, [params[path] for path in of_block], x, arguments, batch)
         return self._head(outer, x, batch)
 
