@@ -84,9 +84,12 @@ class _GrowingTree:
         self._end_branches(0)
         places, target_ids, pairs = zip(*self._targets, strict=True)
         return _Tree(
-            *(np.array(values, np.int32) for values in (self._token_ids, self._positions, self._ends)),
-            *(np.concatenate([np.asarray(each, np.int32) for each in values]) for values in (places, target_ids)),
-            np.repeat(pairs, [len(each) for each in places]),
+            np.array(self._token_ids, np.int32),
+            np.array(self._positions, np.int32),
+            np.array(self._ends, np.int32),
+            places=np.concatenate([np.asarray(each, np.int32) for each in places]),
+            target_ids=np.concatenate([np.asarray(each, np.int32) for each in target_ids]),
+            pairs=np.repeat(pairs, [len(each) for each in places]),
         )
 
     def _end_branches(self, num_shared: int) -> None:

@@ -57,7 +57,8 @@ class ScoringProgram:
         self.num_parts = self._sharding.shape.num_row_shards if self._sharding else 1
         self._is_split = is_single_cpu() and blocks_are_sequential(self._backbone)
         self._kinds: list[int] = []
-        self._whole, self._embed, self._head = map(jax.jit, (self._scores, self._first_input, self._scores_of_output))
+        self._whole = jax.jit(self._scores)
+        self._embed, self._head = jax.jit(self._first_input), jax.jit(self._scores_of_output)
         self._block = jax.jit(self._block_output, static_argnums=0)
 
     @contextlib.contextmanager
