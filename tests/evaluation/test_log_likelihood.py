@@ -1,7 +1,5 @@
 """Log-likelihoods equal KerasHub's own logits, whatever shares a row; and the model is left as it was."""
 
-import itertools
-
 import numpy as np
 import pytest
 from scipy.special import log_softmax
@@ -92,6 +90,21 @@ def test_of_every_family_and_of_changed_models(tiny, rng, variant):
 
 
 @pytest.mark.slow
+def test_shared_beginnings_change_nothing(tiny, rng, family):
+    """Questions after the same examples, with choices of several tokens; longer than the window of most layers."""
+    model = tiny(family)
+    examples = [BOS, *rng.integers(10, 250, 70).tolist()]
+    questions = [rng.integers(10, 250, size).tolist() for size in (9, 20)]
+    choices = [rng.integers(10, 250, size).tolist() for size in (40, 3, 1, 12)]
+    pairs = [(examples + question, choice) for question in questions for choice in choices]
+    pairs += [(examples + questions[0] + choices[0], choices[3]), (examples, questions[1])]
+    assert_equal_to_keras_hub(model, pairs)
+    apart = [log_likelihoods(model, [pair])[0].log_prob for pair in pairs]
+    together = [each.log_prob for each in log_likelihoods(model, pairs)]
+    assert np.allclose(apart, together, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow
 def test_long_contexts_lose_their_beginning_and_the_model_is_left_as_it_was(tiny, rng):
     model = tiny()
     pairs = random_pairs(rng, [(50, 3), (10, 16), (16, 1)])
@@ -123,23 +136,58 @@ def test_windows_of_a_long_text_predict_each_token_once(tiny, rng):
     assert np.allclose(scorer.score_rolling(texts, BOS), wanted, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("num_parts", [1, 2])
-def test_few_shapes_little_padding_and_each_target_once(rng, num_parts):
-    sizes = [(int(rng.integers(20, 120)), int(rng.integers(1, 20))) for _ in range(300)] + [(700, 5), (2000, 9)]
-    pairs = random_pairs(rng, sizes)
-    pairs += [(pairs[0][0], [choice]) for choice in (5, 6, 7, 8)]
-    found = list(continuation_batches(pairs, 4096, num_parts))
-    assert len({tuple(field.shape for field in batch) for batch, _ in found}) == 3  # Rows of 512, 768 and 2048.
-    read = sum(int((batch.segment_ids > 0).sum()) for batch, _ in found if batch.token_ids.shape[1] == 512)
-    positions = sum(batch.token_ids.size for batch, _ in found if batch.token_ids.shape[1] == 512)
-    assert read / positions > 0.9
+def visible_to_targets(found):
+    """Returns pair -> [(tokens that the target's place sees, their positions, target)], from the batches alone."""
     seen = {}
     for batch, of_pairs in found:
-        rows = batch.token_ids.reshape(num_parts, -1)
-        for part in range(num_parts):
-            for place, target, pair in zip(batch.places[part], batch.target_ids[part], of_pairs[part], strict=True):
-                if pair >= 0:
-                    seen.setdefault(int(pair), []).append((int(rows[part, place]), int(target)))
+        num_parts, length = len(of_pairs), batch.token_ids.shape[1]
+        token_ids, positions, ends = (field.reshape(num_parts, -1, length) for field in batch[:3])
+        for part, target in zip(*np.nonzero(of_pairs >= 0), strict=True):
+            row, place = divmod(batch.places[part, target], length)
+            sees = np.flatnonzero((np.arange(length) <= place) & (ends[part, row] > place))
+            what = token_ids[part, row, sees].tolist(), positions[part, row, sees].tolist()
+            seen.setdefault(int(of_pairs[part, target]), []).append((*what, int(batch.target_ids[part, target])))
+    return seen
+
+
+def assert_each_target_once_after_its_own_text(found, pairs):
+    seen = visible_to_targets(found)
     for number, (context, continuation) in enumerate(pairs):
-        ids = [context[-1], *continuation]
-        assert seen[number] == list(itertools.pairwise(ids))
+        texts = [[*context, *continuation[:count]] for count in range(len(continuation))]
+        targets = zip(texts, continuation, strict=True)
+        assert seen[number] == [(text, list(range(len(text))), target) for text, target in targets]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize("shares_prefixes", [True, False])
+def test_few_shapes_little_padding_and_each_target_once(rng, num_parts, shares_prefixes):
+    sizes = [(int(rng.integers(20, 120)), int(rng.integers(1, 20))) for _ in range(600)] + [(700, 5), (2000, 9)]
+    pairs = random_pairs(rng, sizes)
+    pairs += [(pairs[0][0], [choice]) for choice in (5, 6, 7, 8)]
+    pairs += [(context, [*rest, 9]) for context, rest in pairs[1:50]]
+    found = list(continuation_batches(pairs, 4096, num_parts, 2048, shares_prefixes))
+    assert len({tuple(field.shape for field in batch) for batch, _ in found}) == 2  # Rows of 512 and of 3072.
+    read = sum(int((batch.ends > 0).sum()) for batch, _ in found if batch.token_ids.shape[1] == 512)
+    positions = sum(batch.token_ids.size for batch, _ in found if batch.token_ids.shape[1] == 512)
+    assert read / positions > 0.9
+    assert_each_target_once_after_its_own_text(found, pairs)
+    if not shares_prefixes:  # Where a text ends tells it from others in its row, as segment ids do.
+        for batch, _ in found:
+            for row in batch.ends:
+                (changes,) = np.nonzero(np.diff(row, append=-1))
+                assert [end for end in row[changes].tolist() if end] == [at + 1 for at in changes.tolist() if row[at]]
+
+
+def test_what_texts_begin_with_is_read_once(rng):
+    """40 questions with four choices after five examples, as in MMLU or ARC with few shots."""
+    examples, *questions = ([BOS, *rng.integers(10, 250, 60 if i else 400).tolist()] for i in range(41))
+    pairs = [
+        (examples + question, rng.integers(10, 250, size).tolist()) for question in questions for size in (1, 1, 6, 8)
+    ]
+    found = list(continuation_batches(pairs, 4096, 1, 2048))
+    assert_each_target_once_after_its_own_text(found, pairs)
+    num_rows = sum(len(batch.token_ids) for batch, _ in found)
+    read = sum(int((batch.ends > 0).sum()) for batch, _ in found)
+    assert num_rows < 10 and read <= num_rows * (400 + 60) + 40 * (60 + 5 + 7 + 2)
+    apart = sum(int((batch.ends > 0).sum()) for batch, _ in continuation_batches(pairs, 4096, 1, 2048, False))
+    assert apart > 7 * read

@@ -31,6 +31,7 @@ def test_equal_to_one_device(mesh, quant_spec):
     sizes = [(int(rng.integers(3, 60)), int(rng.integers(1, 20))) for _ in range(40)] + [(600, 7)]
     pairs = [([2, *rng.integers(10, 250, n).tolist()], rng.integers(10, 250, m).tolist()) for n, m in sizes]
     pairs += [(pairs[0][0], [token]) for token in (20, 21, 22)]
+    pairs += [(context, rng.integers(10, 250, 9).tolist()) for context, _ in pairs[:10]]  # Branches of one tree.
     one = log_likelihoods(on_mesh("", quant_spec), pairs)
     model = on_mesh(mesh, quant_spec)
     assert mesh_sharding_of(model.backbone) is not None

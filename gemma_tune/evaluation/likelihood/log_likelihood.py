@@ -1,35 +1,23 @@
 """Computes log-likelihoods of continuations: how probable a model finds a text after another.
 
-The texts are packed into rows, one program computes all rows of a length, and the logits are never held.
+The texts are packed into rows in which they share what they begin with, and the logits are never held.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from gemma_tune.evaluation.likelihood.continuation_batches import ContinuationBatch, Pair, continuation_batches
-from gemma_tune.models.attention.packing_masks import enable_packing
-from gemma_tune.models.functional import (
-    Params,
-    check_text_only,
-    final_soft_cap,
-    hidden_states,
-    lm_head_weights,
-    parameters,
-    params_scope,
-)
-from gemma_tune.models.restored_layers import restored_layers
-from gemma_tune.models.sharding.layers import batch_sharded_inputs, enable_mesh_sharding
-from gemma_tune.models.sharding.placement import mesh_sharding_of
-from gemma_tune.runtime.backend import keras
+from gemma_tune.evaluation.likelihood.continuation_batches import Pair, continuation_batches
+from gemma_tune.evaluation.likelihood.scoring_program import ScoringProgram
+from gemma_tune.models.functional import check_text_only
+from gemma_tune.runtime.backend import is_single_cpu, keras
+from gemma_tune.runtime.process_memory import keep_freed_memory, release_freed_memory
 from gemma_tune.runtime.processes import fetch_to_host
-from gemma_tune.training.losses.cross_entropy import TargetScores, linear_target_scores
-from gemma_tune.training.losses.sharded import sharded_target_scores
+from gemma_tune.training.losses.cross_entropy import TargetScores
 
 MAX_LENGTH = 8192  # Default limit of a context with its continuation, in tokens.
+_PART_TOKENS, _PART_TOKENS_ON_CPU = 8192, 2048  # Positions that a device computes at once.
 
 
 class LogLikelihood(NamedTuple):
@@ -59,8 +47,7 @@ class LogLikelihoodScorer:
     def __init__(self, model: keras.Model, max_length: int = MAX_LENGTH):
         check_text_only(model)
         self.max_length = max_length
-        self._model, self._sharding = model, mesh_sharding_of(model.backbone)
-        self._scores = jax.jit(self._scores_fn)
+        self._program = ScoringProgram(model)
 
     def score(
         self, pairs: Sequence[Pair], advance: Callable[[int], object] = lambda count: None
@@ -76,7 +63,6 @@ class LogLikelihoodScorer:
             ModelError: The model can't run on packed text.
         """
         log_probs, is_greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-        num_parts = self._sharding.shape.num_row_shards if self._sharding else 1
 
         def add_up(scores: TargetScores, of_pairs: np.ndarray) -> None:
             known = of_pairs >= 0
@@ -85,20 +71,20 @@ class LogLikelihoodScorer:
             np.logical_and.at(is_greedy, of_pairs[known], fetch_to_host(scores.is_likeliest)[known])
             advance(len(np.unique(of_pairs[known])))
 
-        groups = parameters(self._model)
-        params = {**groups.trainable, **groups.frozen}
-        with restored_layers(self._model.backbone):
-            enable_packing(self._model.backbone)
-            if self._sharding:
-                enable_mesh_sharding(self._model.backbone, self._sharding)
-            running = None
-            for batch, of_pairs in continuation_batches(pairs, self.max_length, num_parts):
-                scores = self._scores(params, self._on_devices(batch))
+        program, part_tokens = self._program, _PART_TOKENS_ON_CPU if is_single_cpu() else _PART_TOKENS
+        settings = self.max_length, program.num_parts, part_tokens, program.shares_prefixes
+        running = None
+        with program.prepared_model() as params:
+            for batch, of_pairs in continuation_batches(pairs, *settings):
+                scores = program(params, batch)
                 if running:  # One batch is computed while the next is prepared, and no queue grows.
                     add_up(*running)
+                elif is_single_cpu():  # What compiling took is given back; what a batch takes, the next one takes too.
+                    release_freed_memory()
+                    keep_freed_memory()
                 running = scores, of_pairs
-            if running:
-                add_up(*running)
+        if running:
+            add_up(*running)
         return [LogLikelihood(float(value), bool(each)) for value, each in zip(log_probs, is_greedy, strict=True)]
 
     def score_rolling(
@@ -123,28 +109,6 @@ class LogLikelihoodScorer:
         totals = np.zeros(len(texts))
         np.add.at(totals, np.array(numbers, int), [each.log_prob for each in self.score(pairs, advance)])
         return totals.tolist()
-
-    def _scores_fn(self, params: Params, batch: ContinuationBatch) -> TargetScores:
-        """Returns the scores of a batch's targets, [P, T]."""
-        backbone, sharding = self._model.backbone, self._sharding
-        soft_cap = final_soft_cap(backbone)
-        with params_scope(self._model, params), batch_sharded_inputs() if sharding else contextlib.nullcontext():
-            hidden = hidden_states(backbone, batch.token_ids, batch.segment_ids, batch.positions)
-            head = lm_head_weights(backbone)
-            if sharding:
-                return sharded_target_scores(sharding, hidden, head, batch.places, batch.target_ids, soft_cap=soft_cap)
-            of_targets = hidden.reshape(-1, hidden.shape[-1])[batch.places[0]]
-            scores = linear_target_scores(of_targets, head, batch.target_ids[0], soft_cap=soft_cap)
-        return jax.tree.map(lambda values: values[None], scores)
-
-    def _on_devices(self, batch: ContinuationBatch) -> ContinuationBatch:
-        if not self._sharding:
-            return batch
-        put, rows, targets = self._sharding.put_batch, tuple(batch[:3]), tuple(batch[3:])
-        return ContinuationBatch(
-            *put(len(batch.token_ids), lambda start, stop: tuple(field[start:stop] for field in rows)),
-            *put(len(batch.places), lambda start, stop: tuple(field[start:stop] for field in targets)),
-        )
 
 
 def log_likelihoods(

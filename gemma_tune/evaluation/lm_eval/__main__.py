@@ -4,10 +4,12 @@ import sys
 
 from gemma_tune.errors import GemmaTuneError
 from gemma_tune.evaluation.lm_eval.registered_model import lm_eval_class, with_default_model
+from gemma_tune.runtime.process_memory import dedicate_process
 
 
 def main() -> None:
     """Registers the model, and calls lm-eval."""
+    dedicate_process()
     lm_eval_class()
     from lm_eval.__main__ import cli_evaluate
 

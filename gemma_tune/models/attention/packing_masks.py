@@ -12,6 +12,7 @@ from typing import Any
 from keras import ops
 
 from gemma_tune.errors import ModelError
+from gemma_tune.models.attention.shared_prefixes import current_prefix_trees, prefix_tree_mask
 from gemma_tune.models.attention.swap import takes_segment_ids
 from gemma_tune.runtime.backend import keras_hub
 
@@ -37,12 +38,14 @@ def enable_packing(backbone: keras_hub.models.Backbone) -> None:
 def _packed_mask(block: Any, x: Any, padding_mask: Any, *rest: Any, **named: Any) -> Any:
     """Returns a [B, L, L] mask, true where a query sees a key.
 
-    Attention that makes its masks itself gets [B, L, 1] segment ids, 0 for padding. `rest` ends with (cache,
-    cache_update_index) in every family.
+    Attention that makes its masks itself gets [B, L, 1] segment ids, 0 for padding; rows of prefix trees have masks of
+    their own. `rest` ends with (cache, cache_update_index) in every family.
     """
     cache = named["cache"] if "cache" in named else rest[-2]
     if cache is not None or padding_mask is None:
         return block._unpacked_mask(x, padding_mask, *rest, **named)
+    if trees := current_prefix_trees():
+        return prefix_tree_mask(trees)
     segment_ids = ops.cast(padding_mask, "int32")
     if takes_segment_ids(getattr(block, "attention", None), segment_ids.shape[1]):
         return segment_ids[:, :, None]

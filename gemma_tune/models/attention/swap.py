@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from gemma_tune.models.attention.kernels import FUSED_TILE, causal_attention, cudnn_attention, splash_attention
 from gemma_tune.models.attention.segment_attention import QUERY_TILE, segment_attention
 from gemma_tune.models.attention.sharded import shard_map_attention
+from gemma_tune.models.attention.shared_prefixes import current_prefix_trees, prefix_tree_window
 from gemma_tune.runtime.backend import is_single_cpu, keras_hub
 
 
@@ -118,7 +119,11 @@ def _compute_attention(
     shape = attention_shape_of(attention)
     if attention_mask.shape[2] == 1 < length:
         return _run_kernel_on_mesh(attention, "splash", q, k, v, attention_mask, shape)
-    if attention.use_sliding_window_attention and _cuts_mask_itself(attention):
+    if trees := current_prefix_trees():  # Windows are cut by positions, of which a kernel knows nothing.
+        if shape.window:
+            attention_mask = attention_mask & prefix_tree_window(trees, shape.window)
+        shape = shape._replace(window=None)
+    elif attention.use_sliding_window_attention and _cuts_mask_itself(attention):
         attention_mask = attention._mask_sliding_window(attention_mask, cache_update_index=0)
     mask = jnp.broadcast_to(attention_mask.astype(bool), (q.shape[0], length, length))
     # A row of a length that the model wasn't prepared for, such as a prompt, needs the kernel that takes any length.
