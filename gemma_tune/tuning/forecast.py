@@ -119,9 +119,7 @@ def _share_with_pruning(search: Search, num_steps: int) -> float:
     """Returns the share of all steps that is left if each rung lets one trial in `reduction_factor` go on."""
     if not search.settings.prunes:
         return 1.0
-    factor = search.settings.reduction_factor
-    rung = search.eval_every_steps or search.base.training.eval_every_steps or num_steps
-    return _share_above(rung, num_steps, factor)
+    return _share_above(search.first_rung, num_steps, search.settings.reduction_factor)
 
 
 def _share_above(rung: int, num_steps: int, factor: int) -> float:

@@ -1,6 +1,7 @@
 """Defines a search: what is searched, how, and where."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -112,6 +113,18 @@ class Search:
             return self
         return dataclasses.replace(self, eval_every_steps=max(1, num_steps // _EVALUATIONS))
 
+    @property
+    def first_rung(self) -> int:
+        """Returns the step of the first evaluation after which a trial may be pruned.
+
+        Until the longest warm-up of the space is over, trials with short ones only seem to be better.
+        """
+        every = self.base.training.eval_every_steps if self.eval_every_steps is None else self.eval_every_steps
+        warmups = [setting.extremes for setting in self.space.settings if setting.path == "optimizer.warmup_steps"]
+        longest = max(warmups[0]) if warmups else self.base.optimizer.warmup_steps
+        every = max(1, every)
+        return max(1, math.ceil(longest / every)) * every
+
     def sampler(self, slot: int) -> Any:
         """Returns the sampler of a slot: TPE (arXiv:2304.11127) over groups of settings that occur together."""
         settings, optuna = self.settings, optuna_module()
@@ -128,8 +141,7 @@ class Search:
         if not settings.prunes:
             return pruners.NopPruner()
         make = pruners.SuccessiveHalvingPruner if settings.pruner == "asha" else pruners.HyperbandPruner
-        every = self.base.training.eval_every_steps if self.eval_every_steps is None else self.eval_every_steps
-        return make(min_resource=max(1, every), reduction_factor=settings.reduction_factor)
+        return make(min_resource=self.first_rung, reduction_factor=settings.reduction_factor)
 
 
 def check_pruner(pruner: str) -> None:

@@ -189,3 +189,16 @@ def test_the_folder_of_a_run_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds a training run"):
         search(tmp_path)
+
+
+def test_nothing_is_pruned_during_the_warm_up(tmp_path):
+    """Rungs are multiples of the evaluations, of which there are at least nine."""
+    ranges = {"optimizer.warmup_steps": {"low": 0, "high": 30, "step": 10}}
+    for num_steps, space, every, rung in (
+        (450, {"lora.rank": [4]}, 50, 50),
+        (166, {"lora.rank": [4]}, 18, 18),
+        (166, ranges, 18, 36),
+        (900, ranges, 50, 50),
+    ):
+        found = search(tmp_path, space=space).evaluated_for(num_steps)
+        assert (found.config_of({}, 0).training.eval_every_steps, found.first_rung) == (every, rung)

@@ -20,7 +20,7 @@ from gemma_tune.tuning.spaces.space import Space
 
 _SCHEDULE: dict[str, Any] = {
     "optimizer.schedule": ["cosine", "linear", "constant"],
-    "optimizer.warmup_steps": {"low": 0, "high": 40, "step": 10},
+    "optimizer.warmup_steps": {"low": 0, "high": 30, "step": 10},
 }
 _LORA: dict[str, Any] = {
     "optimizer.learning_rate": {"low": 5e-5, "high": 5e-3, "log": True},
