@@ -8,7 +8,14 @@ from pathlib import Path
 
 from gemma_tune.evaluation.comparison_chart import draw_comparison
 from gemma_tune.evaluation.comparison_figures import FidelityReport, figure_rows, notes, summaries
-from gemma_tune.evaluation.html_report import as_svg, coloured_difference, difference_legend, html_document, html_table
+from gemma_tune.evaluation.html_report import (
+    as_svg,
+    breakable_name,
+    coloured_difference,
+    difference_legend,
+    html_document,
+    html_table,
+)
 from gemma_tune.runtime.atomic_files import write_text
 
 JSON_FILE, CHART_FILE, MARKDOWN_FILE = "comparison.json", "comparison.png", "comparison.md"
@@ -88,7 +95,7 @@ def _html_answers(report: FidelityReport) -> str:
         rows = [("wanted answer", html.escape(wanted))]
         for model in report.models:  # The reference's own answer has no difference from itself.
             text = coloured_difference(model.answers[index], report.reference.answers[index])
-            rows.append((html.escape(model.name), text))
+            rows.append((breakable_name(model.name), text))
         parts.append(f"<h3>{html.escape(question)}</h3>{html_table(rows, css_class='listing')}")
     return "".join(parts)
 

@@ -141,8 +141,8 @@ def counts_bar(num_wins: int, num_ties: int, num_losses: int) -> str:
 
 
 def breakable_name(name: str) -> str:
-    """Returns a name as HTML, which may be broken behind its underscores where there is little room."""
-    return html.escape(name).replace("_", "_<wbr>")
+    """Returns a name as HTML, which may be broken behind `_` and `/` and before `@` where there is little room."""
+    return html.escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>").replace("@", "<wbr>@")
 
 
 def cut_text(text: str) -> str:

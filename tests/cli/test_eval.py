@@ -114,6 +114,13 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(call, arguments, code, m
     assert found == code and message in err
 
 
+def test_a_wrong_pattern_is_said_before_a_model_is_loaded(call, write, monkeypatch):
+    monkeypatch.setattr("gemma_tune.pipeline.evaluation.load_models", None)  # Calling it would be a TypeError.
+    asked = write("asked.jsonl", '{"question": "What is it?", "regex": "."}\n{"question": "And now?", "regex": "("}\n')
+    code, _, err = call("eval", "--model=tiny", f"--data={asked}")
+    assert code == 1 and "asked.jsonl:2: 'regex' should be a regular expression, found '('" in err
+
+
 SUITE = """
 name: small
 generation: {max_new_tokens: 4}
