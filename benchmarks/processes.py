@@ -29,11 +29,14 @@ class Contender:
 
     def start(self) -> dict[str, Any]:
         """Starts it and waits until it is ready; returns what it said, with what it said of loading as `loaded`."""
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
-        )
+        self._start()
         loaded = self._read()
         return {**self._read(), "loaded": loaded}
+
+    def run(self) -> dict[str, Any]:
+        """Starts one that needs no requests, and returns the one thing that it says."""
+        self._start()
+        return self._read()
 
     def ask(self, request: str) -> dict[str, Any]:
         """Sends a line and returns the answer."""
@@ -46,6 +49,11 @@ class Contender:
         """Closes its stdin and waits for its end."""
         if self._process is not None:
             self._process.communicate()
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
+        )
 
     def _read(self) -> dict[str, Any]:
         assert self._process is not None and self._process.stdout is not None

@@ -3,6 +3,7 @@
 python -m benchmarks.contenders.peft_torch JOB NUM_EXAMPLES GGUF_FILE|random:SHAPE:PRECISION [key=value …]
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,43 @@ import transformers
 from benchmarks.contenders.worker import run, serve, tell_loaded
 from benchmarks.jobs import Job, job
 from benchmarks.shapes import Shape, parse_random, random_job
+from gemma_tune.data import TokenizedExample
 from gemma_tune.runtime.process_memory import peak_memory_bytes
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load(source: str, job_name: str, num_examples: int) -> tuple[torch.nn.Module, Job]:
-    """Fills transformers' model tensor by tensor; tests/golden shows that these are what its own GGUF reader gives."""
+    """Returns the model, with random weights or those of a file, and its job."""
     random = parse_random(source)
     if random:
         model = random_model(*random)
         tell_loaded(sum(parameter.nbytes for parameter in model.parameters()))
         return model, random_job(num_examples, random[0].vocabulary)
-    from gemma_tune.models.sources.gguf_checkpoint import GgufCheckpoint
     from gemma_tune.models.sources.tokenizer import TextTokenizer
 
-    checkpoint = GgufCheckpoint(Path(source))
+    model, checkpoint = load_weights(Path(source))
+    tell_loaded(sum(parameter.nbytes for parameter in model.parameters()))
+    return model, job(job_name, num_examples, TextTokenizer(checkpoint.tokenizer_proto()))
+
+
+def load_weights(path: Path) -> tuple[torch.nn.Module, Any]:
+    """Fills transformers' model tensor by tensor; tests/golden shows that these are what its own GGUF reader gives.
+
+    Args:
+        path: A GGUF file.
+
+    Returns:
+        The model in float32, and our reader of the file.
+    """
+    from gemma_tune.models.sources.gguf_checkpoint import GgufCheckpoint
+
+    checkpoint = GgufCheckpoint(path)
     model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**checkpoint.config)).to(_DEVICE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(checkpoint.rows(name, 0, checkpoint.num_rows(name)).copy()))
-    tell_loaded(sum(parameter.nbytes for parameter in model.parameters()))
-    return model, job(job_name, num_examples, TextTokenizer(checkpoint.tokenizer_proto()))
+    return model, checkpoint
 
 
 def random_model(shape: Shape, precision: str) -> torch.nn.Module:
@@ -63,19 +79,21 @@ def random_model(shape: Shape, precision: str) -> torch.nn.Module:
 
 def padded_batches(todo: Job, batch_size: int) -> list[dict[str, torch.Tensor]]:
     """Returns all examples in batches, each as long as its longest example."""
-    batches = []
-    for start in range(0, len(todo.examples), batch_size):
-        examples = todo.examples[start : start + batch_size]
-        length = max(len(example.token_ids) for example in examples)
-        ids = torch.zeros((len(examples), length), dtype=torch.long)
-        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for row, example in enumerate(examples):
-            n = len(example.token_ids)
-            ids[row, :n], mask[row, :n] = torch.from_numpy(example.token_ids).long(), 1
-            labels[row, :n] = torch.where(torch.from_numpy(example.is_target), ids[row, :n], -100)
-        batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-        batches.append({name: tensor.to(_DEVICE) for name, tensor in batch.items()})
-    return batches
+    starts = range(0, len(todo.examples), batch_size)
+    return [padded_batch(todo.examples[start : start + batch_size]) for start in starts]
+
+
+def padded_batch(examples: Sequence[TokenizedExample]) -> dict[str, torch.Tensor]:
+    """Returns examples as one batch, as long as its longest example."""
+    length = max(len(example.token_ids) for example in examples)
+    ids = torch.zeros((len(examples), length), dtype=torch.long)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for row, example in enumerate(examples):
+        n = len(example.token_ids)
+        ids[row, :n], mask[row, :n] = torch.from_numpy(example.token_ids).long(), 1
+        labels[row, :n] = torch.where(torch.from_numpy(example.is_target), ids[row, :n], -100)
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {name: tensor.to(_DEVICE) for name, tensor in batch.items()}
 
 
 def mean_loss(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> float:

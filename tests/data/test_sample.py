@@ -16,8 +16,9 @@ def test_topics_pairs_and_phrasings():
     phrasings = defaultdict(set)
     for row in rows("train"):
         phrasings[row["topic"]].add(comparison_key(row["instruction"]))
-    assert len(phrasings) >= 60 and len(rows("train")) >= 300
-    assert min(map(len, phrasings.values())) >= 4
+    assert sum(map(len, phrasings.values())) == len(rows("train"))
+    assert len(phrasings) == 67 and min(map(len, phrasings.values())) >= 9
+    assert len(phrasings["hand_over"]) >= 190
 
 
 def test_heldout_phrasings_are_new_and_of_the_same_topics():

@@ -68,7 +68,7 @@ def test_globs_lists_and_single_files(write, tmp_path):
 
 
 def test_the_sample_and_its_heldout_part():
-    assert len(load_examples("sample:smartphone_support")) == 330
+    assert len(load_examples("sample:smartphone_support")) == 790
     assert len(load_examples("sample:smartphone_support/heldout")) == 66
 
 

@@ -8,7 +8,7 @@ from gemma_tune.data.tokenize import tokenize_examples
 from gemma_tune.errors import DataError
 
 EXAMPLES = [
-    *load_examples("sample:smartphone_support")[::20],
+    *load_examples("sample:smartphone_support")[::40],
     Example(
         (
             Turn("user", "Zeile 1\n\nZeile 2 — ünïcode 日本語 🙂"),
