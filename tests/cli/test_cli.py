@@ -101,7 +101,7 @@ def test_examples_in_help_can_be_pasted(call, monkeypatch):
         (("train", "--lora_rank=many"), 2, "flag --lora_rank=many: invalid literal"),
         (("train", "--lora_rank=0"), 2, "lora.rank must be at least 1, got 0"),
         (("train", "--method=lorra"), 2, "Did you mean lora or qlora?"),
-        (("train", "--config.lora.rnk=3"), 2, "There is no setting 'lora.rnk'. Did you mean lora.rank?"),
+        (("train", "--config.lora.rnk=3"), 2, "There is no setting 'lora.rnk'. Did you mean lora.rank"),
         (("train", "--config.lora.rank=many"), 2, "--config.lora.rank=many"),
         (("train", "--config.lora.rank"), 2, "write --config.lora.rank=value"),
         (("train", "--config=configs/tinny.py"), 2, "There is no config file configs/tinny.py. Did you mean tiny.py?"),

@@ -58,7 +58,7 @@ def save_state(file: Path, state: TrialState) -> None:
 
     def write(path: Path) -> None:
         with open(path, "wb") as stream:
-            np.savez(stream, allow_pickle=False, about=np.array(about), **tensors)
+            np.savez(stream, about=np.array(about), **tensors)
 
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, write)
@@ -68,7 +68,7 @@ def load_state(file: Path) -> TrialState | None:
     """Returns the state of a trial that `save_state` wrote; None if there is no such file, or if it can't be read."""
     arrays: dict[str, HostArrays] = {"arrays": {}, "best": {}}
     try:
-        with np.load(file, allow_pickle=False) as content:
+        with np.load(file) as content:
             about = json.loads(str(content["about"]))
             for index, (group, path, dtype) in enumerate(about["tensors"], start=1):
                 array = content[f"tensor_{index}"]
