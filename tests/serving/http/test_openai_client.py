@@ -13,6 +13,9 @@ USER = [{"role": "user", "content": QUESTION}]
 BASE, TUNED = "tiny:gemma3", "tuned"
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def client(url):
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
