@@ -47,7 +47,7 @@ def save_state(file: Path, state: TrialState) -> None:
     Raises:
         OSError: It can't be written.
     """
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Any] = {}
     names: list[tuple[str, str, str]] = []
     for group, arrays in (("arrays", state.arrays), ("best", state.best)):
         for path, array in arrays.items():
