@@ -16,7 +16,7 @@ def on_mesh(mesh, quant_spec):
 @pytest.mark.parametrize(
     "mesh, quant_spec",
     [
-        ("data:2", None),
+        pytest.param("data:2", None, marks=pytest.mark.nightly),
         ("data:2,fsdp:2,model:2", QuantSpec("int8")),
         *(
             pytest.param(mesh, spec, marks=pytest.mark.nightly)

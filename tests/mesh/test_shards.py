@@ -25,6 +25,11 @@ from gemma_tune.runtime.backend import keras
 from gemma_tune.training.step.train_step import make_train_step
 
 
+def at_night(value):
+    """Returns a parameter whose tests run with `pytest -m nightly` alone."""
+    return pytest.param(value, marks=pytest.mark.nightly)
+
+
 def watching(function, sizes):
     """Wraps a function so that the sizes of what it puts on each device are appended to `sizes`."""
 
@@ -40,8 +45,10 @@ def sharding_of(mesh):
     return make_mesh_sharding(mesh, 8)
 
 
-@pytest.mark.parametrize("quant_spec", [None, QuantSpec("int4", 32), QuantSpec("nf4", 32, True)], ids=str)
-@pytest.mark.parametrize("mesh", ["fsdp:4,model:2", "model:8"])
+@pytest.mark.parametrize(
+    "quant_spec", [at_night(None), QuantSpec("int4", 32), at_night(QuantSpec("nf4", 32, True))], ids=str
+)
+@pytest.mark.parametrize("mesh", ["fsdp:4,model:2", at_night("model:8")])
 def test_a_preset_is_loaded_part_by_part(tmp_path, monkeypatch, mesh, quant_spec):
     save_preset(load_model("tiny:gemma2"), tmp_path / "preset")
     whole = parameters(load_model(str(tmp_path / "preset"), quant_spec=quant_spec))
@@ -60,7 +67,7 @@ def test_a_preset_is_loaded_part_by_part(tmp_path, monkeypatch, mesh, quant_spec
             assert np.array_equal(values, after[path]), path
 
 
-@pytest.mark.parametrize("mesh", ["data:2,fsdp:2,model:2", "fsdp:8", "model:8", "data:8"])
+@pytest.mark.parametrize("mesh", ["data:2,fsdp:2,model:2", at_night("fsdp:8"), at_night("model:8"), at_night("data:8")])
 @pytest.mark.parametrize("quant_spec", [None, QuantSpec("int8"), QuantSpec("nf4", 32, True)], ids=str)
 def test_rows_of_an_embedding(rng, mesh, quant_spec):
     sharding = sharding_of(mesh)
