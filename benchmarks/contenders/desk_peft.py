@@ -65,7 +65,8 @@ def train(model: torch.nn.Module, settings: Config, steps: Sequence[Sequence[Tok
             group["lr"] = float(schedule(step))
         loss = model(**padded_batch(examples)).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, chosen.clip_norm)
+        if chosen.clip_norm:  # 0 is no limit to us, and to torch a limit of 0.
+            torch.nn.utils.clip_grad_norm_(parameters, chosen.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
 
