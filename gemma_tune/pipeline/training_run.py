@@ -106,6 +106,20 @@ def _warn(text: str) -> None:
     progress.console.print(text, style="yellow", markup=False)
 
 
+def loop_settings(config: Config) -> LoopSettings:
+    """Returns a run's settings of the training loop."""
+    training = config.training
+    return LoopSettings(
+        training.eval_every_steps,
+        training.checkpoint_every_steps,
+        training.early_stopping_patience,
+        training.log_every_steps,
+        training.on_bad_step == "skip",
+        training.best_by,
+        best_is_highest(training.best_by),
+    )
+
+
 def _train(setup: Setup, workdir: OpenWorkdir, questions: HeldoutQuestions | None, trackers: Followers) -> _Trained:
     """Runs the loop from the workdir's newest checkpoint on."""
     training, path = setup.config.training, workdir.path
@@ -129,15 +143,7 @@ def _train(setup: Setup, workdir: OpenWorkdir, questions: HeldoutQuestions | Non
             batches=setup.on_devices(setup.batches),
             evaluate=setup.evaluate if setup.heldout else None,
             schedule=setup.schedule,
-            settings=LoopSettings(
-                training.eval_every_steps,
-                training.checkpoint_every_steps,
-                training.early_stopping_patience,
-                training.log_every_steps,
-                training.on_bad_step == "skip",
-                training.best_by,
-                best_is_highest(training.best_by),
-            ),
+            settings=loop_settings(setup.config),
             checkpoints=checkpoints,
             metrics=metrics,
             reporter=reporter,

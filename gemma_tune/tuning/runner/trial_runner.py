@@ -9,10 +9,11 @@ from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError
 from gemma_tune.models.functional import Params, assign
 from gemma_tune.models.lora.adapter import save_adapter
-from gemma_tune.pipeline.heldout_metrics import answer_greedily, best_is_highest, heldout_questions
+from gemma_tune.pipeline.heldout_metrics import answer_greedily, heldout_questions
 from gemma_tune.pipeline.setup import Setup, read_splits
+from gemma_tune.pipeline.training_run import loop_settings
 from gemma_tune.training.run.checkpoint_content import Progress
-from gemma_tune.training.run.loop import Loop, LoopSettings
+from gemma_tune.training.run.loop import Loop
 from gemma_tune.tuning.runner.shared_programs import NUMBERS, SharedPrograms
 from gemma_tune.tuning.runner.side_by_side import OnEvaluation, SideBySideTrial, run_side_by_side
 from gemma_tune.tuning.runner.trial_state import HostArrays, KeptStates, TrialState, state_on_device, to_host
@@ -92,7 +93,7 @@ class TrialRunner:
             batches=setup.on_devices(setup.batches),
             evaluate=setup.evaluate,
             schedule=setup.schedule,
-            settings=_loop_settings(config),
+            settings=loop_settings(config),
             checkpoints=kept,
             metrics=evaluations,
             reporter=evaluations,
@@ -261,16 +262,3 @@ class _Evaluations:
 
 def _model_bytes(setup: Setup) -> int:
     return sum(array.nbytes for array in (*setup.frozen.values(), *setup.state.trainable.values()))
-
-
-def _loop_settings(config: Config) -> LoopSettings:
-    training = config.training
-    return LoopSettings(
-        training.eval_every_steps,
-        training.checkpoint_every_steps,
-        training.early_stopping_patience,
-        training.log_every_steps,
-        training.on_bad_step == "skip",
-        training.best_by,
-        best_is_highest(training.best_by),
-    )
