@@ -1,7 +1,5 @@
 """`gemma-tune train --dry_run`: shows everything that can be known before the first step."""
 
-import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -15,7 +13,6 @@ from gemma_tune.models.functional import parameters
 from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.pipeline import Setup, read_splits, set_up
 from gemma_tune.runtime.device_memory import available_device_bytes
-from gemma_tune.runtime.shell import quoted_command
 from gemma_tune.settings import flatten
 from gemma_tune.training.step.compile_once import StepMemory
 
@@ -75,12 +72,6 @@ def dry_run(config: Config, output: Output, memory_limit: float = 0.0) -> dict[s
         "data": setup.data.report.to_dict(),
         "config": config.to_dict(),
     }
-
-
-def command_without_dry_run(arguments: Sequence[str]) -> str:
-    """Returns the command that trains, from the arguments of the one that only shows what it would do."""
-    kept = [word for word in arguments if not re.fullmatch(r"--?dry_run(=.*)?", word)]
-    return quoted_command(["gemma-tune", "train", *kept])
 
 
 def _print_listing(setup: Setup, num_parameters: _NumParameters, memory: StepMemory, console: Console) -> None:

@@ -19,10 +19,10 @@ def _run(invocation: Invocation) -> dict[str, Any]:
         processes.initialize_distributed(flags.distributed)
         output.print_only_if(processes.is_primary())
     if flags.dry_run:
-        from gemma_tune.cli.dry_run import command_without_dry_run, dry_run
+        from gemma_tune.cli.dry_run import dry_run
 
         findings = dry_run(config, output, memory_bytes(flags.memory))
-        return {**findings, "next": [command_without_dry_run(invocation.arguments)]}
+        return {**findings, "next": [invocation.command_without("dry_run")]}
     from gemma_tune import pipeline
     from gemma_tune.cli.run_result import next_commands, show_run_result
 

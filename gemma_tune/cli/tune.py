@@ -1,7 +1,6 @@
 """`gemma-tune tune`: searches for better settings."""
 
 import os
-import re
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +9,7 @@ from gemma_tune.cli.flags import memory_bytes, setting_by_flag, setting_flags
 from gemma_tune.cli.output import make_listing, make_table
 from gemma_tune.cli.verb import Flag, Invocation, Verb
 from gemma_tune.config import Config
-from gemma_tune.runtime.shell import gemma_tune_command, quoted_command
+from gemma_tune.runtime.shell import gemma_tune_command
 
 
 def _run(invocation: Invocation) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def _run(invocation: Invocation) -> dict[str, Any]:
         flags=setting_by_flag(),
     )
     if flags.dry_run:
-        return {**_forecast(search, output.console), "next": [_without_dry_run(invocation)]}
+        return {**_forecast(search, output.console), "next": [invocation.command_without("dry_run")]}
     if IS_WORKER in os.environ:
         start.start_search(search, show=start.silently)
         return {}
@@ -139,11 +138,6 @@ def _next(search: Any, findings: dict[str, Any]) -> list[str]:
         flags = {"quantize": quantize} if quantize else {}
         commands.append(gemma_tune_command("chat", model=config.model.source, adapter=best["adapter"], **flags))
     return commands
-
-
-def _without_dry_run(invocation: Invocation) -> str:
-    kept = [word for word in invocation.arguments if not re.fullmatch(r"--?dry_run(=.*)?", word)]
-    return quoted_command(["gemma-tune", "tune", *kept])
 
 
 _DEFAULTS = {"workdir": "runs/search"}

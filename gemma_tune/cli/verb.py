@@ -1,6 +1,7 @@
 """Defines what a verb of the command line is made of: its flags, its help texts and the function that runs it."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from gemma_tune.cli.config_resolution import resolve_config
 from gemma_tune.cli.output import Output
 from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError
+from gemma_tune.runtime.shell import quoted_command
 
 # Headings of `--help`, in the order in which they are printed.
 GROUPS = (
@@ -130,6 +132,11 @@ class Invocation:
     def is_given(self, name: str) -> bool:
         """Returns whether a flag was given, or a config file, which has a value for each setting."""
         return bool(self.flags[name].present or self.flags.config)
+
+    def command_without(self, name: str) -> str:
+        """Returns the command as one would type it, without the flag `name`, which is true or false."""
+        kept = [word for word in self.arguments if not re.fullmatch(rf"--?{name}(=.*)?", word)]
+        return quoted_command(["gemma-tune", self.verb.name, *kept])
 
     def required(self, name: str, meaning: str) -> str:
         """Returns the value of a flag that must be given.
