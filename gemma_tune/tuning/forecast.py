@@ -54,11 +54,12 @@ def forecast_search(search: Search, runner: TrialRunner) -> SearchForecast:
     settings = search.settings
     num_steps = runner.num_steps(search.base)
     per_trial = _planned_seconds(search, num_steps, runner.num_heldout_batches(search.base))
-    at_once = settings.num_workers * settings.num_side_by_side
     num_trials = settings.budget.num_trials
     if not num_trials:
-        num_trials = max(1, int(settings.budget.seconds * at_once / per_trial)) if per_trial else 0
+        num_trials = max(1, int(settings.budget.seconds * settings.num_at_once / per_trial)) if per_trial else 0
     seconds = per_trial * math.ceil(num_trials / settings.num_workers)
+    # Of all steps that are left if pruning ends all that fall behind.
+    share = share_above(search.first_rung, num_steps, settings.reduction_factor) if settings.prunes else 1.0
     programs = _programs(search)
     sizes = [planned_bytes(config) for config in programs]
     return SearchForecast(
@@ -66,7 +67,7 @@ def forecast_search(search: Search, runner: TrialRunner) -> SearchForecast:
         num_steps=num_steps,
         seconds_per_trial=per_trial,
         seconds=seconds,
-        pruned_seconds=seconds * _share_with_pruning(search, num_steps),
+        pruned_seconds=seconds * share,
         num_programs=len(programs),
         memory_bytes=(min(sizes), max(sizes)),
         memory_limit=settings.memory_limit,
@@ -115,14 +116,14 @@ def _this_hardware() -> Hardware | None:
     return HARDWARE[max(matches, key=len)] if matches else None
 
 
-def _share_with_pruning(search: Search, num_steps: int) -> float:
-    """Returns the share of all steps that is left if each rung lets one trial in `reduction_factor` go on."""
-    if not search.settings.prunes:
-        return 1.0
-    return _share_above(search.first_rung, num_steps, search.settings.reduction_factor)
+def share_above(rung: int, num_steps: int, factor: int) -> float:
+    """Returns the share of all steps that is left if each rung lets one trial in `factor` go on.
 
-
-def _share_above(rung: int, num_steps: int, factor: int) -> float:
+    Args:
+        rung: Step of the first rung; each further one is at `factor` times the step.
+        num_steps: Number of steps of a whole trial.
+        factor: Number of trials that reach a rung for each one that goes on.
+    """
     done, share, going_on = 0, 0.0, 1.0
     while done < num_steps:
         until = min(rung, num_steps)

@@ -32,7 +32,7 @@ class SearchSettings:
         reduction_factor: Number of trials that reach a rung for each one that goes on.
         num_random_trials: Number of trials at the start whose parameters are random, before TPE learns from them.
         num_workers: Number of workers that share the budget.
-        num_side_by_side: Number of trials that a worker trains at once.
+        num_side_by_side: Number of trials that a worker trains at once; 0: not chosen yet.
         memory_limit: Bytes that a trial may take by plan; 0: no limit.
         seed: Random seed of the suggestions.
     """
@@ -47,6 +47,11 @@ class SearchSettings:
     num_side_by_side: int = 1
     memory_limit: float = 0.0
     seed: int = 0
+
+    @property
+    def num_at_once(self) -> int:
+        """Returns the number of trials that all workers together train at once."""
+        return self.num_workers * max(1, self.num_side_by_side)
 
     @property
     def prunes(self) -> bool:
@@ -132,7 +137,7 @@ class Search:
             n_startup_trials=settings.num_random_trials,
             multivariate=True,
             group=True,
-            constant_liar=settings.num_workers * settings.num_side_by_side > 1,
+            constant_liar=settings.num_at_once > 1,
             seed=(settings.seed * 1_000_003 + slot) % 2**32,
         )
 

@@ -100,13 +100,10 @@ def make_search(
     optuna_module()
     check_pruner(pruner)
     if num_workers < 1 or side_by_side < 0:
-        raise ConfigError(f"A search needs at least one worker, got {num_workers}.")
-    if space is None:
-        space = default_space(config)
-    elif isinstance(space, (str, Path)):
-        space = read_space(Path(space).expanduser(), flags or {})
-    elif not isinstance(space, Space):
-        space = parse_space(space, flags or {})
+        raise ConfigError(
+            f"A search needs at least one worker, and no negative number of trials side by side, got {num_workers} and "
+            f"{side_by_side}."
+        )
     goals = parse_goals(metric)
     config = with_goals(config, goals)
     settings = SearchSettings(
@@ -119,7 +116,7 @@ def make_search(
         memory_limit=memory_limit,
         seed=config.seed,
     )
-    search = Search(config, space.including(config), settings)
+    search = Search(config, _space_of(space, config, flags or {}).including(config), settings)
     if (search.workdir / "config.json").exists():
         raise ConfigError(f"{search.workdir} holds a training run. Choose another --workdir for the search.")
     search.space.check(config)
@@ -129,6 +126,17 @@ def make_search(
             "--side_by_side out."
         )
     return search
+
+
+def _space_of(space: Space | Mapping[str, Any] | str | Path | None, config: Config, flags: Mapping[str, str]) -> Space:
+    """Returns the space that a file or a mapping describes, or the default one of the config's method."""
+    if isinstance(space, Space):
+        return space
+    if space is None:
+        return default_space(config)
+    if isinstance(space, (str, Path)):
+        return read_space(Path(space).expanduser(), flags)
+    return parse_space(space, flags)
 
 
 def start_search(

@@ -83,11 +83,10 @@ def spent_seconds(study: Any) -> float:
 
 def is_spent(search: Search, study: Any) -> bool:
     """Returns whether the budget allows no further trial."""
-    budget, settings = search.settings.budget, search.settings
+    budget = search.settings.budget
     if budget.num_trials and not waiting_trials(study) and next_slot(study) >= budget.num_trials:
         return True
-    num_at_once = settings.num_workers * settings.num_side_by_side
-    return bool(budget.seconds and spent_seconds(study) >= budget.seconds * num_at_once)
+    return bool(budget.seconds and spent_seconds(study) >= budget.seconds * search.settings.num_at_once)
 
 
 def _next_trials(search: Search, study: Any, worker: str) -> list[Any]:
@@ -106,11 +105,18 @@ def best_trials(study: Any) -> list[Any]:
     Raises:
         TrainingError: No trial was finished; says why.
     """
+    if best := best_so_far(study):
+        return best
+    problems = [trial.user_attrs[PROBLEM] for trial in attempts_by_slot(study).values() if PROBLEM in trial.user_attrs]
+    raise TrainingError(f"No trial was finished. {problems[0] if problems else 'Give the search a larger budget.'}")
+
+
+def best_so_far(study: Any) -> list[Any]:
+    """Returns what `best_trials` does; nothing while no trial is finished."""
     states = optuna_module().trial.TrialState
     finished = [trial for trial in attempts_by_slot(study).values() if trial.state == states.COMPLETE]
     if not finished:
-        problems = [t.user_attrs[PROBLEM] for t in attempts_by_slot(study).values() if PROBLEM in t.user_attrs]
-        raise TrainingError(f"No trial was finished. {problems[0] if problems else 'Give the search a larger budget.'}")
+        return []
     if len(study.directions) > 1:
         return sorted(study.best_trials, key=lambda trial: trial.values[0])
     sign = 1 if study.direction.name == "MINIMIZE" else -1

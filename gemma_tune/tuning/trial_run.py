@@ -15,8 +15,8 @@ from gemma_tune.tuning.search import Search
 from gemma_tune.tuning.storage import optuna_module
 from gemma_tune.tuning.trials import SLOT, previous_values
 
-PROBLEM, ENDED_AS, CONFIG, METRICS, STEPS, BEST_STEP, SECONDS = (
-    "problem", "ended as", "config", "metrics", "num_steps", "best_step", "seconds",
+PROBLEM, ENDED_AS, METRICS, STEPS, BEST_STEP, SECONDS = (
+    "problem", "ended as", "metrics", "num_steps", "best_step", "seconds",
 )  # fmt: skip
 TOO_LARGE, FAILED = "too large", "failed"
 _STATE = "state.npz"
@@ -66,7 +66,6 @@ class TrialRun:
     def begin(self) -> bool:
         """Starts the trial, and returns whether it can be trained: not if it takes too much memory."""
         self._tell("running")
-        self._trial.set_user_attr(CONFIG, self.config.to_dict())
         self._memory = self._search.planned_bytes(self.config) if self._search.planned_bytes else 0.0
         if self._is_too_large():
             self._study.tell(self._trial, state=optuna_module().trial.TrialState.PRUNED)

@@ -90,9 +90,7 @@ def _device_variables(number: int, num_workers: int) -> dict[str, str]:
     gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if len(gpus) >= num_workers:
         return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[number::num_workers])}
-    return {
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / num_workers:.3f}")
-    }
+    return {_MEMORY_SHARE: os.environ.get(_MEMORY_SHARE, f"{_GPU_SHARE / num_workers:.3f}")}
 
 
 def _log_file(search: Search, number: int) -> Path:

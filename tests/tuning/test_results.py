@@ -12,7 +12,7 @@ from gemma_tune.config import Config
 from gemma_tune.data.splits import load_splits
 from gemma_tune.errors import ConfigError
 from gemma_tune.runtime import progress
-from gemma_tune.tuning.forecast import _share_above
+from gemma_tune.tuning.forecast import share_above
 from gemma_tune.tuning.results.live_table import LiveTable
 from gemma_tune.tuning.results.result_files import write_results
 from gemma_tune.tuning.results.retrain import on_all_data
@@ -85,8 +85,8 @@ def test_a_table_without_a_terminal_says_that_the_search_goes_on(tmp_path, monke
 
 def test_the_share_of_steps_that_pruning_leaves():
     """Rungs at 1/9, 1/3 and the end: all go to the first, a third to the second, a ninth to the end."""
-    assert _share_above(50, 450, 3) == pytest.approx(1 / 9 + 1 / 3 * 2 / 9 + 1 / 9 * 6 / 9)
-    assert _share_above(450, 450, 3) == 1
+    assert share_above(50, 450, 3) == pytest.approx(1 / 9 + 1 / 3 * 2 / 9 + 1 / 9 * 6 / 9)
+    assert share_above(450, 450, 3) == 1
 
 
 def test_all_data_is_trained_on_as_often(tmp_path):

@@ -13,10 +13,10 @@ from rich.text import Text
 from gemma_tune.runtime import progress
 from gemma_tune.tuning.results.result_files import state_of
 from gemma_tune.tuning.search import Search
-from gemma_tune.tuning.spaces.space import base_values
-from gemma_tune.tuning.study import spent_seconds
+from gemma_tune.tuning.spaces.space import base_values, short
+from gemma_tune.tuning.study import best_so_far, spent_seconds
 from gemma_tune.tuning.trial_run import FAILED, STEPS, TOO_LARGE, TrialEvent
-from gemma_tune.tuning.trials import attempts_by_slot
+from gemma_tune.tuning.trials import SLOT, attempts_by_slot
 
 _MOST_ROWS = 15
 _STYLES = {
@@ -41,7 +41,8 @@ class LiveTable:
     def __init__(self, search: Search, study: Any):
         self._search, self._study = search, study
         self._base = base_values(search.base)
-        self._start, self._num_over_before = time.monotonic(), 0
+        self._is_live = progress.console.is_terminal or progress.console.is_jupyter
+        self._start, self._num_over, self._num_over_before, self._caption = time.monotonic(), 0, 0, ""
         self._shown: set[int] = set()
         self._table: Table | None = None
         self._live: Live | None = None
@@ -49,7 +50,7 @@ class LiveTable:
     def __enter__(self) -> "LiveTable":
         self._shown = {slot for slot, trial in attempts_by_slot(self._study).items() if state_of(trial) in _OVER}
         self._num_over_before = len(self._shown)
-        if progress.console.is_terminal or progress.console.is_jupyter:
+        if self._is_live:
             self.update()
             self._live = Live(get_renderable=self._render, console=progress.console, refresh_per_second=2)
             self._live.start()
@@ -70,9 +71,11 @@ class LiveTable:
     def update(self) -> None:
         """Reads the study."""
         trials = attempts_by_slot(self._study)
-        if self._live is None and not progress.console.is_terminal:
+        self._num_over = sum(state_of(trial) in _OVER for trial in trials.values())
+        if self._is_live:
+            self._table, self._caption = self._make_table(trials), f"Best so far: {self._best()}."
+        else:
             self._print_ended(trials)
-        self._table = self._make_table(trials)
 
     def _print_ended(self, trials: Mapping[int, Any]) -> None:
         for slot, trial in trials.items():
@@ -81,7 +84,7 @@ class LiveTable:
                 step, value = last_value(trial)
                 progress.console.print(
                     f"trial {slot}: {state}, {self._goal} {_number(value)} at step {step}, {self._settings(trial)}. "
-                    f"Best so far: {self._best(trials)}. {self._times(trials)}",
+                    f"Best so far: {self._best()}. {self._times()}",
                     markup=False,
                     soft_wrap=True,
                 )
@@ -92,7 +95,7 @@ class LiveTable:
             table.add_column(heading, justify="right" if heading != "state" else "left", no_wrap=True, min_width=5)
         table.add_column("settings", ratio=1)
         rows = list(trials.items())
-        best = self._best_slot(trials)
+        best = self._best_slot()
         kept = [(slot, trial) for slot, trial in rows[:-_MOST_ROWS] if slot == best] + rows[-_MOST_ROWS:]
         for slot, trial in kept:
             state = state_of(trial)
@@ -103,13 +106,11 @@ class LiveTable:
             )  # fmt: skip
         if len(rows) > len(kept):
             table.title = f"The last {_MOST_ROWS} of {len(rows)} trials"
-        self._caption = f"Best so far: {self._best(trials)}."
-        self._num_over = sum(state_of(trial) in _OVER for trial in trials.values())
         return table
 
     def _render(self) -> Group:
         assert self._table is not None
-        return Group(self._table, Text(f"{self._caption} {self._times({})}"))
+        return Group(self._table, Text(f"{self._caption} {self._times()}"))
 
     @property
     def _goal(self) -> str:
@@ -121,31 +122,29 @@ class LiveTable:
         text = ", ".join(f"{path.partition('.')[2] or path}={short(value)}" for path, value in changed.items())
         return text or "as given"
 
-    def _best_slot(self, trials: Mapping[int, Any]) -> int | None:
-        done = [(trial.values[0], slot) for slot, trial in trials.items() if trial.state.name == "COMPLETE"]
-        if not done or len(self._search.settings.goals) > 1:
-            return None
-        is_minimized = self._search.settings.goals[0].direction == "minimize"
-        return min(done)[1] if is_minimized else max(done, key=lambda each: (each[0], -each[1]))[1]
+    def _best_slot(self) -> int | None:
+        best = best_so_far(self._study)
+        return best[0].user_attrs[SLOT] if len(best) == 1 and not self._is_front else None
 
-    def _best(self, trials: Mapping[int, Any]) -> str:
-        if len(self._search.settings.goals) > 1:
-            num = sum(trial.state.name == "COMPLETE" for trial in trials.values())
-            return f"{len(self._study.best_trials) if num else 0} trials on the Pareto front"
-        slot = self._best_slot(trials)
-        return "none" if slot is None else f"trial {slot}, {self._goal} {_number(trials[slot].values[0])}"
+    def _best(self) -> str:
+        best = best_so_far(self._study)
+        if self._is_front:
+            return f"{len(best)} trials on the Pareto front"
+        return f"trial {best[0].user_attrs[SLOT]}, {self._goal} {_number(best[0].values[0])}" if best else "none"
 
-    def _times(self, trials: Mapping[int, Any]) -> str:
+    @property
+    def _is_front(self) -> bool:
+        return len(self._search.settings.goals) > 1
+
+    def _times(self) -> str:
         elapsed = time.monotonic() - self._start
-        if trials:
-            self._num_over = sum(state_of(trial) in _OVER for trial in trials.values())
         left = self._seconds_left(elapsed)
         return f"{_clock(elapsed)} elapsed" + (f", about {_clock(left)} left." if left is not None else ".")
 
     def _seconds_left(self, elapsed: float) -> float | None:
-        budget, settings = self._search.settings.budget, self._search.settings
+        budget = self._search.settings.budget
         if budget.seconds:
-            return max(0.0, budget.seconds - spent_seconds(self._study) / settings.num_workers)
+            return max(0.0, budget.seconds - spent_seconds(self._study) / self._search.settings.num_at_once)
         num_ended = self._num_over - self._num_over_before
         return elapsed / num_ended * max(0, budget.num_trials - self._num_over) if num_ended else None
 
@@ -158,11 +157,6 @@ def last_value(trial: Any) -> tuple[int, float | None]:
         return 0, None
     step = max(trial.intermediate_values)
     return step, trial.intermediate_values[step]
-
-
-def short(value: Any) -> str:
-    """Returns a setting's value in a few characters."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: float | None) -> str:

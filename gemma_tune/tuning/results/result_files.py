@@ -10,7 +10,8 @@ from typing import Any
 from gemma_tune.config import Config
 from gemma_tune.runtime.atomic_files import write_text
 from gemma_tune.settings import flatten
-from gemma_tune.tuning.results.search_report import importances, search_report
+from gemma_tune.tuning.results.search_report import search_report
+from gemma_tune.tuning.results.setting_worth import comparable_values, importances
 from gemma_tune.tuning.search import Search
 from gemma_tune.tuning.study import best_trials
 from gemma_tune.tuning.trial_run import BEST_STEP, ENDED_AS, METRICS, PROBLEM, STEPS
@@ -31,7 +32,9 @@ def write_results(search: Search, study: Any) -> dict[str, Any]:
     for index, trial in enumerate(best):
         name = BEST if not index else f"best_{index + 1}.py"
         write_text(search.workdir / name, config_file(best_config(search, trial), _origin(search, trial)))
-    write_text(search.workdir / REPORT, search_report(search, study))
+    compared = comparable_values(search, study)
+    shares = importances(search, compared)
+    write_text(search.workdir / REPORT, search_report(search, study, compared, shares))
     goals = [goal.name for goal in search.settings.goals]
     return {
         "workdir": str(search.workdir),
@@ -45,7 +48,7 @@ def write_results(search: Search, study: Any) -> dict[str, Any]:
             }
             for trial in best
         ],
-        "importances": importances(search, study),
+        "importances": shares,
         "trials": rows,
     }
 
@@ -71,7 +74,7 @@ def trial_rows(search: Search, study: Any) -> list[dict[str, Any]]:
             {
                 "trial": slot,
                 "state": state_of(trial),
-                **{goal.name: value for goal, value in zip(search.settings.goals, _values(trial), strict=False)},
+                **{goal.name: value for goal, value in zip(search.settings.goals, trial.values or [], strict=False)},
                 "num_steps": trial.user_attrs.get(STEPS, 0),
                 "best_step": trial.user_attrs.get(BEST_STEP),
                 "seconds": round(trial.duration.total_seconds(), 3) if trial.duration else None,
@@ -86,11 +89,6 @@ def trial_rows(search: Search, study: Any) -> list[dict[str, Any]]:
 def state_of(trial: Any) -> str:
     """Returns the state of a trial in a word or two."""
     return str(trial.user_attrs.get(ENDED_AS) or {"COMPLETE": "done"}.get(trial.state.name, trial.state.name.lower()))
-
-
-def _values(trial: Any) -> list[float]:
-    """Returns the values of a trial; of a pruned one, that of its last evaluation."""
-    return list(trial.values or [])
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

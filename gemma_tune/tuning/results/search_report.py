@@ -1,46 +1,31 @@
 """Makes the report of a search: one HTML file that loads nothing from elsewhere."""
 
 import html
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from gemma_tune.evaluation.html_report import as_svg, figure_with_interval, html_document, html_table
-from gemma_tune.evaluation.resampling import CONFIDENCE, mean_interval
+from gemma_tune.evaluation.resampling import CONFIDENCE
+from gemma_tune.tuning.results.setting_worth import FEWEST_TRIALS, ComparedTrials, setting_worth
 from gemma_tune.tuning.search import Search
-from gemma_tune.tuning.spaces.space import SearchedSetting
-from gemma_tune.tuning.storage import optuna_module
+from gemma_tune.tuning.spaces.space import SearchedSetting, short
 from gemma_tune.tuning.study import best_trials
 from gemma_tune.tuning.trial_run import PROBLEM
 from gemma_tune.tuning.trials import SLOT, attempts_by_slot
 
 _MOST_NAMED = 8  # Trials in a legend.
-_FEWEST = 4  # Trials without which nothing can be said about settings.
 
 
-class GroupWorth(NamedTuple):
-    """The metric of the trials whose setting is in one group of values.
-
-    Attributes:
-        path: Path of the setting.
-        group: The value, or the range of values.
-        num_trials: Number of trials in the group.
-        mean: Mean of the metric.
-        low, high: Ends of its confidence interval; NaN for a single trial.
-    """
-
-    path: str
-    group: str
-    num_trials: int
-    mean: float
-    low: float
-    high: float
-
-
-def search_report(search: Search, study: Any) -> str:
+def search_report(search: Search, study: Any, compared: ComparedTrials, shares: Mapping[str, float]) -> str:
     """Returns the report of a search as HTML.
+
+    Args:
+        search: What was searched.
+        study: Its Optuna study.
+        compared: From `comparable_values`.
+        shares: From `importances`.
 
     Raises:
         TrainingError: No trial was finished.
@@ -48,7 +33,6 @@ def search_report(search: Search, study: Any) -> str:
     goals = search.settings.goals
     best = best_trials(study)
     finished = [trial for trial in attempts_by_slot(study).values() if trial.state.name == "COMPLETE"]
-    compared = comparable_values(search, study)
     parts = [
         f"<h1>Search: {html.escape(', '.join(goal.name for goal in goals))}</h1>",
         _best_table(search, study, best),
@@ -58,47 +42,15 @@ def search_report(search: Search, study: Any) -> str:
         parts.append("<h2>Curves</h2>" + _curves(search, study))
     if len(goals) > 1:
         parts.append("<h2>Pareto front</h2>" + _front(search, finished, best))
-    if len(compared.values) >= _FEWEST:
-        parts.append(_settings_part(search, compared))
+    if len(compared.values) >= FEWEST_TRIALS:
+        parts.append(_settings_part(search, compared, shares))
     else:
-        parts.append(f"<p>With fewer than {_FEWEST} trials, nothing is said about single settings.</p>")
+        parts.append(f"<p>With fewer than {FEWEST_TRIALS} trials, nothing is said about single settings.</p>")
     parts.append(_trial_table(search, study))
     return html_document("Search of hyperparameters", parts)
 
 
-class ComparedTrials(NamedTuple):
-    """Trials, and a metric of each that was measured after equally many steps.
-
-    Attributes:
-        name: Name of the metric, and when it was measured.
-        trials: Optuna trials.
-        values: Their metric.
-    """
-
-    name: str
-    trials: list[Any]
-    values: list[float]
-
-
-def comparable_values(search: Search, study: Any) -> ComparedTrials:
-    """Returns what tells settings apart: the first metric at the last step that all trials have reached.
-
-    Without pruning this is the end. With it, only good trials are finished, and a comparison of those alone would be
-    one of the best with the best.
-    """
-    goal = search.settings.goals[0]
-    ended = [trial for trial in attempts_by_slot(study).values() if trial.state.name in ("COMPLETE", "PRUNED")]
-    pruned = [trial for trial in ended if trial.state.name == "PRUNED" and trial.intermediate_values]
-    if not pruned:
-        finished = [trial for trial in ended if trial.state.name == "COMPLETE"]
-        return ComparedTrials(goal.name, finished, [trial.values[0] for trial in finished])
-    step = min(max(trial.intermediate_values) for trial in pruned)
-    reached = [trial for trial in ended if step in trial.intermediate_values]
-    values = [trial.intermediate_values[step] for trial in reached]
-    return ComparedTrials(f"{goal.name} after {step} steps", reached, values)
-
-
-def _settings_part(search: Search, compared: ComparedTrials) -> str:
+def _settings_part(search: Search, compared: ComparedTrials, shares: Mapping[str, float]) -> str:
     name = html.escape(compared.name)
     rows = [
         [html.escape(each.path), html.escape(each.group), str(each.num_trials),
@@ -107,37 +59,12 @@ def _settings_part(search: Search, compared: ComparedTrials) -> str:
     ]  # fmt: skip
     return (
         f"<h2>Importances</h2><p>Share of the differences in {name} that a setting explains (PED-ANOVA, "
-        f"arXiv:2304.10255).</p>{_importances(search, compared)}"
+        f"arXiv:2304.10255).</p>{_importances(shares)}"
         f"<h2>What each setting is worth</h2><p>Mean {name}, and its {CONFIDENCE:.0%} bootstrap interval. Other "
         "settings differ between these trials too.</p>"
         + html_table(rows, ("setting", "value", "trials", name), css_class="figures")
         + f"<h2>Slices</h2>{_slices(search, compared)}<h2>Parallel coordinates</h2>{_parallel(search, compared)}"
     )
-
-
-def setting_worth(search: Search, compared: ComparedTrials) -> list[GroupWorth]:
-    """Returns the metric by value of each setting. Ranges are cut into three parts with equally many trials."""
-    found, value_of = [], dict(zip(map(id, compared.trials), compared.values, strict=True))
-    for setting in search.space.settings:
-        having = [trial for trial in compared.trials if setting.path in trial.params]
-        for label, group in _groups(setting, having):
-            values = np.array([value_of[id(trial)] for trial in group])
-            low, high = mean_interval(values.tolist())
-            found.append(GroupWorth(setting.path, label, len(values), float(values.mean()), low, high))
-    return found
-
-
-def _groups(setting: SearchedSetting, trials: Sequence[Any]) -> list[tuple[str, list[Any]]]:
-    def value(trial: Any) -> Any:
-        return trial.params[setting.path]
-
-    if setting.choices:
-        groups = [(str(choice), [t for t in trials if value(t) == choice]) for choice in setting.choices]
-        return [(label, group) for label, group in groups if group]
-    ordered = sorted(trials, key=value)
-    cuts = [len(ordered) * part // 3 for part in range(4)]
-    parts = [ordered[start:end] for start, end in itertools.pairwise(cuts) if end > start]
-    return [(f"{value(part[0]):.3g} to {value(part[-1]):.3g}", part) for part in parts]
 
 
 def _best_table(search: Search, study: Any, best: Sequence[Any]) -> str:
@@ -150,7 +77,7 @@ def _best_table(search: Search, study: Any, best: Sequence[Any]) -> str:
     ]
     for setting in search.space.settings:
         values = [trial.params.get(setting.path) for trial in shown]
-        rows.append([html.escape(setting.path), *("–" if v is None else html.escape(_short(v)) for v in values)])
+        rows.append([html.escape(setting.path), *("–" if v is None else html.escape(short(v)) for v in values)])
     title = "Pareto front" if len(search.settings.goals) > 1 else "Best settings"
     return f"<h2>{title}</h2>" + html_table(rows, headers, css_class="figures")
 
@@ -167,11 +94,7 @@ def _trial_table(search: Search, study: Any) -> str:
 
 
 def _params(trial: Any) -> str:
-    return ", ".join(f"{path}={_short(value)}" for path, value in trial.params.items())
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return ", ".join(f"{path}={short(value)}" for path, value in trial.params.items())
 
 
 def _draw(width: float, height: float, draw: Callable[[Any], None]) -> str:
@@ -236,44 +159,17 @@ def _front(search: Search, trials: Sequence[Any], best: Sequence[Any]) -> str:
     return _draw(6, 4, draw)
 
 
-def importances(search: Search, study: Any) -> dict[str, float]:
-    """Returns the share of the differences between trials that each setting explains, the largest first.
-
-    Nothing can be said about fewer than four trials, or about trials that are all as good. Source: PED-ANOVA
-    (arXiv:2304.10255).
-    """
-    return _importances_of(search, comparable_values(search, study))
-
-
-def _importances_of(search: Search, compared: ComparedTrials) -> dict[str, float]:
-    optuna = optuna_module()
-    if len(compared.values) < _FEWEST:
-        return {}
-    sign = 1 if search.settings.goals[0].direction == "minimize" else -1
-    copy = optuna.create_study()
-    for trial, value in zip(compared.trials, compared.values, strict=True):
-        copy.add_trial(
-            optuna.trial.create_trial(params=trial.params, distributions=trial.distributions, value=sign * value)
-        )
-    try:
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        return dict(optuna.importance.get_param_importances(copy, evaluator=evaluator))
-    except (RuntimeError, ValueError):  # All trials have the same value.
-        return {}
-
-
-def _importances(search: Search, compared: ComparedTrials) -> str:
-    found = _importances_of(search, compared)
-    if not found:
+def _importances(shares: Mapping[str, float]) -> str:
+    if not shares:
         return "<p>They can't be computed from these trials.</p>"
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        names = list(found)[::-1]
-        axes.barh(names, [found[name] for name in names])
+        names = list(shares)[::-1]
+        axes.barh(names, [shares[name] for name in names])
         axes.set(xlabel="importance")
 
-    return _draw(8, 0.8 + 0.35 * len(found), draw)
+    return _draw(8, 0.8 + 0.35 * len(shares), draw)
 
 
 def _slices(search: Search, compared: ComparedTrials) -> str:
@@ -284,11 +180,7 @@ def _slices(search: Search, compared: ComparedTrials) -> str:
     def draw(figure: Any) -> None:
         panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
         for axes, setting in zip(panels, settings, strict=False):
-            pairs = [
-                (trial.params[setting.path], value)
-                for trial, value in zip(compared.trials, compared.values, strict=True)
-                if setting.path in trial.params
-            ]
+            pairs = compared.by_value(setting.path)
             axes.scatter([str(v) if setting.choices else v for v, _ in pairs], [value for _, value in pairs], s=12)
             axes.set_title(setting.path, fontsize=8)
             if setting.log:

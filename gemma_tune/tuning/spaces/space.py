@@ -141,6 +141,11 @@ def as_one_text(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
+def short(value: Any) -> str:
+    """Returns a setting's value in a few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _described(setting: SearchedSetting) -> dict[str, Any]:
     when = {path: list(values) for path, values in setting.when}
     if setting.choices:
