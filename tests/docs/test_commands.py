@@ -205,7 +205,7 @@ def pages_to_run():
             yield pytest.param(page, id=name_of(page), marks=mark)
 
 
-@pytest.mark.parametrize("page", pages_to_run())
+@pytest.mark.parametrize("page", list(pages_to_run()))
 def test_every_command_and_program_runs(page, runner, finished_run):
     if page != README:  # Other pages go on from a finished run; README makes its own.
         for name in ("mine", "other"):
