@@ -26,6 +26,7 @@ LAYERS = {
         ("runtime",),
         ("config_checks", "config_groups"),
         ("config", "serve_config"),
+        ("workdir_config",),
         ("data", "models"),
         ("training", "serving"),
         ("evaluation", "export", "planning"),

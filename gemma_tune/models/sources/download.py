@@ -1,10 +1,18 @@
 """Gets a model's files from where they are: a path, the demo model's packages, or the Hugging Face Hub."""
 
+import os
+import socket
 from pathlib import Path
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.sources.source import Source
 from gemma_tune.runtime.backend import cache_dir
+
+# Of requests, urllib3, httpx and huggingface_hub, none of which is needed to know them.
+_NETWORK_ERRORS = {
+    "ConnectionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError", "MaxRetryError", "NetworkError",
+    "TimeoutException", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
+}  # fmt: skip
 
 
 def gguf_path(source: Source) -> Path:
@@ -81,9 +89,39 @@ def download_hf(handle: str, weights: bool = True) -> Path:
             f"{handle} doesn't exist, or needs a login: check the name, then run `hf auth login` or set HF_TOKEN."
         ) from error
     except Exception as error:  # No network, a full disk, a server error: many exception types, one message.
+        if is_network_error(error):
+            raise ModelError(no_network(handle, "huggingface.co", error)) from error
         raise ModelError(
             f"{handle} can't be downloaded: {first_line(error)} Check the network, or give a directory."
         ) from error
+
+
+def is_network_error(error: BaseException | None) -> bool:
+    """Returns whether an error, or one that led to it, says that a server can't be reached."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        names = {cls.__name__ for cls in type(error).__mro__}
+        if isinstance(error, (ConnectionError, socket.gaierror)) or names & _NETWORK_ERRORS:
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def no_network(name: str, host: str, error: Exception) -> str:
+    """Returns the message for a model that can't be downloaded because its server can't be reached.
+
+    Args:
+        name: Name of the model.
+        host: Server.
+        error: What the library raised.
+    """
+    names = ("HTTPS_PROXY", "https_proxy", "HF_HUB_OFFLINE")
+    is_set = "".join(f" {variable} is set." for variable in names if os.environ.get(variable))
+    return (
+        f"{name} isn't on this machine yet, and {host} can't be reached ({type(error).__name__}).{is_set} Check the "
+        "network. A model's directory or .gguf file, --model=demo (a package) and --model=tiny need none."
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from gemma_tune.models.family import FAMILIES, family_of
 from gemma_tune.models.preset import check_undamaged, read_schemes
 from gemma_tune.models.quantized.convert import apply_schemes, quantize_layers
 from gemma_tune.models.sharding.placement import MeshSharding
-from gemma_tune.models.sources.download import first_line
+from gemma_tune.models.sources.download import first_line, is_network_error, no_network
 from gemma_tune.models.sources.lazy_initialization import lazy_initialization
 from gemma_tune.models.sources.source import Source
 from gemma_tune.models.sources.tokenizer import TextTokenizer
@@ -106,6 +106,8 @@ def _error_message(source: Source, error: Exception) -> str:
     reason = first_line(error)
     if source.kind == "keras":
         return f"{source.value} can't be read as a Keras preset: {reason}"
+    if is_network_error(error):
+        return no_network(source.value, "kaggle.com", error)
     needs_consent = any(word in str(error) for word in ("403", "401", "gated", "not accessible", "onsent", "redential"))
     advice = (
         "Accept the model's terms on its page at kaggle.com/models, create an API token (kaggle.com/settings) and set "
