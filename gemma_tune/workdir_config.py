@@ -25,9 +25,25 @@ _SUFFIX = re.compile(r".*\.[a-z][a-z0-9]{1,9}", re.IGNORECASE | re.DOTALL)  # No
 _WITH_WEIGHT = re.compile(r"(.*?)(:\d[\d.]*)?", re.DOTALL)  # A file of a mixture, and its weight.
 
 
-def settings_to_save(config: Config) -> dict[str, Any]:
-    """Returns the contents of a run's `config.json`: its settings, and the folder from which relative paths start."""
-    return {**config.to_dict(), RELATIVE_TO: os.getcwd()}
+def settings_to_save(config: Config, before: Mapping[str, Any] | None = None, workdir: Path = Path()) -> dict[str, Any]:
+    """Returns the contents of a run's `config.json`: its settings, and the folder from which relative paths start.
+
+    Args:
+        config: Settings of the run.
+        before: What was saved before, of a run that is resumed. Its paths stay if they name the same files, so that
+            they don't depend on the folder in which the run was last resumed.
+        workdir: Place of the run now.
+    """
+    saved = {**config.to_dict(), RELATIVE_TO: os.getcwd()}
+    if before is None or RELATIVE_TO not in before:
+        return saved
+    found = with_found_paths(before, workdir)
+    if all(same_files(path_setting(found, name), path_setting(config, name)) for name in PATH_SETTINGS):
+        for name in PATH_SETTINGS:
+            group, _, field = name.partition(".")
+            saved[group][field] = before.get(group, {}).get(field, saved[group][field])
+        saved |= {"workdir": before.get("workdir", saved["workdir"]), RELATIVE_TO: before[RELATIVE_TO]}
+    return saved
 
 
 def read_workdir_config(workdir: str | os.PathLike) -> Config:

@@ -75,11 +75,13 @@ def further_training(config: Config, workdir: Path) -> str:
     if not (workdir / RESULT_FILE).exists():
         return ""
     if config.training.method == "full":
-        return f" To train this finished run further, start another one from it: {_flag('model', workdir)}."
-    return (
-        f" To train this finished run further, start another one from what it has learnt: add "
-        f"{_flag('adapter', workdir / 'adapter')}, and leave out the flags of LoRA, which the adapter says."
-    )
+        from_it = f"{_flag('model', workdir)} and another --workdir"
+    else:
+        from_it = (
+            f"{_flag('adapter', workdir / 'adapter')} and another --workdir. Leave out flags that begin with --lora, since "
+            "the adapter has its own"
+        )
+    return f" To train this finished run further, start another one from what it has learnt: add {from_it}."
 
 
 def _flag(name: str, path: Path) -> str:

@@ -109,7 +109,6 @@ def _open_primary(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
     left there.
     """
     workdir = check_workdir(config)
-    about = _about(config, data_key)
     with disk_errors_as(TrainingError, f"The workdir {workdir}", _ADVICE):
         workdir.mkdir(parents=True, exist_ok=True)
         with lock_workdir(workdir):
@@ -121,13 +120,16 @@ def _open_primary(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
                     shutil.rmtree(workdir / folder, ignore_errors=True)
             else:  # Another process may have begun a run since.
                 check_same_settings(config, before, workdir, data_key)
+            about = _about(config, data_key, (before or {}).get("config"), workdir)
             write_json(workdir / CONFIG_JSON, about["config"])
             write_json(workdir / VERSIONS_FILE, about["versions"])
             yield OpenWorkdir(workdir, about, _changed(before, about["versions"]), workdir / CHECKPOINTS)
 
 
-def _about(config: Config, data_key: str) -> dict[str, Any]:
-    return {"config": settings_to_save(config), "versions": {**versions(), "data": data_key}}
+def _about(
+    config: Config, data_key: str, saved: dict[str, Any] | None = None, workdir: Path = Path()
+) -> dict[str, Any]:
+    return {"config": settings_to_save(config, saved, workdir), "versions": {**versions(), "data": data_key}}
 
 
 def _changed(before: dict[str, Any] | None, now: dict[str, str]) -> list[str]:
