@@ -8,6 +8,7 @@ and its base model.
 import glob
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,21 +113,17 @@ def files_exist(value: str) -> bool:
     )
 
 
-def missing_base(workdir: Path, problem: Exception) -> ModelError:
-    """Returns the error of a run whose base model isn't found: where it was, and how to say where it is now.
-
-    Args:
-        workdir: Workdir of the run.
-        problem: Error with which the base model wasn't found.
-    """
+def missing_base(workdir: Path) -> ModelError:
+    """Returns the error of a run whose base model isn't found: where it was, and how to say where it is now."""
     saved = read_json(workdir / CONFIG_JSON)
     source, started_in = str(saved["model"]["source"]), saved.get(RELATIVE_TO)
-    was = f"{started_in}/{source}" if started_in and not os.path.isabs(os.path.expanduser(source)) else source
+    is_full = not started_in or os.path.isabs(os.path.expanduser(source))
+    was = source if is_full else os.path.normpath(os.path.join(started_in, source))
     near, beside = _places(saved, workdir)
     looked = ", ".join(str(folder) for folder in dict.fromkeys([*near, *beside]))
     return ModelError(
-        f"{workdir} was trained on {was}, which isn't there any more. {problem} Its folder was looked for in {looked}. "
-        f"If it has moved, name both parts: --model=FOLDER --adapter={workdir / 'adapter'}."
+        f"The base model of {workdir} was {was}. It isn't there any more{'' if is_full else f', nor in {looked}'}. If it "
+        f"has moved, name it and the adapter: --model=FOLDER --adapter={shlex.quote(str(workdir / 'adapter'))}."
     )
 
 

@@ -108,7 +108,7 @@ def config_with_base(workdir: Path) -> Config:
     try:
         parse_source(config.model.source)
     except ModelError as error:
-        raise missing_base(workdir, error) from error
+        raise missing_base(workdir) from error
     return config
 
 

@@ -58,7 +58,10 @@ def check_same_settings(config: Config, about: dict[str, Any], workdir: Path, da
     if data_key in ("", about.get("versions", {}).get("data")):  # The same content, if they have been read.
         changed = [key for key in changed if key not in _DATA or not now[key] or files_exist(was[key])]
     if changed:
-        text = "; ".join(f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        text = "; ".join(
+            f"{key} was {was.get(key)!r}, is {now.get(key)!r}{' with other content' if key in _DATA and data_key else ''}"
+            for key in changed
+        )
         raise TrainingError(
             f"{workdir} holds a run with other settings: {text}. Use the same settings to resume it, or choose another "
             f"--workdir.{further_training(before, workdir)}"
@@ -78,8 +81,8 @@ def further_training(config: Config, workdir: Path) -> str:
         from_it = f"{_flag('model', workdir)} and another --workdir"
     else:
         from_it = (
-            f"{_flag('adapter', workdir / 'adapter')} and another --workdir. Leave out flags that begin with --lora, since "
-            "the adapter has its own"
+            f"{_flag('adapter', workdir / 'adapter')} and another --workdir. Leave out flags that begin with --lora, "
+            "since the adapter has its own"
         )
     return f" To train this finished run further, start another one from what it has learnt: add {from_it}."
 
