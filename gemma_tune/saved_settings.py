@@ -16,13 +16,12 @@ _RENAMED_VALUES = {
 
 
 def with_current_values(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of saved settings, and of them alone, with renamed values replaced by today's.
+    """Returns a copy of saved settings with renamed values replaced by today's.
 
     Args:
         tree: Nested dicts as `Config.to_dict` returned them, in this version or an earlier one.
     """
     current = {name: dict(group) if isinstance(group, Mapping) else group for name, group in tree.items()}
-    current.pop(RELATIVE_TO, None)
     for (group, name), renamed in _RENAMED_VALUES.items():
         settings = current.get(group)
         if isinstance(settings, dict) and isinstance(settings.get(name), str):

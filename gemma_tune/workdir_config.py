@@ -116,14 +116,15 @@ def files_exist(value: str) -> bool:
 def missing_base(workdir: Path) -> ModelError:
     """Returns the error of a run whose base model isn't found: where it was, and how to say where it is now."""
     saved = read_json(workdir / CONFIG_JSON)
-    source, started_in = str(saved["model"]["source"]), saved.get(RELATIVE_TO)
-    is_full = not started_in or os.path.isabs(os.path.expanduser(source))
-    was = source if is_full else os.path.normpath(os.path.join(started_in, source))
-    near, beside = _places(saved, workdir)
-    looked = ", ".join(str(folder) for folder in dict.fromkeys([*near, *beside]))
+    was, started_in = str(saved["model"]["source"]), str(saved.get(RELATIVE_TO) or "")
+    looked = ""
+    if started_in and not os.path.isabs(os.path.expanduser(was)):
+        was = os.path.normpath(os.path.join(started_in, was))
+        near, beside = _places(saved, workdir)
+        looked = f", nor in {', '.join(str(folder) for folder in dict.fromkeys([*near, *beside]))}"
     return ModelError(
-        f"The base model of {workdir} was {was}. It isn't there any more{'' if is_full else f', nor in {looked}'}. If it "
-        f"has moved, name it and the adapter: --model=FOLDER --adapter={shlex.quote(str(workdir / 'adapter'))}."
+        f"The base model of {workdir} was {was}. It isn't there any more{looked}. If it has moved, name it and the "
+        f"adapter: --model=FOLDER --adapter={shlex.quote(str(workdir / 'adapter'))}."
     )
 
 

@@ -58,10 +58,9 @@ def check_same_settings(config: Config, about: dict[str, Any], workdir: Path, da
     if data_key in ("", about.get("versions", {}).get("data")):  # The same content, if they have been read.
         changed = [key for key in changed if key not in _DATA or not now[key] or files_exist(was[key])]
     if changed:
-        text = "; ".join(
-            f"{key} was {was.get(key)!r}, is {now.get(key)!r}{' with other content' if key in _DATA and data_key else ''}"
-            for key in changed
-        )
+        text = "; ".join(f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        if data_key and set(changed) <= set(_DATA):
+            text += ", which holds other rows"
         raise TrainingError(
             f"{workdir} holds a run with other settings: {text}. Use the same settings to resume it, or choose another "
             f"--workdir.{further_training(before, workdir)}"
