@@ -194,6 +194,7 @@ def test_pure_modules_import_no_keras(module):
 
 _READ_A_CONFIG = {
     "gemma_tune.training.run.workdir",  # Writes it down.
+    "gemma_tune.training.run.same_settings",  # Compares it with what was written.
     "gemma_tune.models.load",  # Loads what it names.
 }
 

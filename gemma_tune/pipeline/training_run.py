@@ -130,7 +130,7 @@ def _train(setup: Setup, workdir: OpenWorkdir, questions: HeldoutQuestions | Non
             progress.console.print(f"Resuming from the checkpoint of step {int(state.step)} in {path}.", markup=False)
             if int(state.step) >= len(setup.batches):
                 further = further_training(setup.config, path)
-                progress.console.print(f"All of its steps are done.{further}", markup=False)
+                progress.console.print(f"All of its steps are done.{further}", markup=False, soft_wrap=True)
         metrics = MetricsWriter(
             path,
             int(state.step),

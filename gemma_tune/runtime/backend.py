@@ -37,6 +37,15 @@ def _check_keras_backend(name: str) -> None:
         )
 
 
+def _give_matplotlib_a_folder() -> None:
+    """Names a temporary folder for Matplotlib, which KerasHub imports, where it would warn about a read-only home."""
+    try:
+        os.makedirs(os.path.expanduser("~/.config"), exist_ok=True)
+    except OSError:
+        os.environ.setdefault("MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), f"matplotlib-{os.getuid()}"))
+
+
+_give_matplotlib_a_folder()
 if "keras" not in sys.modules:  # Checked first, since Keras would import the other backend's package.
     _check_keras_backend(os.environ.get("KERAS_BACKEND") or "jax")
 
@@ -106,8 +115,6 @@ def enable_compilation_cache() -> None:
             f"{problem} Compiled programs and prepared data are not kept. Set GEMMA_TUNE_CACHE to another folder.",
             file=sys.stderr,
         )
-        # Matplotlib would look for a folder in the same home, and warn twice.
-        os.environ.setdefault("MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), f"matplotlib-{os.getuid()}"))
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / f"xla-{_machine_hash()}"))
     jax_default = 1.0  # Another value was set by the user's program, and a variable by the user.

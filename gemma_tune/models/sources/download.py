@@ -96,16 +96,13 @@ def download_hf(handle: str, weights: bool = True) -> Path:
         ) from error
 
 
-def is_network_error(error: BaseException | None) -> bool:
+def is_network_error(error: BaseException) -> bool:
     """Returns whether an error, or one that led to it, says that a server can't be reached."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        names = {cls.__name__ for cls in type(error).__mro__}
-        if isinstance(error, (ConnectionError, socket.gaierror)) or names & _NETWORK_ERRORS:
-            return True
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        isinstance(one, (ConnectionError, socket.gaierror))
+        or _NETWORK_ERRORS & {cls.__name__ for cls in type(one).__mro__}
+        for one in _chain(error)
+    )
 
 
 def no_network(name: str, host: str, error: Exception) -> str:
@@ -116,15 +113,25 @@ def no_network(name: str, host: str, error: Exception) -> str:
         host: Server.
         error: What the library raised.
     """
-    names = ("HTTPS_PROXY", "https_proxy", "HF_HUB_OFFLINE")
-    is_set = "".join(f" {variable} is set." for variable in names if os.environ.get(variable))
+    names = [variable for variable in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy") if os.environ.get(variable)]
+    is_set = f" The variable {names[0]} is set." if names else ""
     return (
-        f"{name} isn't on this machine yet, and {host} can't be reached ({type(error).__name__}).{is_set} Check the "
-        "network. A model's directory or .gguf file, --model=demo (a package) and --model=tiny need none."
+        f"{name} isn't on this machine yet, and {host} can't be reached: {first_line(_chain(error)[-1])}{is_set} Check "
+        "the network. A model's directory or .gguf file, --model=demo (a package) and --model=tiny need none."
     )
 
 
-def first_line(error: Exception) -> str:
+def _chain(error: BaseException) -> list[BaseException]:
+    """Returns an error and those that led to it, the first of all last."""
+    found: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in found:
+        found.append(following)
+        following = following.__cause__ or following.__context__
+    return found
+
+
+def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, as a sentence."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return line if line.endswith((".", "!", "?")) else line + "."
