@@ -22,7 +22,7 @@ _DAMAGED, _REMOVED = ".damaged", ".removed"
 class PlainPath:
     """A path of a folder that Orbax takes literally.
 
-    Orbax finds what its processes wrote with epath's `glob`, which reads `[v1]` in the folder's own path as a pattern: it
+    Orbax finds what its processes wrote by epath's `glob`, which reads `[v1]` in the folder's own path as a pattern. It
     finds nothing, says nothing, and leaves a checkpoint that can't be read. TensorStore takes a backslash for a slash.
     Such a folder is given to them through a link in a temporary folder, which is removed with this object.
 
