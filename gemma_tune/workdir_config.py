@@ -91,6 +91,20 @@ def with_full_paths(config: Config) -> Config:
     return config.replace(changes)
 
 
+def paths_from(config: Config, folder: Path) -> dict[str, str]:
+    """Returns the settings that may name files, with relative paths as they are from a folder, wherever one stands."""
+    found = {}
+    for name, is_list in PATH_SETTINGS.items():
+        parts = path_setting(config, name).split(",") if is_list else [path_setting(config, name)]
+        seen = []
+        for part in parts:
+            path, weight = _split_weight(part)
+            full = _find_one(path, [Path.cwd()], (), keeps_relative=False)
+            seen.append((path if full is None else os.path.relpath(full, folder.absolute())) + weight)
+        found[name] = ",".join(seen)
+    return found
+
+
 def path_setting(config: Config, name: str) -> str:
     """Returns the value of a setting of PATH_SETTINGS."""
     group, _, field = name.partition(".")

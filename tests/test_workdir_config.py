@@ -13,6 +13,7 @@ from gemma_tune.workdir_config import (
     files_exist,
     missing_base,
     path_setting,
+    paths_from,
     read_workdir_config,
     same_files,
     settings_to_save,
@@ -190,6 +191,17 @@ def test_settings_with_full_paths_mean_the_same_everywhere(project, tmp_path, mo
     }
     assert full.workdir == str(root / "runs/x")
     assert paths(with_full_paths(Config())) == paths(Config())
+
+
+def test_paths_from_a_folder_are_the_same_from_everywhere(project, tmp_path, monkeypatch):
+    project()
+    search, given = tmp_path / "my project/search", {"model.source": "base", "data.source": "data/a.jsonl:2,sample:x"}
+    wanted = {"model.source": "../base", "data.source": "../data/a.jsonl:2,sample:x"}
+    assert paths_from(Config().replace(given), search).items() >= wanted.items()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    given = {"model.source": "../my project/base", "data.source": "../my project/data/a.jsonl:2,sample:x"}
+    assert paths_from(Config().replace(given), search).items() >= wanted.items()
+    assert paths_from(Config(), search) == {name: path_setting(Config(), name) for name in PATH_SETTINGS}
 
 
 def test_same_files_by_other_names(project, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.cli_arguments import FAST
 
+from gemma_tune.cli.config_resolution import load_config_file
 from gemma_tune.cli.main import run
 from gemma_tune.config import Config
 from gemma_tune.export import export_model
@@ -243,3 +244,24 @@ def test_a_workdir_that_is_only_tried_leaves_nothing(call, here, monkeypatch):
     monkeypatch.chdir(here)
     bad = [each.replace("rows.jsonl", "none.jsonl").replace("--workdir=run", "--workdir=new/deep") for each in TRAIN]
     assert call(*bad)[0] == 1 and not (here / "new").exists()
+
+
+def test_a_search_goes_on_from_elsewhere_and_its_best_settings_work_there(call, here, elsewhere):
+    """The rest of the arguments is the same; best.py has full paths."""
+    (here / "space.yaml").write_text("lora.rank: [2, 3]\n")
+
+    def search(root, num_trials):
+        return ["tune", f"--model={root}/base", f"--data={root}/rows.jsonl", f"--workdir={root}/search", *SETTINGS,
+                f"--space={root}/space.yaml", f"--budget={num_trials}_trials", "--json"]  # fmt: skip
+
+    os.chdir(here)
+    code, out, err = call(*search(".", 1))
+    assert code == 0, err
+    os.chdir(elsewhere)
+    code, out, err = call(*search(f"../{here.parent.name}/copy", 2))
+    assert code == 0 and len(json.loads(out)["trials"]) == 2, err
+    config = load_config_file(str(here / "search/best.py"))
+    assert (config.model.source, config.data.source) == (str(here / "base"), str(here / "rows.jsonl"))
+    assert config.workdir == str(here / "search/best")
+    code, _, err = call("train", f"--config={here}/search/best.py", "--dry_run")
+    assert code == 0, err

@@ -49,7 +49,9 @@ def test_settings_of_jax_win(fresh, monkeypatch, tmp_path):
 def test_without_a_cache_folder_one_line_says_so(tmp_path):
     """A home under a file can be written by nobody, root included. Nothing else complains about it, Matplotlib neither."""
     (tmp_path / "file").touch()
-    environment = {name: value for name, value in os.environ.items() if name not in ("GEMMA_TUNE_CACHE", "XDG_CACHE_HOME")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GEMMA_TUNE_CACHE", "XDG_CACHE_HOME")
+    }
     code = "import gemma_tune.runtime.backend as b, matplotlib; matplotlib.get_configdir(); print(b.jax.config.jax_compilation_cache_dir)"
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code],
