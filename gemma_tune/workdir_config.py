@@ -23,7 +23,7 @@ CONFIG_JSON = "config.json"
 PATH_SETTINGS = {"model.source": False, "model.adapter": False, "data.source": True, "data.eval_source": True}
 _NO_PATHS = re.compile(r"(sample|tfds|tiny):|(demo|tiny)$|.*://")
 _SUFFIX = re.compile(r".*\.[a-z][a-z0-9]{1,9}", re.IGNORECASE | re.DOTALL)  # Not that of gemma_1.1_instruct_2b_en.
-_WITH_WEIGHT = re.compile(r"(.*?)(:\d[\d.]*)?", re.DOTALL)  # A file of a mixture, and its weight.
+_WITH_WEIGHT = re.compile(r"(.*?)(:\d[^/:]*)?", re.DOTALL)  # A file of a mixture, and its weight.
 
 
 def settings_to_save(config: Config, before: Mapping[str, Any] | None = None, workdir: Path = Path()) -> dict[str, Any]:
@@ -136,10 +136,12 @@ def missing_base(workdir: Path) -> ModelError:
         was = os.path.normpath(os.path.join(started_in, was))
         near, beside = _places(saved, workdir)
         looked = f", nor in {', '.join(str(folder) for folder in dict.fromkeys([*near, *beside]))}"
-    return ModelError(
-        f"The base model of {workdir} was {was}. It isn't there any more{looked}. If it has moved, name it and the "
-        f"adapter: --model=FOLDER --adapter={shlex.quote(str(workdir / 'adapter'))}."
+    advice = (
+        f"If it has moved, name it and the adapter: --model=FOLDER --adapter={shlex.quote(str(workdir / 'adapter'))}."
     )
+    if (workdir / "model").is_dir():  # A fully trained model, which needs its base for comparisons alone.
+        advice = "Name what to compare with: --against=FOLDER, or --against=none."
+    return ModelError(f"The base model of {workdir} was {was}. It isn't there any more{looked}. {advice}")
 
 
 def _places(saved: Mapping[str, Any], workdir: Path) -> tuple[list[Path], list[Path]]:
@@ -190,7 +192,7 @@ def _where_it_was(path: str, near: Sequence[Path]) -> str:
 
 def _parts(value: str) -> list[str]:
     """Returns the full paths of all parts of a value, and other parts as they are."""
-    if not value or _NO_PATHS.match(value):
+    if not value or ("," not in value and _NO_PATHS.match(value)):
         return [value]
     if os.path.exists(os.path.expanduser(value)):
         return [os.path.realpath(os.path.expanduser(value))]

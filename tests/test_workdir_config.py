@@ -209,6 +209,7 @@ def test_same_files_by_other_names(project, tmp_path, monkeypatch):
     root = tmp_path / "my project"
     assert same_files("data/a.jsonl", f"{root}/data/../data/a.jsonl")
     assert same_files("data/a.jsonl:2,data/b.jsonl", f"{root}/data/a.jsonl:2,./data/b.jsonl")
+    assert same_files("sample:x,data/a.jsonl", f"sample:x,{root}/data/a.jsonl")
     assert same_files("tiny", "tiny") and same_files("", "")
     for other in ("data/b.jsonl", "data/a.jsonl:2", "data/a.jsonl,data/b.jsonl", ""):
         assert not same_files("data/a.jsonl", other)

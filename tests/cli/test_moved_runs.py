@@ -159,6 +159,19 @@ def test_a_base_that_is_gone(call, here, elsewhere):
     assert code == 0, err
 
 
+def test_a_full_model_needs_its_base_for_comparisons_alone(call, here, elsewhere):
+    """Its base is missed before anything is loaded, and only where it is needed."""
+    run_ = here / "run"
+    shutil.copytree(here / "base", run_ / "model")
+    shutil.rmtree(here / "base")
+    scored = ["eval", f"--model={run_}", f"--data={here / 'rows.jsonl'}", "--num_questions=1",
+              "--config.generation.max_new_tokens=1"]  # fmt: skip
+    code, _, err = call(*scored)
+    assert code == 1 and "--against=FOLDER, or --against=none" in err and "Loading" not in err
+    code, _, err = call(*scored, "--against=none")
+    assert code == 0, err
+
+
 def test_data_that_are_gone(call, here, elsewhere):
     (here / "rows.jsonl").unlink()
     code, _, err = call("eval", f"--model={here / 'run'}")
