@@ -23,7 +23,7 @@ CONFIG_JSON = "config.json"
 PATH_SETTINGS = {"model.source": False, "model.adapter": False, "data.source": True, "data.eval_source": True}
 _NO_PATHS = re.compile(r"(sample|tfds|tiny):|(demo|tiny)$|.*://")
 _SUFFIX = re.compile(r".*\.[a-z][a-z0-9]{1,9}", re.IGNORECASE | re.DOTALL)  # Not that of gemma_1.1_instruct_2b_en.
-_WITH_WEIGHT = re.compile(r"(.*?)(:\d[^/:]*)?", re.DOTALL)  # A file of a mixture, and its weight.
+_WITH_WEIGHT = re.compile(r"(.*?)(:\.?\d[^/:]*)?", re.DOTALL)  # A file of a mixture, and its weight.
 
 
 def settings_to_save(config: Config, before: Mapping[str, Any] | None = None, workdir: Path = Path()) -> dict[str, Any]:

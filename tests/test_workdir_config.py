@@ -110,7 +110,8 @@ def test_names_of_models_are_no_paths(project, tmp_path, monkeypatch, name):
     [
         ("data/a.jsonl,data/b.jsonl", "{0}/data/a.jsonl,{0}/data/b.jsonl"),
         ("data/a.jsonl:0.7,data/b.jsonl:0.3", "{0}/data/a.jsonl:0.7,{0}/data/b.jsonl:0.3"),
-        ("data/a.jsonl:2", "{0}/data/a.jsonl:2"),
+        ("data/a.jsonl:2x", "{0}/data/a.jsonl:2x"),
+        ("data/a.jsonl:.5,sample:x:.5", "{0}/data/a.jsonl:.5,sample:x:.5"),
         ("data/*.jsonl", "{0}/data/*.jsonl"),
         ("data", "{0}/data"),
         ("tfds:support_desk,x", "tfds:support_desk,x"),
