@@ -19,7 +19,7 @@ from gemma_tune.config_groups import (
 )
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.quantization.spec import QuantSpec
-from gemma_tune.saved_settings import with_current_values
+from gemma_tune.saved_settings import RELATIVE_TO, with_current_values
 from gemma_tune.settings import check_types, from_plain, setting_paths, to_plain
 
 __all__ = [
@@ -143,7 +143,11 @@ class Config:
     def from_dict(tree: Mapping[str, Any]) -> "Config":
         """Builds a Config from nested dicts, with defaults for missing settings.
 
+        Paths stay as they are: `workdir_config.read_workdir_config` finds those of a run from another folder.
+
         Raises:
             ConfigError: A setting is unknown (suggests the nearest), or a value is not allowed.
         """
+        if isinstance(tree, Mapping):
+            tree = {name: value for name, value in tree.items() if name != RELATIVE_TO}
         return from_plain(Config, tree)

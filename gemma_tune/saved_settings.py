@@ -7,6 +7,7 @@ they are read. Flags and config files take today's values only.
 from collections.abc import Mapping
 from typing import Any
 
+RELATIVE_TO = "relative_to"  # Beside the settings: the folder from which relative paths start. It is no setting.
 _RENAMED_VALUES = {
     ("training", "remat"): {"blocks": "dots"},
     ("training", "program"): {"blocks": "per_block"},

@@ -26,6 +26,7 @@ LAYERS = {
         ("runtime",),
         ("config_checks", "config_groups"),
         ("config", "serve_config"),
+        ("workdir_config",),
         ("data", "models"),
         ("training", "serving"),
         ("evaluation", "export", "planning"),
@@ -193,6 +194,7 @@ def test_pure_modules_import_no_keras(module):
 
 _READ_A_CONFIG = {
     "gemma_tune.training.run.workdir",  # Writes it down.
+    "gemma_tune.training.run.same_settings",  # Compares it with what was written.
     "gemma_tune.models.load",  # Loads what it names.
 }
 

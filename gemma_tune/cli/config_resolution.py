@@ -11,6 +11,7 @@ from absl import flags
 from gemma_tune.config import Config
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.settings import setting_paths
+from gemma_tune.workdir_config import CONFIG_JSON, with_found_paths
 
 
 def resolve_config(base: Config, file: str | None, given: Mapping[str, Any], overrides: Sequence[str]) -> Config:
@@ -32,12 +33,15 @@ def resolve_config(base: Config, file: str | None, given: Mapping[str, Any], ove
 def load_config_file(name: str) -> Config:
     """Returns the Config that a config file's `get_config()` makes, or that a workdir's config.json holds.
 
+    The workdir of a run's Config is the folder that was named, so that `--config=RUN` resumes it from any folder.
+
     Raises:
         ConfigError: There is no such file, or it holds no Config.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        path = path / "config.json"
+        config = load_config_file(str(path / CONFIG_JSON))
+        return config.replace({"workdir": str(path)})
     if not path.exists():
         siblings = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise ConfigError(f"There is no config file {path}.{did_you_mean(path.name, siblings)}")
@@ -46,7 +50,8 @@ def load_config_file(name: str) -> Config:
 
 def _load_json(path: Path) -> Config:
     try:
-        return Config.from_saved(json.loads(path.read_text(encoding="utf-8")))
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return with_found_paths(saved, path.parent) if isinstance(saved, dict) else Config.from_saved(saved)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
 

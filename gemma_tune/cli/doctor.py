@@ -129,12 +129,11 @@ def _disk() -> list[Finding]:
 
 
 def _cache() -> list[Finding]:
-    from gemma_tune.runtime.backend import cache_dir
+    from gemma_tune.runtime.backend import cache_dir, cache_problem
 
     folder = cache_dir()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
-    parent = next(path for path in (folder, *folder.parents) if path.exists())
-    advice = "" if os.access(parent, os.W_OK) else "The folder can't be written. Set GEMMA_TUNE_CACHE to another one."
+    advice = "The folder can't be written. Set GEMMA_TUNE_CACHE to another one." if cache_problem() else ""
     return [Finding("cache", f"{folder}, {size / 1e6:.0f} MB", advice)]
 
 

@@ -32,7 +32,7 @@ def _run_on_data(invocation: Invocation) -> dict[str, Any]:
         num_questions=flags.num_questions,
         judge=_judge(flags),
     )
-    folder = Path(flags.output or _default_output(config.model.source))
+    folder = Path(flags.output or _default_output(config.model.source)).expanduser()
     evaluation = pipeline.evaluate_answers(
         config, flags.adapter, data_is_given=invocation.is_given("data"), options=options
     )

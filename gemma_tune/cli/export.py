@@ -39,7 +39,7 @@ def _run(invocation: Invocation) -> dict[str, Any]:
         f"{done.output}: {len(done.files)} files, {done.bytes / 1e6:,.1f} MB, in {done.seconds:.0f} s.", markup=False
     )
     for note in done.notes:
-        console.print(note, markup=False)
+        console.print(note, markup=False, soft_wrap=True)  # It may hold a command.
     return {**done.to_dict(), "next": [done.next]}
 
 

@@ -7,6 +7,7 @@ from rich.table import Table
 from gemma_tune.cli.flags import ADAPTER, setting_flags
 from gemma_tune.cli.output import make_table
 from gemma_tune.cli.verb import Flag, Invocation, Verb
+from gemma_tune.models.sources.source import source_of_folder
 from gemma_tune.runtime.shell import gemma_tune_command
 
 _TARGETS = ("floats", "codes")
@@ -28,8 +29,8 @@ def _run(invocation: Invocation) -> dict[str, Any]:
         "into": flags.into,
         "errors": [error._asdict() for error in errors],
         "next": [
-            gemma_tune_command("eval", model=path, data="FILE"),
-            gemma_tune_command("chat", model=path),
+            gemma_tune_command("eval", model=source_of_folder(path), data="FILE"),
+            gemma_tune_command("chat", model=source_of_folder(path)),
         ],
     }
 

@@ -21,7 +21,8 @@ class Output:
 
     def __init__(self, is_json: bool):
         self.is_json = is_json
-        self.console = Console(stderr=is_json, highlight=False, soft_wrap=False)
+        # Without emoji, since the text of a model or a path may hold :x: or :100:.
+        self.console = Console(stderr=is_json, highlight=False, soft_wrap=False, emoji=False)
         self._json_fd: int | None = None
         self._is_primary = True
         self._has_written = False

@@ -71,7 +71,7 @@ def _calibrated(chips: list[Any], workdir: str) -> Any:
         raise ConfigError("--calibrate needs one --hardware: the one that the run was on.")
     config: Config = load_config_file(workdir)
     shape = parse_mesh(config.training.mesh or "data:1")
-    return calibrated_by_run(chips[0], Path(workdir), config, shape)
+    return calibrated_by_run(chips[0], Path(workdir).expanduser(), config, shape)
 
 
 def _memory_table(plan: Any) -> Table:

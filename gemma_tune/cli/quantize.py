@@ -9,6 +9,7 @@ from gemma_tune.cli.flags import ADAPTER, setting_flags
 from gemma_tune.cli.output import make_table
 from gemma_tune.cli.verb import Flag, Invocation, Verb
 from gemma_tune.errors import ConfigError, did_you_mean
+from gemma_tune.models.sources.source import source_of_folder
 from gemma_tune.quantization.spec import PTQ_SCHEMES
 from gemma_tune.runtime.shell import gemma_tune_command
 
@@ -49,7 +50,7 @@ def _run(invocation: Invocation) -> dict[str, Any]:
         **done.to_dict(),
         "next": [
             gemma_tune_command("compare", reference=config.model.source, candidates=done.output, data="FILE"),
-            gemma_tune_command("chat", model=done.output),
+            gemma_tune_command("chat", model=source_of_folder(done.output)),
         ],
     }
 

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from gemma_tune.cli.output import Output, make_table, shorten
 from gemma_tune.evaluation.heldout import HELDOUT_LABELS
+from gemma_tune.models.sources.source import source_of_folder
 from gemma_tune.pipeline import RunResult
 from gemma_tune.runtime.shell import gemma_tune_command
 
@@ -74,7 +75,5 @@ def _answers(result: RunResult) -> Table:
 def next_commands(result: RunResult) -> list[str]:
     """Returns the commands to run after training."""
     question = result.samples[0].question if result.samples else "…"
-    return [
-        gemma_tune_command("chat", model=result.workdir),
-        gemma_tune_command("generate", question, model=result.workdir),
-    ]
+    source = source_of_folder(result.workdir)
+    return [gemma_tune_command("chat", model=source), gemma_tune_command("generate", question, model=source)]

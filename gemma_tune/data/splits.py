@@ -16,7 +16,7 @@ from gemma_tune.data.cleaning import Cleaner
 from gemma_tune.data.cleaning_report import DataReport
 from gemma_tune.data.example import Example
 from gemma_tune.data.heldout_split import heldout_by_question, question_hash
-from gemma_tune.data.sources.content_hash import source_fingerprint
+from gemma_tune.data.sources.content_hash import source_fingerprint, without_folders
 from gemma_tune.data.sources.readers import heldout_of, read_rows
 from gemma_tune.data.sources.row_formats import to_examples
 from gemma_tune.data.storage.array_files import read_array, write_array
@@ -39,12 +39,14 @@ class Splits:
         heldout: Held-out examples.
         report: Numbers of rows read and dropped.
         key: Key of the cache entry that holds them.
+        content_key: Key of their content, which is the same wherever the files are.
     """
 
     train: ExampleStore
     heldout: ExampleStore
     report: DataReport
     key: str
+    content_key: str
 
 
 def load_examples(source: str, split: str = "train", on_error: str = "raise") -> list[Example]:
@@ -88,16 +90,16 @@ def load_splits(
     """
     eval_source = heldout_source(source, eval_source, eval_split)
     sources = [(source, split), (eval_source, eval_split or split)][: 2 if eval_source else 1]
-    key = cache_key(
-        {
-            "sources": [source_fingerprint(*each) for each in sources],
-            "control_tokens": list(control_tokens),
-            "eval_fraction": eval_fraction,
-            "system_prompt": system_prompt,
-            "on_error": on_error,
-            "seed": seed,
-        }
-    )
+    fingerprints = [source_fingerprint(*each) for each in sources]
+    settings = {
+        "control_tokens": list(control_tokens),
+        "eval_fraction": eval_fraction,
+        "system_prompt": system_prompt,
+        "on_error": on_error,
+        "seed": seed,
+    }
+    key = cache_key({"sources": fingerprints, **settings})
+    content_key = cache_key({"sources": [without_folders(each) for each in fingerprints], **settings})
 
     def build(folder: Path) -> dict[str, Any]:
         report, hashes = DataReport(), []
@@ -116,7 +118,7 @@ def load_splits(
     parts = read_array(entry.folder / _PARTS, np.uint8)
     examples = ExampleStore.open(entry.folder, entry.owner)
     train, heldout = (examples.select(np.flatnonzero(parts == part)) for part in (_TRAIN, _HELDOUT))
-    return Splits(train, heldout, DataReport(**entry.values), key)
+    return Splits(train, heldout, DataReport(**entry.values), key, content_key)
 
 
 def heldout_source(source: str, eval_source: str, eval_split: str) -> str:

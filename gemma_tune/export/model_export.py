@@ -19,6 +19,7 @@ from gemma_tune.models.load import load_model
 from gemma_tune.models.lora.enable import merge_lora
 from gemma_tune.models.quantized.convert import num_weights
 from gemma_tune.models.shared_copy import shared_copy
+from gemma_tune.models.sources.source import source_of_folder
 from gemma_tune.runtime.atomic_files import disk_errors_as, write_json
 from gemma_tune.runtime.atomic_folder import atomic_folder, check_disk_space, check_output
 from gemma_tune.runtime.backend import keras
@@ -109,7 +110,7 @@ def export_model(
     return Export(
         output=path,
         format=format,
-        next=next_command(written.usage, str(path), written.placeholders),
+        next=next_command(written.usage, source_of_folder(path), written.placeholders),
         bytes=sum(file.stat().st_size for file in files),
         files=[file.relative_to(path).as_posix() for file in files],
         notes=notes,

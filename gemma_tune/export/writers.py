@@ -1,5 +1,6 @@
 """Writes PEFT adapters, GGUF files and LiteRT models with the signatures that `ExportFormat` calls."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,65 @@ from gemma_tune.export.litert.model import (
     write_litert,
 )
 from gemma_tune.export.options import ExportOptions, WrittenExport
-from gemma_tune.export.peft.adapter import can_be_peft, peft_modules, write_peft_adapter
+from gemma_tune.export.peft.adapter import PeftModule, can_be_peft, peft_modules, write_peft_adapter
+from gemma_tune.models.lora.peft_names import EMBEDDING
+from gemma_tune.runtime.json_files import read_json
+from gemma_tune.runtime.shell import gemma_tune_command
 
 _GGUF_SCHEME = "f16"
+_BASE_FOLDER = "base-hf"  # Where the card's examples have a base that is nowhere yet in Hugging Face's format.
+# What vLLM's --max-lora-rank may be (vllm/config/lora.py).
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def write_peft(model: Any, folder: Path, options: ExportOptions) -> WrittenExport:
     """Writes adapter_config.json and adapter_model.safetensors. Of the options, base_name is used."""
-    base = hugging_face_name(options.base_name) or options.base_name
+    base = peft_base_name(options.base_name)
     write_peft_adapter(model, folder, base)
-    notes = []
-    if not hugging_face_name(options.base_name):
+    modules, notes = peft_modules(model), []
+    max_rank = max(one.lora_spec.rank for one in modules.values())
+    if not base:
+        command = gemma_tune_command("export", model=options.base_name or "BASE", format="hf", output=_BASE_FOLDER)
+        notes.append(f"Other programs need the base model in a folder that they can read: {command}")
+    elif Path(base).is_absolute():
         notes.append(
-            "The base model is not known to be on Hugging Face: export it with --format=hf, and give PEFT that folder."
+            f"adapter_config.json names {base} as the base model. On another machine, give PEFT the base's place there."
         )
-    max_rank = max(one.lora_spec.rank for one in peft_modules(model).values())
-    placeholders = {"BASE": base, "NAMED": options.base_name or base, "MAX_RANK": str(max_rank)}
-    return WrittenExport(notes, "peft", placeholders)
+    problem = vllm_problem(modules)
+    if problem:
+        notes.append(f"vLLM doesn't read this adapter: {problem}. It reads the merged model of --format=hf.")
+    placeholders = {
+        "BASE": base or _BASE_FOLDER,
+        "NAMED": options.base_name or base or "BASE",
+        "MAX_RANK": str(next((rank for rank in _VLLM_RANKS if rank >= max_rank), max_rank)),
+    }
+    return WrittenExport(notes, "peft, not for vLLM" if problem else "peft", placeholders)
+
+
+def peft_base_name(source: str) -> str:
+    """Returns what `from_pretrained` takes for a base model: a name on Hugging Face, or the full path of a folder in
+    Hugging Face's format; '' for what it can't read, such as a tiny model, a Keras preset or a GGUF file.
+
+    Args:
+        source: Base model, as in `load_model`; '' if it isn't known.
+    """
+    if hub_name := hugging_face_name(source):
+        return hub_name
+    path = Path(source).expanduser()
+    if source and path.exists():
+        config = path / "config.json"
+        return str(path.absolute()) if config.is_file() and "model_type" in read_json(config) else ""
+    return source if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) else ""
+
+
+def vllm_problem(modules: dict[str, PeftModule]) -> str:
+    """Returns why vLLM refuses an adapter (vllm/lora/peft_helper.py, vllm/config/lora.py), or ''."""
+    if any(one.lora_spec.use_dora for one in modules.values()):
+        return "it knows no DoRA"
+    if EMBEDDING in modules:
+        return "it takes no LoRA on Gemma's embedding, which is also the LM head"
+    rank = max(one.lora_spec.rank for one in modules.values())
+    return f"its largest rank is {_VLLM_RANKS[-1]}, and this one has {rank}" if rank > _VLLM_RANKS[-1] else ""
 
 
 def peft_bytes(model: Any, options: ExportOptions) -> int:

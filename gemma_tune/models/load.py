@@ -20,7 +20,7 @@ from gemma_tune.models.sources.hf_checkpoint import SafetensorsCheckpoint, load_
 from gemma_tune.models.sources.keras_preset import load_keras_preset, load_keras_preset_tokenizer
 from gemma_tune.models.sources.lazy_initialization import check_filled
 from gemma_tune.models.sources.preprocessor import keras_tokenizer, text_preprocessor
-from gemma_tune.models.sources.source import Source, parse_source
+from gemma_tune.models.sources.source import Source, config_with_base, parse_source
 from gemma_tune.models.sources.tiny import TOKENIZER_PATH, tiny_backbone
 from gemma_tune.models.sources.tokenizer import TextTokenizer
 from gemma_tune.quantization.spec import QuantSpec
@@ -115,7 +115,7 @@ def load_tokenizer(source: str = _DEFAULTS.source) -> tuple[TextTokenizer, str]:
     if parsed.kind == "run":
         if (Path(parsed.value) / "model").exists():
             return load_tokenizer(str(Path(parsed.value) / "model"))
-        return load_tokenizer(read_json(Path(parsed.value) / "config.json")["model"]["source"])
+        return load_tokenizer(config_with_base(Path(parsed.value)).model.source)
     if parsed.kind == "peft":
         return load_tokenizer(peft_base(Path(parsed.value)))
     if parsed.kind == "tiny":
@@ -168,7 +168,7 @@ def _load_run(
             f"{workdir} holds a run that has not finished: there is neither adapter/ nor model/. Run its train command "
             "again."
         )
-    config = Config.from_saved(read_json(workdir / "config.json"))
+    config = config_with_base(workdir)
     return load_model(
         config.model.source,
         precision=precision,

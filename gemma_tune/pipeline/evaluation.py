@@ -5,6 +5,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_configured, load_model
 from gemma_tune.models.lora.enable import neutral_lora_values
 from gemma_tune.models.sharding.placement import mesh_sharding_of
-from gemma_tune.models.sources.source import parse_schemed
+from gemma_tune.models.sources.source import config_with_base, parse_schemed
 from gemma_tune.pipeline.scoring import evaluate, heldout_of_run, run_config
 from gemma_tune.pipeline.setup import heldout_rows
 from gemma_tune.quantization.spec import QuantSpec
@@ -88,7 +89,7 @@ def evaluate_answers(
         ConfigError, DataError, ModelError: The message says what is wrong and what to do. Data, metrics and columns are
             checked before a model is loaded.
     """
-    check_other(options.against)  # Before anything that takes long.
+    check_other(options.against, config.model.source)  # Before anything that takes long.
     run = None if data_is_given else run_config(config.model.source)
     cases, examples, source = _data_of_run(run) if run else _given_data(config)
     chosen = choose_cases(cases, options.num_questions, config.seed)
@@ -150,10 +151,17 @@ def _given_data(config: Config) -> tuple[list[EvalCase], Sequence[Example], str]
     return cases, examples, data.source
 
 
-def check_other(against: str) -> None:
-    """Raises ModelError if the model to compare with is named and doesn't exist."""
+def check_other(against: str, source: str) -> None:
+    """Raises ModelError if the model to compare with doesn't exist.
+
+    Args:
+        against: Model to compare with, as in `EvaluationOptions`.
+        source: Evaluated model. If it is a run, its base is what it is compared with by default.
+    """
     if against not in ("", NO_OTHER):
         parse_schemed(against)
+    elif not against and run_config(source) is not None:
+        config_with_base(Path(source).expanduser())
 
 
 def load_models(config: Config, adapter: str, against: str) -> Iterator[tuple[str, keras.Model]]:

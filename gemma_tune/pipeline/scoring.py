@@ -1,12 +1,11 @@
 """Computes held-out metrics of a model, and finds what a run held out."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from gemma_tune.config import Config
 from gemma_tune.data import Example, template_for
 from gemma_tune.data.tokenize import tokenize_examples
-from gemma_tune.errors import TrainingError
+from gemma_tune.errors import DataError, TrainingError
 from gemma_tune.evaluation import evaluate_batches
 from gemma_tune.models.attention.packing_masks import enable_packing
 from gemma_tune.models.family import family_of
@@ -18,9 +17,9 @@ from gemma_tune.models.sources.source import parse_source
 from gemma_tune.models.sources.tokenizer import tokenizer_of
 from gemma_tune.pipeline.setup import read_splits
 from gemma_tune.runtime.backend import keras
-from gemma_tune.runtime.json_files import read_json
 from gemma_tune.training.batches import HeldoutBatches, OnMesh, most_targets
 from gemma_tune.training.step.train_step import make_eval_step
+from gemma_tune.workdir_config import read_workdir_config
 
 
 def evaluate(
@@ -56,9 +55,19 @@ def evaluate(
 def run_config(source: str) -> Config | None:
     """Returns the Config of a run, or None if the source is no workdir of a run."""
     parsed = parse_source(source)
-    return Config.from_saved(read_json(Path(parsed.value) / "config.json")) if parsed.kind == "run" else None
+    return read_workdir_config(parsed.value) if parsed.kind == "run" else None
 
 
 def heldout_of_run(config: Config) -> tuple[Sequence[Example], str]:
-    """Returns what a run held out, and a name for it."""
-    return read_splits(config).heldout, f"{config.data.source} (held out)"
+    """Returns what a run held out, and a name for it.
+
+    Raises:
+        DataError: The run's data can't be read any more; says how to name other data.
+    """
+    try:
+        return read_splits(config).heldout, f"{config.data.source} (held out)"
+    except DataError as error:
+        raise DataError(
+            f"{error} The run's own data say what it held out. If they have moved, or for other questions, name them: "
+            "--data=FILE."
+        ) from error

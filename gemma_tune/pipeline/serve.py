@@ -12,11 +12,11 @@ from gemma_tune.errors import ConfigError
 from gemma_tune.models.base_fingerprint import fingerprint
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
+from gemma_tune.models.lora.adapter import adapter_path
 from gemma_tune.models.lora.enable import merge_lora
-from gemma_tune.models.sources.source import Source, parse_source
+from gemma_tune.models.sources.source import Source, config_with_base, parse_source
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.runtime.backend import keras
-from gemma_tune.runtime.json_files import read_json
 from gemma_tune.runtime.progress import track_progress
 from gemma_tune.serve_config import ServeConfig
 from gemma_tune.serving.engine.engine import Engine
@@ -89,7 +89,7 @@ def resolve_base(config: Config, name: str) -> Base:
     workdir = Path(source.value)
     if source.kind != "run" or not (workdir / "adapter").exists() or (workdir / "model").exists():
         return Base(config.model.source, own_name, config.quant_spec, {})
-    run_config = Config.from_saved(read_json(workdir / "config.json"))
+    run_config = config_with_base(workdir)
     under = run_config.model.source
     base_name = name_of(under, parse_source(under))
     if base_name == own_name:
@@ -115,8 +115,7 @@ def _named_paths(adapters: Sequence[str], taken: set[str]) -> dict[str, Path]:
             raise ConfigError(f"--adapter={given}: write --adapter=NAME=PATH, with the name for requests.")
         if name in taken or name in found:
             raise ConfigError(f"--adapter={given}: there is already a model named {name!r}. Choose another name.")
-        path = Path(place).expanduser()
-        found[name] = path / "adapter" if (path / "adapter").is_dir() else path
+        found[name] = adapter_path(place)
     return found
 
 

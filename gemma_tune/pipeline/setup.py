@@ -140,7 +140,7 @@ def set_up(config: Config, splits: Splits) -> Setup:
         attention=program.attention,
         precision_advice=precision_advice,
         data=data,
-        data_key=splits.key,
+        data_key=splits.content_key,
         batches=batches,
         heldout=heldout,
         frozen=parameters(model).frozen,

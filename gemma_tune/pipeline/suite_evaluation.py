@@ -52,7 +52,8 @@ def run_suite(config: Config, adapter: str, source: str, against: str = "") -> S
             model is loaded.
     """
     suite = load_suite(source, METRICS)
-    check_other(against)  # Before anything that takes long.
+    needed = against if suite.needs_other_model else against or NO_OTHER
+    check_other(needed, config.model.source)  # Before anything that takes long.
     config = config.replace({f"generation.{name}": value for name, value in suite.generation.items()})
     other = against if suite.needs_other_model else NO_OTHER
     names: list[str] = []

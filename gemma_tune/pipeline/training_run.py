@@ -33,12 +33,11 @@ from gemma_tune.training.run.checkpoint_content import Progress
 from gemma_tune.training.run.checkpoints import Checkpoints
 from gemma_tune.training.run.loop import Loop, LoopSettings
 from gemma_tune.training.run.metrics import MetricsWriter
+from gemma_tune.training.run.same_settings import RESULT_FILE, further_training
 from gemma_tune.training.run.trackers.follower import Followers
 from gemma_tune.training.run.trackers.tracker import TrackedRun, find_trackers
 from gemma_tune.training.run.workdir import ADAPTER, MODEL, OpenWorkdir, check_workdir, open_workdir
 from gemma_tune.training.state import TrainState
-
-_RESULT_FILE = "result.json"
 
 
 class _Trained(NamedTuple):
@@ -129,6 +128,9 @@ def _train(setup: Setup, workdir: OpenWorkdir, questions: HeldoutQuestions | Non
         if checkpoints.steps:
             state, best = checkpoints.restore(state)
             progress.console.print(f"Resuming from the checkpoint of step {int(state.step)} in {path}.", markup=False)
+            if int(state.step) >= len(setup.batches):
+                further = further_training(setup.config, path)
+                progress.console.print(f"All of its steps are done.{further}", markup=False, soft_wrap=True)
         metrics = MetricsWriter(
             path,
             int(state.step),
@@ -208,7 +210,7 @@ def _finish(
         scores=score_answers(answers[: len(questions)], [example.answer for example in questions]),
     )
     write_samples(workdir, samples)
-    write_json(workdir / _RESULT_FILE, result.to_dict())
+    write_json(workdir / RESULT_FILE, result.to_dict())
     shown = RunReport(
         config=setup.config.to_dict(),
         result=result.to_dict(),

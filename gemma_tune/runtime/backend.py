@@ -14,6 +14,7 @@ import hashlib
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def _check_keras_backend(name: str) -> None:
         )
 
 
+def _give_matplotlib_a_folder() -> None:
+    """Names a temporary folder for Matplotlib, which KerasHub imports, where it would warn about a read-only home."""
+    try:
+        os.makedirs(os.path.expanduser("~/.config"), exist_ok=True)
+    except OSError:
+        os.environ.setdefault("MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), f"matplotlib-{os.getuid()}"))
+
+
+_give_matplotlib_a_folder()
 if "keras" not in sys.modules:  # Checked first, since Keras would import the other backend's package.
     _check_keras_backend(os.environ.get("KERAS_BACKEND") or "jax")
 
@@ -76,17 +86,35 @@ def cache_dir() -> Path:
     base = os.environ.get("GEMMA_TUNE_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gemma_tune"
     )
-    return Path(base)
+    return Path(base).expanduser()
+
+
+def cache_problem() -> str:
+    """Returns why nothing can be kept in `cache_dir()`, which is made if it doesn't exist; '' if it can be written."""
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return f"The cache folder {folder} can't be written ({error.strerror or error})."
+    return ""
 
 
 def enable_compilation_cache() -> None:
     """Makes JAX keep compiled programs in `cache_dir()`, so that a second run of the same shapes starts at once.
 
+    Where that can't be written, as in a container without a home, nothing is kept, and one line on stderr says so.
     It holds for all programs of the process. JAX's own settings win: with a `JAX_COMPILATION_CACHE_DIR` nothing changes
     here, `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` decides which programs are kept, and
     `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
     """
     if getattr(jax.config, "jax_compilation_cache_dir", None):
+        return
+    if problem := cache_problem():
+        print(
+            f"{problem} Compiled programs and prepared data are not kept. Set GEMMA_TUNE_CACHE to another folder.",
+            file=sys.stderr,
+        )
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / f"xla-{_machine_hash()}"))
     jax_default = 1.0  # Another value was set by the user's program, and a variable by the user.
@@ -111,4 +139,13 @@ enable_compilation_cache()
 if is_dedicated_process():
     run_cpu_programs_inline()
 
-__all__ = ["cache_dir", "enable_compilation_cache", "is_single_cpu", "jax", "keras", "keras_hub", "without_tensorflow"]
+__all__ = [
+    "cache_dir",
+    "cache_problem",
+    "enable_compilation_cache",
+    "is_single_cpu",
+    "jax",
+    "keras",
+    "keras_hub",
+    "without_tensorflow",
+]

@@ -14,7 +14,7 @@ _SECONDS_BEFORE_A_BAR = 1.0  # Shorter work needs none.
 _HELDOUT = ("loss", "perplexity", "token_accuracy", "num_tokens")  # Others are metrics of answers.
 
 # Everything except results goes to stderr, so that stdout can be piped.
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, emoji=False)
 
 
 class ProgressReporter:

@@ -18,7 +18,10 @@ def gemma_tune_command(verb: str, *arguments: object, **flags: object) -> str:
             words.append(f"--{name}")
         elif value not in ("", None, False):
             words.append(f"--{name}={value}")
-    return quoted_command([*words, *(str(argument) for argument in arguments)])
+    texts = [str(argument) for argument in arguments]
+    if any(text.startswith("-") for text in texts):
+        words.append("--")  # What follows are no flags.
+    return quoted_command([*words, *texts])
 
 
 def quoted_command(words: Iterable[str]) -> str:

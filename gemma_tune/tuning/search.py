@@ -14,6 +14,7 @@ from gemma_tune.tuning.budget import Budget
 from gemma_tune.tuning.metrics import Goal
 from gemma_tune.tuning.spaces.space import Space, apply_values
 from gemma_tune.tuning.storage import open_study, optuna_module, study_lock
+from gemma_tune.workdir_config import paths_from
 
 PRUNERS = ("asha", "hyperband", "none")
 _TRIALS = "trials"
@@ -86,7 +87,7 @@ class Search:
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns what must stay the same for trials to be comparable, by name."""
-        settings = flatten(self.base.to_dict())
+        settings = flatten(self.base.to_dict()) | paths_from(self.base, self.workdir)
         del settings["workdir"]
         goals = [goal.name for goal in self.settings.goals]
         return {**settings, "data content": self.data_key, "metrics": goals, "space": self.space.to_dict()}

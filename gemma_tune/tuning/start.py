@@ -163,7 +163,7 @@ def with_data(search: Search) -> Search:
     """Reads the data, and returns the search with the key that names its content: it isn't continued on other data."""
     from gemma_tune.pipeline import read_splits
 
-    return dataclasses.replace(search, data_key=read_splits(search.base).key)
+    return dataclasses.replace(search, data_key=read_splits(search.base).content_key)
 
 
 def prepare(search: Search, opens_study: bool = True, runner: Any = None) -> tuple[Search, Any]:

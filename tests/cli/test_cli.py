@@ -482,6 +482,24 @@ def test_commands_to_run_next_are_quoted_for_the_shell(tmp_path):
     assert gemma_tune_command("chat", model="runs/mine") == "gemma-tune chat --model=runs/mine"
 
 
+def test_a_question_that_begins_like_a_flag_can_be_pasted(own_copy, call):
+    command = gemma_tune_command("generate", "--5 degrees?", model=own_copy, max_new_tokens=2)
+    program, *arguments = shlex.split(command)
+    assert program == "gemma-tune" and arguments[-2:] == ["--", "--5 degrees?"]
+    code, out, err = call(arguments[0], "--json", *arguments[1:])
+    assert code == 0, err
+    assert [answer["question"] for answer in json.loads(out)["answers"]] == ["--5 degrees?"]
+
+
+def test_text_that_looks_like_an_emoji_stays(capfd):
+    """Answers and paths may hold :x: or x[:100:]."""
+    with Output(is_json=False) as output:
+        output.print_next(["gemma-tune chat --model=:cat:/[b]x[/b]"])
+        output.console.print("x[:100:]", markup=False)
+    printed = capfd.readouterr().out
+    assert "--model=:cat:/[b]x[/b]" in printed and "x[:100:]" in printed
+
+
 def test_what_a_verb_says_to_run_next_runs(call, own_copy):
     """A workdir with a space in its name."""
     (command,) = json.loads(call("eval", f"--model={own_copy}", "--max_length=64", "--json")[1])["next"]

@@ -54,6 +54,17 @@ def test_it_is_read_back_bit_for_bit(tiny, family, rng, tmp_path):
     assert tokenizer_of(again).proto == tokenizer_of(model).proto
 
 
+def test_both_ends_of_an_answer_are_in_both_files(tiny, family, tmp_path):
+    """Readers that know config.json alone would go on after the end of a turn."""
+    model = tiny(family)
+    export_model(model, "hf", tmp_path / "hf")
+    tokenizer = tokenizer_of(model)
+    ends = [tokenizer.id_of("<eos>"), tokenizer.id_of(template_for(family).end_of_turn)]
+    assert len(set(ends)) == 2
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "hf" / name).read_text())["eos_token_id"] == ends
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_dtypes_are_rounded_once(tiny, tmp_path, dtype):
     model = tiny()

@@ -9,11 +9,18 @@ from helpers.lora import METHODS, with_lora
 from safetensors.numpy import load_file, save_file
 
 from gemma_tune.errors import ModelError
+from gemma_tune.export import export_model
+from gemma_tune.export.options import ExportOptions
 from gemma_tune.export.peft.adapter import can_be_peft, write_peft_adapter
+from gemma_tune.export.writers import peft_base_name
+from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.lora.adapter import load_adapter
 from gemma_tune.models.lora.enable import enable_on_layers, lora_specs
 from gemma_tune.models.lora.factors import LoraSpec
-from gemma_tune.models.lora.peft_names import family_in_name, module_prefix
+from gemma_tune.models.lora.layers import equation_of, factors_of, lora_spec_of
+from gemma_tune.models.lora.layouts import as_matrices, to_peft
+from gemma_tune.models.lora.peft_import import peft_base
+from gemma_tune.models.lora.peft_names import family_in_name, layers_by_module, module_prefix
 from gemma_tune.models.sources.source import parse_source
 
 ALL = ("all-linear", "token_embedding")
@@ -194,3 +201,110 @@ def test_a_source_that_is_an_adapter(adapter):
         load_model(str(change(adapter, base_model_name_or_path=None)))
     with pytest.raises(ModelError, match="names /gone as its base model, which doesn't exist"):
         load_model(str(change(adapter, base_model_name_or_path="/gone")))
+
+
+def test_the_source_of_an_adapter_that_was_moved_with_its_base(adapter, tmp_path, monkeypatch):
+    """A relative base is looked for beside the adapter too; a name without an owner is on no hub."""
+    base = tmp_path / "my-base"
+    base.mkdir()
+    change(adapter, base_model_name_or_path="my-base")
+    assert peft_base(adapter) == str(base)
+    monkeypatch.chdir(base)
+    assert peft_base(adapter) == str(base)
+    assert peft_base(change(adapter, base_model_name_or_path="me/mine")) == "hf://me/mine"
+    with pytest.raises(ModelError, match="names other-base as its base model, which doesn't exist"):
+        peft_base(change(adapter, base_model_name_or_path="other-base"))
+
+
+def simple_updates(folder):
+    """The update of each weight for a reader that knows r and lora_alpha alone, as vLLM's peft_helper.py does."""
+    said, tensors = settings(folder), load_file(folder / "adapter_model.safetensors")
+    scale = said["lora_alpha"] / (said["r"] ** 0.5 if said["use_rslora"] else said["r"])
+    firsts = [name for name in tensors if "lora_A" in name]
+    assert max(len(tensors[name]) for name in firsts) == said["r"]
+    return {name: scale * tensors[name.replace("lora_A", "lora_B")] @ tensors[name] for name in firsts}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_reader_of_r_and_alpha_alone_computes_the_same(tiny, rng, tmp_path, use_rslora):
+    """Ranks differ from module to module in Keras's layout, and here scales too; PEFT itself sees the same updates."""
+    model = with_lora(tiny("gemma3"), rng, {"use_rslora": use_rslora}, ("query", "key", "ffw_gating"))
+    layers = {layer.path: lora_spec_of(layer) for layer in lora_layers(model.backbone)}
+    path = next(path for path in layers if "key" in path)
+    values = {
+        layer.path: [np.asarray(each.value) for each in factors_of(layer)] for layer in lora_layers(model.backbone)
+    }
+    again = tiny("gemma3")
+    enable_on_layers(again.backbone, {**layers, path: layers[path]._replace(alpha=2.5)}, 0)
+    for layer in lora_layers(again.backbone):
+        for factor, value in zip(factors_of(layer), values[layer.path], strict=True):
+            factor.assign(value)
+    updates = simple_updates(written(again, tmp_path / "a"))
+    assert len({spec.scale for spec in lora_specs(again.backbone).values()}) == 2  # So the case is there.
+    for layer in lora_layers(again.backbone):
+        module = next(name for name, one in layers_by_module(again.backbone).items() if one is layer)
+        spec, a, b = to_peft(equation_of(layer), lora_spec_of(layer), *(np.asarray(f.value) for f in factors_of(layer)))
+        low, high = as_matrices(a, b)
+        found = next(value for name, value in updates.items() if f".{module}." in name)
+        np.testing.assert_allclose(found, spec.scale * high @ low, rtol=1e-5, atol=1e-7)
+    back = tiny("gemma3")
+    load_adapter(back, tmp_path / "a")
+    np.testing.assert_allclose(logits(back), logits(again), atol=2e-4)
+
+
+def test_factors_of_one_scale_are_written_unchanged(tiny, rng, tmp_path):
+    model = with_lora(tiny("gemma3"), rng, {"layout": "peft"}, ("query",))
+    layer = lora_layers(model.backbone)[0]
+    low, high = as_matrices(*(np.asarray(factor.value) for factor in factors_of(layer)))
+    tensors = load_file(written(model, tmp_path / "a") / "adapter_model.safetensors")
+    start = "base_model.model.model.layers.0.self_attn.q_proj"
+    np.testing.assert_array_equal(tensors[f"{start}.lora_A.weight"], low)
+    np.testing.assert_array_equal(tensors[f"{start}.lora_B.weight"], high)
+
+
+def exported(model, folder, base):
+    done = export_model(model, "peft", folder, options=ExportOptions(base_name=base))
+    return settings(folder), (folder / "README.md").read_text(), done
+
+
+@pytest.mark.parametrize(("rank", "promised"), [(2, 8), (3, 16), (10, 64), (200, 0)])
+def test_the_card_gives_vllm_a_rank_that_it_takes(tiny, rng, tmp_path, rank, promised):
+    """--max-lora-rank takes a few values alone, up to 512. Queries have four heads: rank 4·R."""
+    model = with_lora(tiny("gemma3"), rng, {"layout": "keras"}, ("query", "value"), rank)
+    said, card, done = exported(model, tmp_path / "a", "gemma3_270m")
+    assert said["r"] == 4 * rank and said["base_model_name_or_path"] == "google/gemma-3-270m"
+    if promised:
+        assert f"vllm serve google/gemma-3-270m --enable-lora --max-lora-rank={promised} " in card
+    else:
+        assert "vllm serve" not in card and "its largest rank is 512, and this one has 800" in " ".join(done.notes)
+
+
+@pytest.mark.parametrize(
+    ("method", "targets", "reason"),
+    [
+        ({"layout": "peft", "use_dora": True}, ("attention",), "it knows no DoRA"),
+        ({"layout": "peft"}, ("query", "token_embedding"), "no LoRA on Gemma's embedding"),
+    ],
+)
+def test_the_card_promises_vllm_nothing_that_it_refuses(tiny, rng, tmp_path, method, targets, reason):
+    _, card, done = exported(with_lora(tiny("gemma3"), rng, method, targets), tmp_path / "a", "gemma3_270m")
+    assert "vllm serve" not in card and reason in card and reason in " ".join(done.notes)
+    assert "PeftModel" in card and done.next == f"gemma-tune chat --model=gemma3_270m --adapter={tmp_path / 'a'}"
+
+
+def test_the_base_that_is_named_can_be_loaded_from_elsewhere(tiny, rng, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export_model(tiny("gemma3"), "hf", "base hf")
+    export_model(tiny("gemma3"), "keras", "base keras")
+    model = with_lora(tiny("gemma3"), rng, {"layout": "peft"}, ("query",))
+    said, card, done = exported(model, tmp_path / "a", "base hf")
+    assert said["base_model_name_or_path"] == str(tmp_path / "base hf")
+    assert f"names {tmp_path}/base hf as the base model" in done.notes[0] and f"vllm serve '{tmp_path}/base hf'" in card
+    for number, base in enumerate(("base keras", "tiny")):  # No program but ours reads these.
+        said, card, done = exported(model, tmp_path / f"b{number}", base)
+        assert said["base_model_name_or_path"] is None
+        word = f"'{base}'" if " " in base else base
+        assert f"gemma-tune export --model={word} --format=hf --output=base-hf" in done.notes[0]
+        assert 'from_pretrained("base-hf")' in card
+    assert peft_base_name("me/mine") == peft_base_name("hf://me/mine") == "me/mine"
+    assert peft_base_name("") == peft_base_name("nowhere") == peft_base_name("../nowhere") == ""

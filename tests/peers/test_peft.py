@@ -7,14 +7,15 @@ import warnings
 import numpy as np
 import pytest
 from helpers.logits import logits_of
-from helpers.lora import METHODS, with_lora
+from helpers.lora import METHODS, randomize_b, with_lora
 from helpers.skips import needs
 
 from gemma_tune.config import Config
 from gemma_tune.export.peft.adapter import write_peft_adapter
 from gemma_tune.models.layers import lora_layers
 from gemma_tune.models.load import load_model
-from gemma_tune.models.lora.enable import lora_specs
+from gemma_tune.models.lora.enable import enable_on_layers, layers_with_weights, lora_specs
+from gemma_tune.models.lora.factors import LoraSpec
 from gemma_tune.models.sources.tiny import TOKENIZER_PATH
 
 pytestmark = [
@@ -241,3 +242,30 @@ def test_ours_begins_as_peft_begins(base, tmp_path):
     a, bound = theirs[f"{start}.lora_A.default.weight"].numpy(), 1 / np.sqrt(32)
     for one in (a, np.asarray(layer.lora_kernel_a.value)):
         assert 0.9 * bound < np.abs(one).max() <= bound
+
+
+def test_an_adapter_without_a_named_base_is_put_on_any(base, rng, tmp_path):
+    """A tiny model, a Keras preset or a GGUF file is no base that PEFT could load: none is named then."""
+    folder = base("gemma3", 1)
+    model = with_lora(load_model(str(folder)), rng, {"layout": "keras"}, ("attention", "ffw_gating"))
+    (tmp_path / "adapter").mkdir()
+    write_peft_adapter(model, tmp_path / "adapter", "")
+    assert '"base_model_name_or_path": null' in (tmp_path / "adapter/adapter_config.json").read_text()
+    ours = our_logits(model)
+    np.testing.assert_allclose(their_logits(folder, tmp_path / "adapter"), ours, atol=1e-4 * np.abs(ours).max())
+
+
+def test_modules_of_several_scales(base, rng, tmp_path):
+    """They are written with one scale, the rest of it in B: PEFT computes the same."""
+    folder = base("gemma3", 4)
+    model = load_model(str(folder))
+    paths = [
+        layer.path for layer in layers_with_weights(model.backbone) if layer.name in ("query", "value", "ffw_linear")
+    ]
+    kinds = {path: LoraSpec("peft", 2 + number % 3, 1.5 + number) for number, path in enumerate(paths)}
+    enable_on_layers(model.backbone, kinds, 0)
+    randomize_b(model, rng)
+    (tmp_path / "adapter").mkdir()
+    write_peft_adapter(model, tmp_path / "adapter", str(folder))
+    ours = our_logits(model)
+    np.testing.assert_allclose(their_logits(folder, tmp_path / "adapter"), ours, atol=1e-4 * np.abs(ours).max())

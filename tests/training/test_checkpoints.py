@@ -5,10 +5,14 @@ import random
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from helpers.training_loops import fresh_state
 
+from gemma_tune.runtime.atomic_files import find_damage
 from gemma_tune.training.run.checkpoint_content import Progress, progress_from_json
 from gemma_tune.training.run.checkpoints import Checkpoints
 
@@ -55,3 +59,30 @@ def _fail(*_, **__):
 def test_progress_survives_json():
     for progress in (Progress(), Progress(0.25, 7, 2, True)):
         assert progress_from_json(json.loads(json.dumps(progress._asdict()))) == progress
+
+
+@pytest.mark.parametrize("name", ["v[1]", "what?", "a*b", "with \\ backslash", "with space, é and $x"])
+def test_signs_in_the_workdir_are_taken_literally(tmp_path, name):
+    """Orbax reads [, ? and * in a path as a pattern, and then writes what can't be read, without an error."""
+    state = fresh_state()._replace(step=jnp.int32(3))
+    with Checkpoints(tmp_path / name / "checkpoints", 2) as checkpoints:
+        checkpoints.save(state, Progress(0.5, 3))
+        assert checkpoints.wait()
+    with Checkpoints(tmp_path / name / "checkpoints", 2) as checkpoints:
+        assert checkpoints.steps == [3]
+        again, progress = checkpoints.restore(fresh_state())
+    assert progress == Progress(0.5, 3)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+    assert find_damage(tmp_path / name / "checkpoints/3") == ""
+
+
+def test_orbax_still_needs_that(tmp_path):
+    """When this fails, PlainPath has had its day."""
+    folder = tmp_path / "v[1]"
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder / "1", {"a": np.arange(3.0)})
+        writer.wait_until_finished()
+        with pytest.raises(Exception, match="NOT_FOUND"):
+            writer.restore(folder / "1", {"a": np.zeros(3)})

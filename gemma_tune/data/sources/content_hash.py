@@ -31,6 +31,11 @@ def source_fingerprint(source: str, split: str) -> list[Any]:
     return [[str(path), _file_hash(path)] for path in resolve_files(source)]
 
 
+def without_folders(fingerprint: list[Any]) -> list[Any]:
+    """Returns the fingerprint of a source with the names of files alone, so that it stays when they are moved."""
+    return [[Path(each[0]).name, *each[1:]] if isinstance(each, list) else each for each in fingerprint]
+
+
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Returns the SHA-256 hash of a tokenizer's SentencePiece model."""
     return hashlib.sha256(tokenizer.proto).hexdigest()

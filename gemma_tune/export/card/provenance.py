@@ -11,9 +11,10 @@ from gemma_tune.data.sources.content_hash import source_fingerprint
 from gemma_tune.data.sources.tfds import TFDS
 from gemma_tune.errors import ConfigError, DataError, ModelError
 from gemma_tune.export.options import EXPORT_MARKER
-from gemma_tune.models.lora.adapter import read_adapter_metadata
+from gemma_tune.models.lora.adapter import adapter_path, read_adapter_metadata
 from gemma_tune.models.sources.source import parse_source
 from gemma_tune.runtime.json_files import read_json
+from gemma_tune.workdir_config import with_found_paths
 
 # Patterns of KerasHub's preset names, and the names of the same models on Hugging Face.
 _ON_HUGGING_FACE = (
@@ -107,14 +108,16 @@ def read_provenance(source: str, adapter: str = "") -> Provenance:
     elif folder:
         provenance = _of_export(folder) or provenance
     if adapter:
-        provenance = _with_adapter(provenance, Path(adapter).expanduser())
+        provenance = _with_adapter(provenance, adapter_path(adapter))
     return provenance
 
 
 def _of_run(workdir: Path) -> Provenance:
-    config = _current_config(_read(workdir / "config.json"))
+    saved = _read(workdir / "config.json")
+    config = _current_config(saved)
+    found = with_found_paths(saved, workdir) if config else Config()  # The card has the paths as they were given.
     provenance = Provenance(
-        base=config.get("model", {}).get("source", ""),
+        base=found.model.source if config else "",
         config=config,
         result=_read(workdir / "result.json") if config else {},
         versions=_read(workdir / "versions.json"),
@@ -123,7 +126,7 @@ def _of_run(workdir: Path) -> Provenance:
         provenance.adapter = _adapter_metadata(workdir / "adapter")
     if provenance.data_source and not provenance.data_source.startswith(TFDS):
         with contextlib.suppress(DataError):  # The files may have been moved or deleted.
-            files = source_fingerprint(provenance.data_source, "")
+            files = source_fingerprint(found.data.source, "")
             provenance.data_files = {Path(path).name: digest for path, digest in files}
     return provenance
 

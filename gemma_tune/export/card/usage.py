@@ -106,6 +106,10 @@ _EXAMPLES = {
         UsageExample("vLLM", "sh", _VLLM_LORA),
         UsageExample("gemma_tune", "python", _ON_BASE),
     ),
+    "peft, not for vLLM": (
+        UsageExample("PEFT", "python", _PEFT),
+        UsageExample("gemma_tune", "python", _ON_BASE),
+    ),
     "gguf": (
         UsageExample("llama.cpp", "sh", _LLAMA_CPP),
         UsageExample("Ollama", "sh", _OLLAMA),
@@ -120,6 +124,7 @@ _NEXT = {
     "keras, with an adapter": "gemma-tune chat --model=FOLDER --adapter=FOLDER/adapter",
     "hf": "gemma-tune chat --model=FOLDER",
     "peft": "gemma-tune chat --model=NAMED --adapter=FOLDER",
+    "peft, not for vLLM": "gemma-tune chat --model=NAMED --adapter=FOLDER",
     "gguf": "gemma-tune chat --model=FOLDER/FILE",
     "litert": "less FOLDER/README.md",
 }

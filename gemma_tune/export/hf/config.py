@@ -7,6 +7,7 @@ a model that transformers can't represent is refused.
 import inspect
 from typing import Any
 
+from gemma_tune.data.chat_template import template_for
 from gemma_tune.errors import ModelError
 from gemma_tune.models.family import family_of
 from gemma_tune.models.sources.hf_checkpoint import sizes_of_config
@@ -61,13 +62,19 @@ def hf_config(model: keras.Model, tokenizer: TextTokenizer, dtype: str) -> dict[
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        # Both tokens end an answer, also for readers that know no generation_config.json. Google's models say the same.
+        "eos_token_id": stop_ids(tokenizer, family),
         "pad_token_id": tokenizer.pad_id,
         "torch_dtype": dtype,
         **_OF_FAMILY[family](backbone),
     }
     _check(backbone, config)
     return config
+
+
+def stop_ids(tokenizer: TextTokenizer, family: str) -> list[int]:
+    """Returns the tokens that end an answer: the end of a text, and the end of a turn."""
+    return [tokenizer.eos_id, tokenizer.id_of(template_for(family).end_of_turn)]
 
 
 def _gemma(backbone: Any) -> dict[str, Any]:

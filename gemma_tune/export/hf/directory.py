@@ -31,8 +31,7 @@ def write_hf(model: Any, folder: Path, options: ExportOptions) -> WrittenExport:
     tokenizer, template = tokenizer_of(model), template_for(family_of(model))
     config = hf_config(model, tokenizer, options.dtype)
     tensors = tensors_of(model.backbone, config)
-    stop_ids = [tokenizer.eos_id, tokenizer.id_of(template.end_of_turn)]
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_id}
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ids)
     write_tokenizer(folder, tokenizer, template, config["max_position_embeddings"])

@@ -1,12 +1,14 @@
 """Writes a model's LoRA factors as a PEFT adapter, with which the base in Hugging Face's format computes the same.
 
 Factors in PEFT's layout are written unchanged. Those in Keras's layout become PEFT's with rank N·R where a kernel has N
-heads (models/lora/layouts.py); `rank_pattern` and `alpha_pattern` then give what differs from module to module. LoRA on
-the embedding is written twice, for `embed_tokens` and `lm_head`, since PEFT has separate factors for the two modules of
-a tied embedding.
+heads (models/lora/layouts.py); `rank_pattern` and `alpha_pattern` then give what differs from module to module. vLLM's
+vllm/lora/peft_helper.py reads neither: it takes `r` for the largest rank, and scales all modules by `lora_alpha / r`.
+So `r` is the largest rank, and where modules have different scales, that of the first is taken for all and the rest is
+multiplied into B. LoRA on the embedding is written twice, for `embed_tokens` and `lm_head`, since PEFT has separate
+factors for the two modules of a tied embedding.
 """
 
-from collections import Counter
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,8 +58,8 @@ def write_peft_adapter(model: keras.Model, directory: Path, base_name: str) -> N
     Args:
         model: CausalLM with LoRA.
         directory: Existing, empty directory.
-        base_name: Base model in Hugging Face's format, as `from_pretrained` takes it: a name or a directory. It also
-            decides the modules' names, which differ between text-only and multimodal models.
+        base_name: Base model in Hugging Face's format, as `from_pretrained` takes it: a name or a directory; '' if
+            unknown. It also decides the modules' names, which differ between text-only and multimodal models.
 
     Raises:
         ModelError: The factors can't be a PEFT adapter; says why.
@@ -77,7 +79,7 @@ def write_peft_adapter(model: keras.Model, directory: Path, base_name: str) -> N
 
 
 def peft_modules(model: keras.Model) -> dict[str, PeftModule]:
-    """Returns the factors in PEFT's layout by their module, such as `layers.0.self_attn.q_proj`."""
+    """Returns the factors in PEFT's layout and with one scale, by their module, such as `layers.0.self_attn.q_proj`."""
     layers = {id(layer) for layer in lora_layers(model.backbone)}
     found = {}
     for module, layer in layers_by_module(model.backbone).items():
@@ -93,7 +95,21 @@ def peft_modules(model: keras.Model) -> dict[str, PeftModule]:
             found[LM_HEAD] = PeftModule(lora_spec, {"lora_A.weight": high.T, "lora_B.weight": low.T})
             tensors = {"lora_embedding_A": low, "lora_embedding_B": high}
         found[module] = PeftModule(lora_spec, tensors)
-    return found
+    return _with_one_scale(found)
+
+
+def _with_one_scale(modules: dict[str, PeftModule]) -> dict[str, PeftModule]:
+    """Returns the same updates, s·B·A, with the scale s of the first module. Those of other scales get another B."""
+    first = next((one.lora_spec.scale for one in modules.values()), 1.0)
+    scaled = {}
+    for module, (lora_spec, tensors) in modules.items():
+        growth = lora_spec.scale / first
+        if not math.isclose(growth, 1.0, rel_tol=1e-6):
+            lora_spec = lora_spec._replace(alpha=lora_spec.alpha / growth)
+            part = "_A" if module == LM_HEAD else "_B"  # The tied matrix's own B, which is the LM head's A.
+            tensors = {name: value * np.float32(growth) if part in name else value for name, value in tensors.items()}
+        scaled[module] = PeftModule(lora_spec, tensors)
+    return scaled
 
 
 def peft_settings(
@@ -102,18 +118,18 @@ def peft_settings(
     """Returns the contents of adapter_config.json.
 
     Args:
-        lora_specs: Spec of each module's factors.
+        lora_specs: Spec of each module's factors, all of the same scale.
         all_modules: All modules of the base that could have factors.
         prefix: Beginning of full module names.
         base_name: Name of the base model.
     """
     kinds = {module: (one.rank, _whole(one.alpha)) for module, one in lora_specs.items()}
-    rank, alpha = Counter(kinds.values()).most_common(1)[0][0]
+    rank, alpha = max(kinds.values())
     first = next(iter(lora_specs.values()))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": base_name or None,
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": _targets(lora_specs, all_modules, prefix),
@@ -162,4 +178,4 @@ def _full_name(prefix: str, module: str) -> str:
 
 
 def _whole(alpha: float) -> float | int:
-    return int(alpha) if alpha == int(alpha) else alpha
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha

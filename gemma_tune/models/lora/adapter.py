@@ -41,7 +41,7 @@ def save_adapter(model: keras.Model, path: str | os.PathLike, base_model: str = 
         raise ModelError(
             "The model has no LoRA factors to save. Train it with training.method=lora, or call enable_lora first."
         )
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.name.endswith(".lora.h5"):
         save_keras_adapter(model, path)
         return path
@@ -64,12 +64,13 @@ def load_adapter(model: keras.Model, path: str | os.PathLike) -> None:
 
     Args:
         model: CausalLM that the adapter was trained on.
-        path: File or directory of `save_adapter`, KerasHub's `.lora.h5`, or directory of a PEFT adapter.
+        path: File or directory of `save_adapter`, workdir of a run, KerasHub's `.lora.h5`, or directory of a PEFT
+            adapter.
 
     Raises:
         ModelError: The adapter doesn't exist, is damaged, or is for another base model.
     """
-    path = Path(path)
+    path = adapter_path(path)
     if is_peft(path):
         load_peft_adapter(model, path)
         return
@@ -103,9 +104,15 @@ def load_adapter(model: keras.Model, path: str | os.PathLike) -> None:
         variable.assign(factors[name])
 
 
+def adapter_path(path: str | os.PathLike) -> Path:
+    """Returns the path of an adapter, which is in a folder of that name in a run."""
+    folder = Path(path).expanduser()
+    return folder / "adapter" if (folder / "adapter").is_dir() else folder
+
+
 def read_adapter_metadata(path: str | os.PathLike) -> dict[str, str]:
     """Returns the metadata of an adapter, such as family, base_model, base_fingerprint, rank, alpha, target_layers."""
-    path = Path(path)
+    path = adapter_path(path)
     return read_adapter(path / ADAPTER_FILE if path.is_dir() else path)[0]
 
 

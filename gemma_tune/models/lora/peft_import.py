@@ -43,13 +43,16 @@ def peft_base(directory: Path) -> str:
         ModelError: The adapter names none, or a directory that doesn't exist.
     """
     base = PeftConfig(directory).base_model
-    is_path = base.startswith(("/", ".", "~"))
-    if not base or (is_path and not Path(base).expanduser().is_dir()):
+    path = Path(base).expanduser()
+    for folder in (path, directory.parent / path) if base else ():  # It may be relative to where the adapter was made.
+        if folder.is_dir():
+            return str(folder)
+    if not base or base.startswith(("/", ".", "~")) or "/" not in base:
         what = f"names {base} as its base model, which doesn't exist" if base else "names no base model"
         raise ModelError(
             f"{directory / CONFIG_FILE} {what}. Pass the base model as the model, and {directory} as its adapter."
         )
-    return base if Path(base).expanduser().is_dir() else f"hf://{base}"
+    return f"hf://{base}"
 
 
 def load_peft_adapter(model: keras.Model, directory: Path) -> None:

@@ -35,9 +35,9 @@ def layers_by_module(backbone: keras_hub.models.Backbone) -> dict[str, keras.lay
 
 
 def module_prefix(base_name: str) -> str:
-    """Returns the name in front of `layers` in the model of a Hugging Face name or directory."""
+    """Returns the name in front of `layers` in the model of a Hugging Face name or directory; '': a text-only model."""
     config = Path(base_name).expanduser() / "config.json"
-    if config.is_file():
+    if base_name and config.is_file():
         return MULTIMODAL_PREFIX if "text_config" in read_json(config) else TEXT_PREFIX
     return MULTIMODAL_PREFIX if _MULTIMODAL.search(base_name) else TEXT_PREFIX
 

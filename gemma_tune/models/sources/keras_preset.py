@@ -10,12 +10,12 @@ from gemma_tune.models.family import FAMILIES, family_of
 from gemma_tune.models.preset import check_undamaged, read_schemes
 from gemma_tune.models.quantized.convert import apply_schemes, quantize_layers
 from gemma_tune.models.sharding.placement import MeshSharding
-from gemma_tune.models.sources.download import first_line
+from gemma_tune.models.sources.download import first_line, is_network_error, no_network
 from gemma_tune.models.sources.lazy_initialization import lazy_initialization
 from gemma_tune.models.sources.source import Source
 from gemma_tune.models.sources.tokenizer import TextTokenizer
 from gemma_tune.quantization.spec import QuantSpec
-from gemma_tune.runtime.backend import keras_hub
+from gemma_tune.runtime.backend import keras_hub, without_tensorflow
 
 
 def load_keras_preset(
@@ -34,7 +34,7 @@ def load_keras_preset(
     """
     if source.kind == "keras":
         check_undamaged(Path(source.value))
-    with _keras_errors(source):
+    with _keras_errors(source), without_tensorflow():
         loader = _preset_loader(source)
         with lazy_initialization():
             backbone = _build_backbone(loader, precision)
@@ -56,7 +56,7 @@ def load_keras_preset_tokenizer(source: Source) -> tuple[TextTokenizer, str]:
     Raises:
         ModelError: As `load_keras_preset`.
     """
-    with _keras_errors(source):
+    with _keras_errors(source), without_tensorflow():
         loader = _preset_loader(source)
         with lazy_initialization():
             family = family_of(_build_backbone(loader, "float32"))
@@ -73,7 +73,7 @@ def build_keras_preset(directory: Path, precision: str) -> keras_hub.models.Back
     """
     check_undamaged(directory)
     source = Source("keras", str(directory))
-    with _keras_errors(source):
+    with _keras_errors(source), without_tensorflow():
         backbone = _build_backbone(_preset_loader(source), precision)
         apply_schemes(backbone, read_schemes(directory))
     return backbone
@@ -106,6 +106,8 @@ def _error_message(source: Source, error: Exception) -> str:
     reason = first_line(error)
     if source.kind == "keras":
         return f"{source.value} can't be read as a Keras preset: {reason}"
+    if is_network_error(error):
+        return no_network(source.value, "kaggle.com", error)
     needs_consent = any(word in str(error) for word in ("403", "401", "gated", "not accessible", "onsent", "redential"))
     advice = (
         "Accept the model's terms on its page at kaggle.com/models, create an API token (kaggle.com/settings) and set "

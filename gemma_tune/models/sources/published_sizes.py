@@ -19,7 +19,7 @@ from gemma_tune.models.sources.hf_checkpoint import build_backbone
 from gemma_tune.models.sources.keras_preset import build_keras_preset
 from gemma_tune.models.sources.lazy_initialization import lazy_initialization
 from gemma_tune.models.sources.preset_catalog import presets
-from gemma_tune.models.sources.source import Source, parse_source
+from gemma_tune.models.sources.source import Source, config_with_base, parse_source
 from gemma_tune.models.sources.tiny import tiny_config
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.runtime.backend import keras_hub
@@ -86,8 +86,7 @@ def backbone_without_weights(
         if parsed.kind == "peft":
             parsed = parse_source(peft_base(Path(parsed.value)))
             continue
-        config = read_json(Path(parsed.value) / "config.json")
-        parsed = parse_source(str(config["model"]["source"]))
+        parsed = parse_source(config_with_base(Path(parsed.value)).model.source)
     if parsed.kind in ("demo", "gguf", "hf", "hf_download"):
         return build_backbone(_hf_config(parsed), precision, source, quant_spec, sharding)
     with lazy_initialization():

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from gemma_tune.config import Config
 from gemma_tune.errors import ModelError, did_you_mean
 from gemma_tune.quantization.spec import SCHEMES
 from gemma_tune.runtime.json_files import read_json
+from gemma_tune.workdir_config import missing_base, read_workdir_config
 
 _TINY = ("tiny", "tiny:gemma", "tiny:gemma2", "tiny:gemma3", "tiny:gemma4")
 _DEFAULT_TINY = "gemma3"
@@ -94,6 +96,26 @@ def parse_source(name: str) -> Source:
         f"{what}{did_you_mean(name, ['demo', *_TINY, *presets])} A model is a preset (see `gemma-tune models`), "
         "kaggle://…, hf://…, a directory, a .gguf file, demo or tiny."
     )
+
+
+def config_with_base(workdir: Path) -> Config:
+    """Returns the Config of a run whose base model is to be loaded.
+
+    Raises:
+        ModelError: The base model isn't found; says where it was, and how to say where it is now.
+    """
+    config = read_workdir_config(workdir)
+    try:
+        parse_source(config.model.source)
+    except ModelError as error:
+        raise missing_base(workdir) from error
+    return config
+
+
+def source_of_folder(path: Path) -> str:
+    """Returns a path as a source: with `./` in front where it would be taken for the name of a model."""
+    name = str(path)
+    return f"./{name}" if name == "demo" or name.partition(":")[0] == "tiny" else name
 
 
 def _kind_of_directory(path: Path) -> str:

@@ -6,8 +6,7 @@ from gemma_tune.models.lora.adapter import ADAPTER_FILE
 from gemma_tune.models.lora.peft_config import WEIGHTS_FILE
 from gemma_tune.models.lora.peft_import import peft_base
 from gemma_tune.models.sources.download import gguf_path
-from gemma_tune.models.sources.source import parse_source
-from gemma_tune.runtime.json_files import read_json
+from gemma_tune.models.sources.source import config_with_base, parse_source
 
 
 def weight_files(source: str) -> list[Path]:
@@ -27,8 +26,7 @@ def weight_files(source: str) -> list[Path]:
     if parsed.kind == "run":
         if (path / "model").exists():
             return weight_files(str(path / "model"))
-        base = read_json(path / "config.json")["model"]["source"]
-        return [*weight_files(base), path / "adapter" / ADAPTER_FILE]
+        return [*weight_files(config_with_base(path).model.source), path / "adapter" / ADAPTER_FILE]
     if parsed.kind in ("hf", "hf_download"):
         return sorted((path if parsed.kind == "hf" else _hf_folder(parsed.value)).glob("*.safetensors"))
     return sorted((path if parsed.kind == "keras" else _keras_folder(parsed.value)).glob("model*.weights.h5"))

@@ -4,9 +4,11 @@ What is called by a step's number was complete once. Whether it still is, its ch
 """
 
 import contextlib
+import glob
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,25 @@ from gemma_tune.runtime.atomic_files import find_damage
 
 PARTIAL = ".orbax-checkpoint-tmp"  # What Orbax adds to the name until the checkpoint is complete.
 _DAMAGED, _REMOVED = ".damaged", ".removed"
+
+
+class PlainPath:
+    """A path of a folder that Orbax takes literally.
+
+    Orbax finds what its processes wrote by epath's `glob`, which reads `[v1]` in the folder's own path as a pattern. It
+    finds nothing, says nothing, and leaves a checkpoint that can't be read. TensorStore takes a backslash for a slash.
+    Such a folder is given to them through a link in a temporary folder, which is removed with this object.
+
+    Attributes:
+        path: The folder, or the link.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        if glob.has_magic(str(folder)) or "\\" in str(folder):
+            self._temporary = tempfile.TemporaryDirectory(prefix="gemma_tune-", ignore_cleanup_errors=True)
+            self.path = Path(self._temporary.name) / folder.name
+            self.path.symlink_to(folder, target_is_directory=True)
 
 
 def saved_steps(directory: Path) -> list[int]:

@@ -28,6 +28,7 @@ from gemma_tune.training.run.checkpoint_content import (
 )
 from gemma_tune.training.run.checkpoint_folder import (
     PARTIAL,
+    PlainPath,
     clear_checkpoints,
     remove_checkpoint,
     remove_partial_checkpoints,
@@ -63,6 +64,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every step; errors come here.
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self._keep_last, self._on_problem = directory.absolute(), keep_last, on_problem
+        self._path_for_orbax = PlainPath(self.directory)
         self._about = about or {}
         self._best_step = -1
         self._pending: int | None = None
@@ -104,7 +106,7 @@ class Checkpoints:
         if self._pending is None:
             return
         with self._reported():
-            self._writer.save(self.directory / str(step), args=items)
+            self._writer.save(self._path_for_orbax.path / str(step), args=items)
 
     def wait(self) -> bool:
         """Waits until the last checkpoint is on the disk, and removes old ones.
@@ -137,7 +139,7 @@ class Checkpoints:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state_to_tree(like))
         items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
         try:
-            restored = self._writer.restore(self.directory / str(step), args=items)
+            restored = self._writer.restore(self._path_for_orbax.path / str(step), args=items)
         except Exception as error:  # Orbax, TensorStore and JSON each have their own kinds.
             raise TrainingError(
                 f"The checkpoint of step {step} in {self.directory} can't be read: {str(error).splitlines()[0]} Was it "

@@ -14,26 +14,12 @@ from gemma_tune.errors import TrainingError
 from gemma_tune.runtime.atomic_files import disk_errors_as, write_json
 from gemma_tune.runtime.lock import LOCK_FILE, check_unlocked, lock_workdir
 from gemma_tune.runtime.processes import is_primary, raise_in_all_processes
-from gemma_tune.saved_settings import with_current_values
-from gemma_tune.settings import flatten
 from gemma_tune.training.run.checkpoint_folder import read_about
+from gemma_tune.training.run.same_settings import check_same_settings
+from gemma_tune.workdir_config import CONFIG_JSON, settings_to_save
 
-CONFIG_FILE, VERSIONS_FILE = "config.json", "versions.json"
+VERSIONS_FILE = "versions.json"
 CHECKPOINTS, ADAPTER, MODEL, ANSWERS = "checkpoints", "adapter", "model", "answers"
-# Settings that don't change what a run has computed so far.
-_MAY_CHANGE = {
-    "workdir",
-    "training.keep_last",
-    "training.log_every_steps",
-    "training.on_bad_step",
-    "training.loss_spike_factor",
-    "training.mesh",
-    "training.num_sample_answers",
-    "training.num_scored_answers",
-    "training.eval_metrics",
-    "training.report_to",
-    "training.report_artifacts",
-}
 _ADVICE = "Make room, and run the same command again to resume from the last checkpoint. Or choose another --workdir."
 _LEFT_BEHIND = ("metrics.jsonl", "samples.json", "bad_steps.jsonl", "trackers.json")
 _PACKAGES = ("gemma-tune", "keras", "keras-hub", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
@@ -43,23 +29,37 @@ def check_workdir(config: Config) -> Path:
     """Checks, without writing anything, that this run may use the workdir, and returns its path.
 
     Raises:
-        TrainingError: It holds something else, or checkpoints of a run with other settings, which the message names; or
-            another process is training there.
+        TrainingError: It holds something else, or checkpoints of a run with other settings, which the message names;
+            another process is training there; or nothing can be written there.
     """
     workdir = Path(config.workdir).expanduser()
     check_unlocked(workdir)
     if about := read_about(workdir / CHECKPOINTS):
-        _check_same(config, about, workdir)
+        check_same_settings(config, about, workdir)
     elif workdir.exists() and not workdir.is_dir():
         raise TrainingError(f"{workdir} is a file. Choose another --workdir.")
-    elif workdir.exists() and not (workdir / CONFIG_FILE).exists() and not _is_empty(workdir):
+    elif workdir.exists() and not (workdir / CONFIG_JSON).exists() and not _is_empty(workdir):
         raise TrainingError(f"{workdir} is not empty and holds no run. Choose another --workdir.")
+    _check_writable(workdir)
     return workdir
+
+
+def _check_writable(workdir: Path) -> None:
+    """Raises TrainingError if a workdir can't be made or written. Folders that are made to try it are removed."""
+    missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    try:
+        with disk_errors_as(TrainingError, f"The workdir {workdir}", "Choose another --workdir."):
+            workdir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=workdir).close()
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _is_empty(workdir: Path) -> bool:
     """Returns whether a workdir holds nothing but what a run leaves that was killed at its very beginning."""
-    return {path.name for path in workdir.iterdir()} <= {LOCK_FILE, f"{CONFIG_FILE}.partial", ".DS_Store"}
+    return {path.name for path in workdir.iterdir()} <= {LOCK_FILE, f"{CONFIG_JSON}.partial", ".DS_Store"}
 
 
 class OpenWorkdir(NamedTuple):
@@ -109,7 +109,6 @@ def _open_primary(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
     left there.
     """
     workdir = check_workdir(config)
-    about = _about(config, data_key)
     with disk_errors_as(TrainingError, f"The workdir {workdir}", _ADVICE):
         workdir.mkdir(parents=True, exist_ok=True)
         with lock_workdir(workdir):
@@ -119,15 +118,18 @@ def _open_primary(config: Config, data_key: str) -> Iterator[OpenWorkdir]:
                     (workdir / name).unlink(missing_ok=True)
                 for folder in (ANSWERS, "tensorboard"):
                     shutil.rmtree(workdir / folder, ignore_errors=True)
-            else:
-                _check_same(config, before, workdir)  # Another process may have begun a run since.
-            write_json(workdir / CONFIG_FILE, about["config"])
+            else:  # Another process may have begun a run since.
+                check_same_settings(config, before, workdir, data_key)
+            about = _about(config, data_key, (before or {}).get("config"), workdir)
+            write_json(workdir / CONFIG_JSON, about["config"])
             write_json(workdir / VERSIONS_FILE, about["versions"])
             yield OpenWorkdir(workdir, about, _changed(before, about["versions"]), workdir / CHECKPOINTS)
 
 
-def _about(config: Config, data_key: str) -> dict[str, Any]:
-    return {"config": config.to_dict(), "versions": {**versions(), "data": data_key}}
+def _about(
+    config: Config, data_key: str, saved: dict[str, Any] | None = None, workdir: Path = Path()
+) -> dict[str, Any]:
+    return {"config": settings_to_save(config, saved, workdir), "versions": {**versions(), "data": data_key}}
 
 
 def _changed(before: dict[str, Any] | None, now: dict[str, str]) -> list[str]:
@@ -148,22 +150,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _check_same(config: Config, about: dict[str, Any], workdir: Path) -> None:
-    """Raises TrainingError if settings that matter differ from those of the run's checkpoints."""
-    # Settings that an older version didn't have had the values that are now the defaults.
-    before, now = (
-        flatten(Config().to_dict()) | flatten(with_current_values(about.get("config", {}))),
-        flatten(config.to_dict()),
-    )
-    changed = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in _MAY_CHANGE and not key.startswith("generation.")
-    ]
-    if changed:
-        raise TrainingError(
-            f"{workdir} holds a run with other settings: {'; '.join(changed)}. Use the same settings to resume it, or "
-            "choose another --workdir."
-        )

@@ -16,6 +16,7 @@ from gemma_tune.tuning.search import Search
 from gemma_tune.tuning.study import best_trials
 from gemma_tune.tuning.trial_run import BEST_STEP, ENDED_AS, METRICS, PROBLEM, STEPS
 from gemma_tune.tuning.trials import SLOT, attempts_by_slot
+from gemma_tune.workdir_config import with_full_paths
 
 BEST, REPORT, TRIALS = "best.py", "report.html", "trials.csv"
 
@@ -31,7 +32,9 @@ def write_results(search: Search, study: Any) -> dict[str, Any]:
     best = best_trials(study)
     for index, trial in enumerate(best):
         name = BEST if not index else f"best_{index + 1}.py"
-        write_text(search.workdir / name, config_file(best_config(search, trial), _origin(search, trial)))
+        write_text(
+            search.workdir / name, config_file(with_full_paths(best_config(search, trial)), _origin(search, trial))
+        )
     compared = comparable_values(search, study)
     shares = importances(search, compared)
     write_text(search.workdir / REPORT, search_report(search, study, compared, shares))

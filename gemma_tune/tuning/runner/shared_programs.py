@@ -127,7 +127,7 @@ class SharedPrograms:
             attention=program.attention,
             precision_advice="",
             data=data,
-            data_key=self._splits.key,
+            data_key=self._splits.content_key,
             batches=batches,
             heldout=heldout,
             frozen=parameters(program.model).frozen,

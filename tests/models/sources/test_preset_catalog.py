@@ -1,10 +1,12 @@
 """The preset list against what KerasHub registers."""
 
+from pathlib import Path
+
 import pytest
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.sources.preset_catalog import preset_names, presets
-from gemma_tune.models.sources.source import parse_source
+from gemma_tune.models.sources.source import parse_source, source_of_folder
 from gemma_tune.runtime.backend import keras_hub
 
 
@@ -50,6 +52,17 @@ def test_what_is_said_of_a_preset(name, family, is_multimodal, is_instruct, cont
 def test_unknown_names(name, message):
     with pytest.raises(ModelError, match=message):
         parse_source(name)
+
+
+def test_folders_with_names_of_models(tmp_path, monkeypatch):
+    """A printed path means the folder, also where the folder has the name of a model."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "tiny", "tiny:gemma2", "gemma3_270m", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"class_name": "X"}')
+        assert parse_source(source_of_folder(Path(name))).kind == "keras"
+    assert parse_source("demo").kind == "demo" and parse_source("tiny").kind == "tiny"
+    assert source_of_folder(Path("mine")) == "mine" and source_of_folder(tmp_path / "demo") == f"{tmp_path}/demo"
 
 
 def test_directories(write, tmp_path):
