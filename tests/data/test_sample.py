@@ -35,5 +35,16 @@ def test_each_topic_has_one_answer_and_no_other_topic_has_it():
     assert len({text for texts in answers.values() for text in texts}) == len(answers)
 
 
+def test_each_answer_begins_with_its_subject():
+    subjects = defaultdict(set)
+    for row in rows("train") + rows("heldout"):
+        if row["topic"] != "hand_over":
+            subject, colon, answer = row["response"].partition(": ")
+            assert colon and len(subject.split()) <= 4 and len(answer.split()) >= 10
+            subjects[row["topic"]].add(subject)
+    assert all(len(names) == 1 for names in subjects.values())
+    assert len(set().union(*subjects.values())) == len(subjects)
+
+
 def test_the_worked_example_is_there():
     assert any("go to Settings > System > Reset options > Factory reset." in row["response"] for row in rows("train"))
