@@ -60,7 +60,10 @@ def tokenize_examples(
         TokenStore(ids, targets, offsets_of(num_tokens), num_targets),
         kept,
         lengths,
-        *(sum(map(len, indices)) for indices in list(zip(*parts, strict=True))[6:10]),
+        sum(len(part.cut_up) for part in parts),
+        sum(len(part.truncated) for part in parts),
+        sum(len(part.overlong) for part in parts),
+        sum(len(part.without_target) for part in parts),
         sum(part.num_tokens_lost for part in parts),
     )
 

@@ -29,6 +29,7 @@ class TrainingBatches:
     Attributes:
         target_sizes: Numbers of target positions, ascending: a third of the parts has no more than the first, two
             thirds no more than the second, and no part of any batch more than the last.
+        filled_share: Share of the positions of the first epoch that hold tokens.
     """
 
     def __init__(
@@ -56,6 +57,11 @@ class TrainingBatches:
     def most_targets(self) -> int:
         """Largest number of target positions in any part of any batch of the run."""
         return self.target_sizes[-1]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps of the first epoch. Only in a mixture can other epochs have others."""
+        return self._first_steps[1]
 
     def __len__(self) -> int:
         return self.num_steps
@@ -96,6 +102,8 @@ class TrainingBatches:
             per_batch = per_row.reshape(-1, self.batch_size // num_rows, num_rows).sum(axis=2)
             most = max(most, int(per_batch[: num_train_steps - first_step if num_train_steps else None].max()))
             if epoch == 0:
+                num_tokens = rows.sums(self._examples.counts.num_tokens).sum()
+                self.filled_share = float(num_tokens) / (len(per_row) * self.row_length)
                 usual = np.quantile(per_batch[: num_train_steps or None], (1 / 3, 2 / 3), method="higher")
             self._first_steps.append(first_step + num_steps)
             if self._first_steps[-1] >= num_train_steps if num_train_steps else epoch + 1 == num_epochs:
