@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from gemma_tune.cli.data import render_tokens
+from gemma_tune.cli.data_tables import render_tokens
 from gemma_tune.cli.forecast import Proposal, leaner, step_memory
 from gemma_tune.cli.output import Output, make_listing
 from gemma_tune.config import Config

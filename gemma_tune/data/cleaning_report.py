@@ -21,7 +21,7 @@ DROP_REASONS = {
     "num_overlong_dropped": "too long",
     "num_without_target": "no answer fits",
 }
-CUT_REASONS = {"num_truncated": "shortened", "num_cut_up": "documents cut into pieces"}
+CUT_REASONS = {"num_truncated": "shortened", "num_cut_up": "documents in pieces"}
 _NOT_IN_COUNTS = ("lengths",)
 
 
@@ -43,6 +43,7 @@ class DataReport:
         num_overlong_dropped: Number of examples dropped because they are too long.
         num_without_target: Number of examples dropped because no answer fits after the question.
         num_tokens_lost: Number of tokens that were cut off or dropped because examples are too long.
+        longest_lost: Number of tokens of the longest example that is cut off or dropped for its length; 0: none is.
         num_train: Number of examples for training, each piece of a document counted.
         num_heldout: Number of held-out examples, counted in the same way.
         sources: Name of each source, with its own numbers of rows read, rows dropped, and examples and tokens kept.
@@ -64,6 +65,7 @@ class DataReport:
     num_overlong_dropped: int = 0
     num_without_target: int = 0
     num_tokens_lost: int = 0
+    longest_lost: int = 0
     num_train: int = 0
     num_heldout: int = 0
     sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -129,9 +131,15 @@ class DataReport:
                 example, note = examples[place], f"{chunk.lengths[place - first]:,} tokens"
                 self.add_samples(name, [DroppedSample(example.origin, text_shown(example), note)])
         self.num_tokens_lost += chunk.num_tokens_lost
+        dropped = np.concatenate([chunk.overlong, chunk.without_target])
+        lost = chunk.lengths[np.concatenate([chunk.truncated, dropped]) - first]
+        self.longest_lost = max(self.longest_lost, int(lost.max(initial=0)))
+        num_dropped = np.bincount(sources[dropped], minlength=len(self.sources))
         num_kept = np.bincount(sources[chunk.kept], minlength=len(self.sources))
         num_tokens = np.bincount(sources[chunk.kept], chunk.num_tokens, minlength=len(self.sources))
-        for source, count, tokens in zip(self.sources, num_kept.tolist(), num_tokens.tolist(), strict=True):
+        for number, source in enumerate(self.sources):
+            count, tokens = int(num_kept[number]), num_tokens[number]
+            source["num_dropped"] += int(num_dropped[number])
             source[f"num_{split}"] = source.get(f"num_{split}", 0) + count
             source[f"num_{split}_tokens"] = source.get(f"num_{split}_tokens", 0) + int(tokens)
 

@@ -13,8 +13,16 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from gemma_tune.data import Turn, chunks, load_examples, load_splits, template_for, tokenize, tokenize_splits
-from gemma_tune.data import cleaned_examples
+from gemma_tune.data import (
+    Turn,
+    chunks,
+    cleaned_examples,
+    load_examples,
+    load_splits,
+    template_for,
+    tokenize,
+    tokenize_splits,
+)
 from gemma_tune.data.chunks import garbage_collector_paused
 from gemma_tune.data.cleaning import comparison_key, normalize
 from gemma_tune.data.storage.cache import CONTENTS
