@@ -103,8 +103,7 @@ def tokenize_splits(
         write_array(folder / _KEPT_TRAIN, train)
         write_array(folder / _KEPT_HELDOUT, heldout)
         if not report.num_train:
-            lengths = read_array(folder / _LENGTHS, np.int32)[: len(splits.train)]
-            _refuse_to_learn_nothing(lengths, max_length, report)
+            _refuse_to_learn_nothing(len(splits.train), read_array(folder / _LENGTHS, np.int32), max_length, report)
         return report.counts()
 
     entry = cached(cache and cache / "tokens", key, build)
@@ -120,14 +119,14 @@ def tokenize_splits(
     )
 
 
-def _refuse_to_learn_nothing(lengths: np.ndarray, max_length: int, report: DataReport) -> None:
+def _refuse_to_learn_nothing(num_train: int, lengths: np.ndarray, max_length: int, report: DataReport) -> None:
     why = (
         "data.overlong=drop leaves them out"
         if report.num_overlong_dropped
         else "their questions leave no room for answers"
     )
     raise DataError(
-        f"All {len(lengths)} training examples are too long for data.max_length={max_length}: {why}, so there is "
-        f"nothing to learn. They have {lengths.min()} to {lengths.max()} tokens. --max_length={lengths.max() - 1} "
+        f"All {num_train} training examples are too long for data.max_length={max_length}: {why}, so there is "
+        f"nothing to learn. Examples have {lengths.min()} to {lengths.max()} tokens. --max_length={lengths.max() - 1} "
         "holds all of them whole."
     )
