@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_tune.data import Example, Turn, template_for
+from gemma_tune.data.cleaning import Cleaner
 from gemma_tune.data.fit_length import piece_borders
 from gemma_tune.data.tokenize import tokenize_examples
 
@@ -97,3 +98,35 @@ def test_tokens_lost_are_those_that_no_example_holds(tiny_tokenizer):
         assert kept - added + found.num_tokens_lost == found.lengths.sum()
     assert (found.num_overlong_dropped, found.num_without_target) == (3, 0)
     assert fitted(examples, tiny_tokenizer, 40, "chunk").num_without_target == 1
+
+
+TEXTS = st.text(max_size=80)
+EXAMPLES = st.one_of(
+    st.builds(document, TEXTS),
+    st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3).map(
+        lambda pairs: Example(
+            tuple(turn for asked, said in pairs for turn in (Turn("user", asked), Turn("model", said))), "chats.jsonl:1"
+        )
+    ),
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(st.lists(EXAMPLES, min_size=1, max_size=4), st.integers(8, 60), st.sampled_from(["chunk", "truncate", "drop"]))
+def test_each_token_of_each_row_is_kept_once_or_counted_as_lost(tiny_tokenizer, examples, max_length, overlong):
+    cleaner = Cleaner(TEMPLATE.control_tokens)
+    cleaned = [each.example for each in cleaner.clean(examples)]
+    assert len(cleaned) + sum(cleaner.counts.values()) == len(examples)
+    found = tokenize_examples(cleaned, TEMPLATE, tiny_tokenizer, max_length, overlong)
+    num_lost = 0
+    for number, example in enumerate(cleaned):
+        whole = [tiny_tokenizer.bos_id]
+        for span in TEMPLATE.spans(example.turns):
+            whole += [tiny_tokenizer.eos_id] if span.text == "<eos>" else tiny_tokenizer.encode(span.text)
+        whole = whole[: found.lengths[number]]  # Behind the last token to learn, the template has a line feed.
+        pieces = [found.examples[i].token_ids.tolist() for i in np.flatnonzero(found.kept == number)]
+        held = [tiny_tokenizer.bos_id, *(token for piece in pieces for token in piece[1:])] if pieces else []
+        assert held == whole[: len(held)]
+        num_lost += len(whole) - len(held)
+        assert len(held) == len(whole) or overlong != "chunk" or example.turns[0].role != "text"
+    assert found.num_tokens_lost == num_lost
