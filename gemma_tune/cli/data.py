@@ -13,7 +13,6 @@ from gemma_tune.cli.data_tables import (
     repeats_advice,
     rows_table,
     sources_table,
-    tokens_lost,
 )
 from gemma_tune.cli.flags import setting_by_flag, setting_flags
 from gemma_tune.cli.verb import Flag, Invocation, Verb
@@ -66,7 +65,7 @@ def _print_report(report: DataReport, counts: Sequence[int], max_length: int, co
     console.print(length_histogram(report.lengths, max_length))
     console.print(rows_table(report))
     if report.num_tokens_lost:
-        console.print(tokens_lost(report))
+        console.print(f"  {report.tokens_lost()}", style="yellow" if report.loses_much else "", markup=False)
     if len(report.sources) > 1:
         console.print(sources_table(report, counts))
     if advice := repeats_advice(report, counts):

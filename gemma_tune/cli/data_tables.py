@@ -1,5 +1,6 @@
 """Tables of what becomes of the rows of a data set, for the terminal."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from gemma_tune.data.cleaning_report import CUT_REASONS, DROP_REASONS
 
 _MAX_BARS = 10
 _BAR_WIDTH = 40
-_MANY_LOST = 0.05  # Share of the tokens from which the loss stands out.
 MANY_REPEATS = 4.0  # arXiv:2305.16264: up to four passes are nearly as good as new data.
 
 
@@ -72,19 +72,6 @@ def rows_table(report: DataReport) -> Table:
     return table
 
 
-def tokens_lost(report: DataReport) -> Text:
-    """Returns a sentence on the tokens that are lost because examples are too long; empty if none are."""
-    lost, total = report.num_tokens_lost, report.num_tokens
-    if not lost:
-        return Text()
-    share = lost / total
-    return Text(
-        f"  {lost:,} of {total:,} tokens ({share:.1%}) are cut off or dropped because examples are too long. "
-        f"--max_length={report.longest_lost - 1} loses none.",
-        style="yellow" if share >= _MANY_LOST else "",
-    )
-
-
 def sources_table(report: DataReport, counts: Sequence[int]) -> Table:
     """Returns what is read and kept of each source, its share of an epoch, and how often its examples occur in it.
 
@@ -122,8 +109,13 @@ def _example_of(report: DataReport, name: str) -> str:
     if name == "num_unreadable":
         return ""  # Their messages stand below the table.
     for sample in report.samples.get(name, []):
-        return "e.g. " + " ".join(filter(None, (sample["origin"], f"({sample['note']})" if sample["note"] else "")))
+        note = f" ({_without_folders(sample['note'])})" if sample["note"] else ""
+        return f"e.g. {_without_folders(sample['origin'])}{note}"
     return ""
+
+
+def _without_folders(text: str) -> str:
+    return re.sub(r"\S*/(?=[^/\s])", "", text)
 
 
 def _pieces_note(report: DataReport) -> str:

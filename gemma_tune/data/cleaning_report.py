@@ -22,6 +22,7 @@ DROP_REASONS = {
     "num_without_target": "no answer fits",
 }
 CUT_REASONS = {"num_truncated": "shortened", "num_cut_up": "documents in pieces"}
+_MANY_LOST = 0.05
 _NOT_IN_COUNTS = ("lengths",)
 
 
@@ -76,6 +77,17 @@ class DataReport:
     def num_tokens(self) -> int:
         """Number of tokens in all examples, before shortening."""
         return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def share_lost(self) -> float:
+        """Share of the tokens that were cut off or dropped because examples are too long."""
+        return self.num_tokens_lost / max(1, self.num_tokens)
+
+    @property
+    def loses_much(self) -> bool:
+        """Whether so many rows or tokens are lost that one should look at the data again."""
+        num_dropped = sum(getattr(self, name) for name in DROP_REASONS)
+        return max(self.share_lost, num_dropped / max(1, self.num_rows)) >= _MANY_LOST
 
     def counts(self) -> dict[str, Any]:
         """Returns everything except the lengths, as plain values."""
@@ -149,6 +161,21 @@ class DataReport:
         kept += [sample._asdict() for sample in samples[: SAMPLES_KEPT - len(kept)]]
 
     def drop_reasons(self) -> str:
-        """Returns a sentence that says why cleaning and splitting dropped rows."""
+        """Returns a sentence that says why rows were dropped; empty if none were."""
         reasons = {reason: getattr(self, name) for name, reason in DROP_REASONS.items()}
-        return "Dropped: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count) + "."
+        named = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+        return f"Dropped: {named}." if named else ""
+
+    def tokens_lost(self) -> str:
+        """Returns a sentence on the tokens that are lost because examples are too long; empty if none are."""
+        if not self.num_tokens_lost:
+            return ""
+        return (
+            f"{self.num_tokens_lost:,} of {self.num_tokens:,} tokens ({self.share_lost:.1%}) are cut off or dropped "
+            f"because examples are too long. --max_length={self.longest_lost - 1} loses none."
+        )
+
+    def summary(self) -> str:
+        """Returns in a few sentences what is trained on, what is held out, and what is lost."""
+        what = f"{self.num_train:,} examples for training, {self.num_heldout:,} held out."
+        return " ".join(filter(None, (what, self.drop_reasons(), self.tokens_lost())))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_tune.data import Example, Turn, template_for
+from gemma_tune.data import DataReport, Example, Turn, template_for
 from gemma_tune.data.cleaning import Cleaner
 from gemma_tune.data.fit_length import piece_borders
 from gemma_tune.data.tokenize import tokenize_examples
@@ -130,3 +130,17 @@ def test_each_token_of_each_row_is_kept_once_or_counted_as_lost(tiny_tokenizer, 
         num_lost += len(whole) - len(held)
         assert len(held) == len(whole) or overlong != "chunk" or example.turns[0].role != "text"
     assert found.num_tokens_lost == num_lost
+
+
+def test_the_summary_says_what_is_lost():
+    report = DataReport(
+        num_rows=50, num_empty=2, num_without_target=1, num_train=40, num_heldout=7, num_tokens_lost=300, longest_lost=151,
+        lengths=np.full(100, 30, np.int32),
+    )  # fmt: skip
+    assert report.summary() == (
+        "40 examples for training, 7 held out. Dropped: 2 empty, 1 no answer fits. 300 of 3,000 tokens (10.0%) are cut "
+        "off or dropped because examples are too long. --max_length=150 loses none."
+    )
+    assert report.loses_much
+    assert DataReport(num_rows=9, num_train=8, num_heldout=1).summary() == "8 examples for training, 1 held out."
+    assert not DataReport(num_rows=9, num_train=8, num_heldout=1).loses_much
