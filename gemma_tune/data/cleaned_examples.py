@@ -1,5 +1,6 @@
 """Reads the sources of a data set, cleans their examples and writes them to disk, as one stream."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
@@ -17,6 +18,7 @@ from gemma_tune.errors import DataError
 from gemma_tune.runtime import progress
 
 _ERRORS_KEPT = 20
+_NUM_CHARACTERS = operator.attrgetter("num_characters")
 
 
 class NamedSplit(NamedTuple):
@@ -79,7 +81,7 @@ class CleanedExamplesWriter:
         questions, contents = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
         number = len(report.sources)
         with progress.track_progress("read rows") as advance:
-            for chunk in in_chunks(_read_source(source, self._on_error, report)):
+            for chunk in in_chunks(_read_source(source, self._on_error, report), _NUM_CHARACTERS):
                 cleaned = cleaner.clean(chunk)
                 self._examples.append(each.example for each in cleaned)
                 self._source_numbers.write(np.full(len(cleaned), number, np.uint16).data)

@@ -4,6 +4,7 @@ Examples are tokenized in chunks: SentencePiece spreads a list of texts over thr
 and the rest is done with arrays.
 """
 
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,8 @@ from gemma_tune.data.storage.token_store import TokenStore
 from gemma_tune.errors import DataError
 
 MIN_PARALLEL_EXAMPLES = 5000  # For fewer, a second SentencePiece processor takes longer to create than it saves.
+
+_NUM_CHARACTERS = operator.attrgetter("num_characters")
 
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -89,7 +92,7 @@ def tokenize_chunks(
     start = 0
 
     def submit(pool: ThreadPoolExecutor) -> Iterator[tuple[list[Example], list[list[TextSpan]], Future]]:
-        for chunk in in_chunks(examples):
+        for chunk in in_chunks(examples, _NUM_CHARACTERS):
             spans = [template.spans(example.turns) for example in chunk]
             texts = [span.text for span in chain.from_iterable(spans) if span.text != template.eos]
             yield chunk, spans, pool.submit(encode, texts)
