@@ -126,7 +126,7 @@ class Cleaner:
         compared = [turn.content for turn in turns] if self._dedup == "exact" else keys
         content = "\x00".join(f"{turn.role}\x01{text}" for turn, text in zip(turns, compared, strict=True))
         question = next((i for i, turn in enumerate(turns) if turn.role in ("user", "text")), None)
-        if self._system_prompt and turns[0].role == "user":
+        if self._system_prompt and turns[0].role not in ("system", "text"):
             turns = (Turn("system", self._system_prompt), *turns)
         kept = example._replace(turns=turns)
         return Cleaned(kept, "" if question is None else keys[question], hash_text(content))
@@ -136,7 +136,8 @@ class Cleaner:
         if not all(turn.content for turn in turns):
             self._drop("empty", example)
             return ()
-        if any(turn.role != "text" and token in turn.content for turn in turns for token in self._control_tokens):
+        tagged = [turn.content for turn in turns if "<" in turn.content and turn.role != "text"]
+        if any(token in content for content in tagged for token in self._control_tokens):
             self._drop("control_tokens", example)
             return ()
         return turns
