@@ -98,7 +98,7 @@ def repeats_advice(report: DataReport, counts: Sequence[int]) -> str:
     for source, count in zip(report.sources, counts, strict=False):
         if source["num_train"] and count / source["num_train"] > MANY_REPEATS:
             return (
-                f"Each example of {source['name']} occurs {count / source['num_train']:.1f} times in an epoch. "
+                f"Each example of {source['name']} occurs {count / source['num_train']:.3g} times in an epoch. "
                 f"--config.data.mixture_max_repeats={MANY_REPEATS:g} limits that."
             )
     return ""

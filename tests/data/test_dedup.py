@@ -1,11 +1,14 @@
 """Near duplicates are found from the similarity on that was asked for, by MinHash."""
 
+import sys
+
 import numpy as np
 import pytest
 
 from gemma_tune.data import Example, Turn
 from gemma_tune.data.cleaning import Cleaner
 from gemma_tune.data.dedup import NearDuplicates, num_bands, shingles
+from gemma_tune.errors import ConfigError
 
 VOCABULARY = [f"word{number}" for number in range(4000)]
 
@@ -57,3 +60,9 @@ def test_the_cleaner_drops_and_counts_them_and_says_what_they_repeat(rng):
     assert cleaner.counts["near_duplicates"] == 1
     assert [(each.origin, each.note) for each in cleaner.samples["near_duplicates"]] == [("a:2", "like a:1")]
     assert len(Cleaner(()).clean(examples)) == 3  # Control: without the index they stay.
+
+
+def test_without_the_package_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    with pytest.raises(ConfigError, match=r"needs the package rensa: pip install 'gemma-tune\[dedup\]'"):
+        NearDuplicates(0.8)
