@@ -56,7 +56,7 @@ class DedupIndex:
 
 
 class NearDuplicates:
-    """An index of texts that finds those similar to a new one. It takes about 2 kB a text.
+    """An index of texts that finds those similar to a new one. It takes about 4 kB a text.
 
     Args:
         threshold: Jaccard similarity of the sets of three words from which two texts are near duplicates, above 0 and
