@@ -141,7 +141,9 @@ def heldout_source(source: str, eval_source: str, eval_split: str) -> str:
     Args:
         source, eval_source, eval_split: Settings as in `config.DataConfig`.
     """
-    return eval_source or (source if eval_split else heldout_of(source))
+    if eval_source or not eval_split:
+        return eval_source or heldout_of(source)
+    return ",".join(part.source for part in parse_mixture(source))
 
 
 def _without_weights(eval_source: str) -> list[MixturePart]:

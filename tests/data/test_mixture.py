@@ -5,8 +5,9 @@ import collections
 import numpy as np
 import pytest
 
-from gemma_tune.data import EpochPlan
+from gemma_tune.data import EpochPlan, load_splits
 from gemma_tune.data.mixture import EpochSampler, MixturePart, examples_per_epoch, parse_mixture, source_labels
+from gemma_tune.data.splits import heldout_source
 from gemma_tune.errors import DataError
 
 
@@ -126,3 +127,29 @@ def test_labels_are_short_and_each_is_there_once():
     assert source_labels(["x/a.jsonl", "y/a.jsonl", "chats/*.csv", "hf://datasets/o/n:c@t"]) == [
         "a.jsonl", "a.jsonl-2", "_.csv".strip("_"), "n_c_t",
     ]  # fmt: skip
+
+
+def test_the_same_sources_are_held_out_without_their_weights():
+    assert heldout_source("tfds:a:2,tfds:b/c:1.0.0:1", "", "test") == "tfds:a,tfds:b/c:1.0.0"
+    assert heldout_source("a.jsonl:2,b.jsonl:1", "c.jsonl", "") == "c.jsonl"
+    assert heldout_source("a.jsonl:2,b.jsonl:1", "", "") == ""
+
+
+def test_weights_of_heldout_data_are_refused():
+    with pytest.raises(DataError, match="held-out data has no weights"):
+        load_splits(
+            "a.jsonl", (), eval_source="b.jsonl:1", split="train", eval_split="", eval_fraction=0.1, system_prompt="",
+            on_error="raise", dedup="normalized", near_dedup_threshold=0.0, seed=0,
+        )  # fmt: skip
+
+
+def test_duplicates_are_dropped_across_sources_and_counted_where_they_are(write):
+    rows = [f'{{"prompt": "Where is gate {i}?", "completion": "At pier {i}."}}\n' for i in range(12)]
+    first, second = write("a.jsonl", "".join(rows[:8])), write("b.jsonl", "".join(rows[6:]))
+    splits = load_splits(
+        f"{first}:0.5,{second}:0.5", (), eval_source="", split="train", eval_split="", eval_fraction=0.0,
+        system_prompt="", on_error="raise", dedup="normalized", near_dedup_threshold=0.0, seed=0,
+    )  # fmt: skip
+    assert [(each["num_rows"], each["num_dropped"]) for each in splits.report.sources] == [(8, 0), (6, 2)]
+    assert splits.train_sources.tolist() == [0] * 8 + [1] * 4
+    assert [each["note"] for each in splits.report.samples["num_duplicates"]] == [f"like {first}:7", f"like {first}:8"]
