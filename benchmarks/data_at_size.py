@@ -64,21 +64,23 @@ def prepare(folder: Path, family: str, max_length: int) -> dict[str, Any]:
         eval_fraction=0.01,
         system_prompt="",
         on_error="raise",
+        dedup="normalized",
+        near_dedup_threshold=0.0,
         seed=0,
         cache=folder / "cache",
     )
     read = time.perf_counter()
     tokenizer = TextTokenizer((folder / _TOKENIZER).read_bytes())
-    data = tokenize_splits(splits, template, tokenizer, max_length, "truncate", cache=folder / "cache")
+    data = tokenize_splits(splits, template, tokenizer, max_length, "chunk", cache=folder / "cache")
     prepared = time.perf_counter()
     plan = EpochPlan(data.train.counts.num_tokens - 1, max_length, True, 0)
-    plan.rows(0)
+    rows = plan.rows(0)
     return {
         "seconds": prepared - start,
         "seconds_reading": read - start,
         "seconds_tokenizing": prepared - read,
         "plan_seconds": time.perf_counter() - prepared,
-        "num_rows_packed": plan.num_rows,
+        "num_rows_packed": len(rows),
         "num_train": len(data.train),
         "num_heldout": len(data.heldout),
         "num_tokens": int(data.train.counts.num_tokens.sum()),

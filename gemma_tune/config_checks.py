@@ -10,7 +10,8 @@ METHODS = ("full", "lora", "qlora")
 PRECISIONS = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
-OVERLONG = ("truncate", "drop", "error")
+OVERLONG = ("chunk", "truncate", "drop", "error")
+DEDUP = ("normalized", "exact", "none")
 ON_ERROR = ("raise", "skip")
 LORA_LAYOUTS = ("keras", "peft")
 ON_BAD_STEP = ("stop", "skip")
@@ -66,6 +67,7 @@ def _check_choices(config: Any) -> None:
     _one_of("lora.layout", config.lora.layout, LORA_LAYOUTS)
     _one_of("data.overlong", data.overlong, OVERLONG)
     _one_of("data.on_error", data.on_error, ON_ERROR)
+    _one_of("data.dedup", data.dedup, DEDUP)
     _one_of("optimizer.name", optimizer.name, OPTIMIZERS)
     _one_of("optimizer.schedule", optimizer.schedule, SCHEDULES)
     _one_of("training.method", training.method, METHODS)
@@ -107,10 +109,20 @@ def _check_ranges(config: Any) -> None:
         raise ConfigError(f"generation.min_p must lie between 0 and 1, got {generation.min_p}.")
     if not 0 < generation.repetition_penalty < float("inf"):
         raise ConfigError(f"generation.repetition_penalty must be above 0, got {generation.repetition_penalty}.")
+    _check_data_ranges(data)
     if not 0 <= data.eval_fraction < 1:
         raise ConfigError(f"data.eval_fraction must be at least 0 and below 1, got {data.eval_fraction}.")
     if not 0 < generation.top_p <= 1:
         raise ConfigError(f"generation.top_p must be above 0 and at most 1, got {generation.top_p}.")
+
+
+def _check_data_ranges(data: Any) -> None:
+    if not 0 <= data.near_dedup_threshold <= 1:
+        raise ConfigError(f"data.near_dedup_threshold must lie between 0 and 1, got {data.near_dedup_threshold}.")
+    if not 0 < data.mixture_temperature < float("inf"):
+        raise ConfigError(f"data.mixture_temperature must be above 0, got {data.mixture_temperature}.")
+    for name in ("mixture_max_repeats", "mixture_max_examples"):
+        _at_least(f"data.{name}", getattr(data, name), 0)
 
 
 def _check_combinations(config: Any) -> None:

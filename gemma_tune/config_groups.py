@@ -39,7 +39,9 @@ class DataConfig:
     """The training data, and how it becomes batches.
 
     Attributes:
-        source: Files (globs and comma-separated lists allowed), `tfds:name/config`, or `sample:NAME`.
+        source: Files (globs and comma-separated lists allowed), `tfds:name/config`, or `sample:NAME`. Several with
+            weights are a mixture: `a.jsonl:0.7,b.parquet:0.3` gives their shares of the examples of an epoch,
+            `a.jsonl:1x,b.jsonl:3x` how often each example occurs in an epoch. data/mixture.py says how they are drawn.
         eval_source: Source of the held-out data, written like `source`. Empty: the held-out set of the sample that
             `source` names if it has one, otherwise `eval_fraction` of `source`.
         split: Split to read from a TFDS data set.
@@ -49,9 +51,21 @@ class DataConfig:
         max_length: Maximum length of an example, in tokens.
         row_length: Length of a packed row, in tokens; 0: `max_length`. Longer rows are filled better, above all when
             many examples are nearly as long as max_length, and take more memory in proportion.
-        overlong: Treatment of longer examples: `truncate` (counted), `drop` (counted) or `error`.
+        overlong: Treatment of longer examples: `chunk` (a document is cut into pieces that together hold each of its
+            tokens once; a conversation, which can't be cut up, is truncated), `truncate`, `drop` or `error`. What is
+            cut off or dropped is counted, in examples and in tokens.
         on_error: Treatment of unreadable rows: `raise`, or `skip` (counted and reported).
         packing: Whether several examples may share a row, kept apart by the attention mask.
+        dedup: What is dropped as a duplicate: examples all of whose turns are equal but for case, spaces and the
+            punctuation at their end (`normalized`), equal in every character (`exact`), or nothing (`none`).
+        near_dedup_threshold: Similarity from which an example is dropped as a near duplicate of an earlier one, above 0
+            and at most 1: the share of runs of three words that both have (MinHash). 0.8 is usual. Needs the extra
+            `dedup`. 0: near duplicates are kept.
+        mixture_temperature: Temperature T of a mixture: the rates of its sources are proportional to weight^(1/T),
+            without weights to size^(1/T). 1: as they are; higher: more equal.
+        mixture_max_repeats: Limit of how often an example of a mixture occurs in an epoch on average; 0: none. With few
+            data, up to four repeats are nearly as good as new data (arXiv:2305.16264).
+        mixture_max_examples: Limit of the examples that an epoch takes from each source of a mixture; 0: none.
     """
 
     source: str = "sample:smartphone_support"
@@ -62,9 +76,14 @@ class DataConfig:
     system_prompt: str = ""
     max_length: int = 512
     row_length: int = 0
-    overlong: str = "truncate"
+    overlong: str = "chunk"
     on_error: str = "raise"
     packing: bool = True
+    dedup: str = "normalized"
+    near_dedup_threshold: float = 0.0
+    mixture_temperature: float = 1.0
+    mixture_max_repeats: float = 0.0
+    mixture_max_examples: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

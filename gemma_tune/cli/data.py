@@ -5,30 +5,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
-from gemma_tune.cli.flags import setting_flags
-from gemma_tune.cli.output import make_listing
+from gemma_tune.cli.data_tables import (
+    length_histogram,
+    render_tokens,
+    repeats_advice,
+    rows_table,
+    sources_table,
+)
+from gemma_tune.cli.flags import setting_by_flag, setting_flags
 from gemma_tune.cli.verb import Flag, Invocation, Verb
 from gemma_tune.config import Config
-from gemma_tune.data import DataReport, Example, TokenizedExample
+from gemma_tune.data import DataReport, Example
 from gemma_tune.errors import DataError
 from gemma_tune.runtime.atomic_files import disk_errors_as, write_lines
 from gemma_tune.runtime.shell import gemma_tune_command
-
-_MAX_BARS = 10
-_BAR_WIDTH = 40
+from gemma_tune.settings import flatten
 
 
 def _run(invocation: Invocation) -> dict[str, Any]:
     """Reads, cleans and tokenizes a data set and shows it."""
     flags, console, config = invocation.flags, invocation.output.console, invocation.config()
+    from gemma_tune.cli.data_page import DataPage, write_data_page
     from gemma_tune.data import template_for, tokenize_splits
     from gemma_tune.models.load import load_tokenizer
-    from gemma_tune.pipeline import read_splits
+    from gemma_tune.pipeline import mixture_counts, read_splits
     from gemma_tune.runtime.backend import cache_dir
 
     splits = read_splits(config)
@@ -40,78 +42,36 @@ def _run(invocation: Invocation) -> dict[str, Any]:
     for tokens in data.train[:num_shown]:
         console.print(render_tokens(tokens, tokenizer), soft_wrap=True)
         console.print()
-    console.print(length_histogram(data.report.lengths, settings.max_length))
-    console.print(_counts(data.report))
-    for message in data.report.errors:
-        console.print(f"  skipped: {message}", style="yellow", markup=False)
+    counts = mixture_counts(config, data).tolist()
+    _print_report(data.report, counts, settings.max_length, console)
     written = _write(splits.train, splits.heldout, flags.output) if flags.output else []
+    if flags.save_report:
+        page = DataPage(config, data, splits, counts, tokenizer)
+        written_page = write_data_page(Path(flags.save_report).expanduser(), page)
+        console.print(f"Wrote {written_page}.", markup=False)
     for path in written:
         console.print(f"Wrote {path}.", markup=False)
     return {
         **data.report.to_dict(),
+        "dropped_samples": data.report.samples,
+        "examples_per_epoch": counts,
         "written": [str(path) for path in written],
         "next": [_train_command(config, written)],
     }
 
 
-def render_tokens(tokens: TokenizedExample, tokenizer: Any) -> Text:
-    """Returns the text of an example: learnt tokens in green, line ends and control tokens visible."""
-    text = Text()
-    for token, is_target in zip(tokens.token_ids.tolist(), tokens.is_target.tolist(), strict=True):
-        piece = tokenizer.piece(token).replace("▁", " ").replace("\n", "⏎\n")
-        is_control = piece.startswith("<") and piece.endswith(">")
-        text.append(piece, style="bold green" if is_target else "magenta" if is_control else "dim")
-    return text
-
-
-def length_histogram(lengths: np.ndarray, max_length: int) -> RenderableType:
-    """Returns a histogram of at most ten rows, or a sentence where all lengths are equal.
-
-    Args:
-        lengths: [n] tokens in each example.
-        max_length: Maximum length of an example; rows beyond it are red.
-    """
-    low, high = int(lengths.min()), int(lengths.max())
-    if low == high:
-        return Text(f" All examples have {low} tokens.")
-    width = -(-(high - low + 1) // _MAX_BARS)
-    counts = np.bincount((lengths - low) // width).tolist()
-    table = make_listing(f"Tokens in an example: {low} to {high}, mean {lengths.mean():.0f}")
-    table.show_header = True
-    table.add_column("tokens", justify="right")
-    table.add_column("examples", justify="right")
-    table.add_column("")
-    for index, count in enumerate(counts):
-        first = low + index * width
-        last = min(first + width - 1, high)
-        bar = "█" * round(_BAR_WIDTH * count / max(counts)) or ("▏" if count else "")
-        label = f"{first}–{last}" if last > first else f"{first}"
-        table.add_row(label, f"{count:,}", Text(bar), style="red" if first > max_length + 1 else "")
-    return table
-
-
-def _counts(report: DataReport) -> Table:
-    """Returns the numbers of rows; reasons that dropped none are left out."""
-    table = make_listing("Rows")
-    table.add_column()
-    table.add_column(justify="right")
-    rows = {
-        "read": report.num_rows,
-        "dropped: unreadable": report.num_unreadable,
-        "dropped: empty": report.num_empty,
-        "dropped: contain control tokens": report.num_control_tokens,
-        "dropped: duplicates": report.num_duplicates,
-        "dropped: question is held out": report.num_in_heldout,
-        "dropped: too long": report.num_overlong_dropped,
-        "dropped: question leaves no room for the answer": report.num_without_target,
-        "shortened to --max_length": report.num_truncated,
-        "for training": report.num_train,
-        "held out": report.num_heldout,
-    }
-    for label, count in rows.items():
-        if count or label in ("read", "for training", "held out"):
-            table.add_row(label, f"{count:,}")
-    return table
+def _print_report(report: DataReport, counts: Sequence[int], max_length: int, console: Console) -> None:
+    """Prints how long the examples are, and what became of the rows of each source."""
+    console.print(length_histogram(report.lengths, max_length))
+    console.print(rows_table(report))
+    if report.num_tokens_lost:
+        console.print(f"  {report.tokens_lost()}", style="yellow" if report.loses_much else "", markup=False)
+    if len(report.sources) > 1:
+        console.print(sources_table(report, counts))
+    if advice := repeats_advice(report, counts):
+        console.print(f"  {advice}", style="yellow", markup=False)
+    for message in report.errors:
+        console.print(f"  skipped: {message}", style="yellow", markup=False)
 
 
 def _write(train: Sequence[Example], heldout: Sequence[Example], folder: str) -> list[Path]:
@@ -135,8 +95,17 @@ def _row(example: Example) -> dict[str, Any]:
 
 
 def _train_command(config: Config, written: Sequence[Path]) -> str:
+    """Returns the command that trains on the same data in the same way."""
+    settings, defaults = flatten(config.to_dict()), flatten(Config().to_dict())
+    flags = {path: name for name, path in setting_by_flag().items()}
+    changed = {
+        flags.get(path, f"config.{path}"): value
+        for path, value in settings.items()
+        if path.startswith("data.") and not path.endswith("source") and value != defaults[path]
+    }
     data, eval_data = written or (config.data.source, config.data.eval_source)
-    return gemma_tune_command("train", model=config.model.source, data=data, eval_data=eval_data, workdir="runs/mine")
+    model, workdir = config.model.source, "runs/mine"
+    return gemma_tune_command("train", model=model, data=data, eval_data=eval_data, **changed, workdir=workdir)
 
 
 VERB = Verb(
@@ -148,11 +117,14 @@ VERB = Verb(
         "gemma-tune data --data=questions.jsonl",
         "gemma-tune data --data='chats/*.jsonl.gz' --model=gemma3_1b --max_length=1024 --num_examples=5",
         "gemma-tune data --data=raw.csv --output=cleaned/",
+        "gemma-tune data --data=support.jsonl:0.7,manual.jsonl:0.3 --save_report=data.html",
     ),
     flags=(
-        *setting_flags("data", "eval_data", "model", "max_length", "on_error"),
+        *setting_flags("data", "eval_data", "model", "max_length", "overlong", "dedup"),
+        *setting_flags("near_dedup_threshold", "on_error"),
         Flag("num_examples", "Number of examples to show.", 3),
         Flag("output", "Folder to write the cleaned train.jsonl and heldout.jsonl to."),
+        Flag("save_report", "HTML file for what is kept and dropped, with lengths by source and samples."),
         *setting_flags("seed"),
     ),
     run=_run,

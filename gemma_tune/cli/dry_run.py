@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from gemma_tune.cli.data import render_tokens
+from gemma_tune.cli.data_tables import render_tokens
 from gemma_tune.cli.forecast import Proposal, leaner, step_memory
 from gemma_tune.cli.output import Output, make_listing
 from gemma_tune.config import Config
@@ -77,7 +77,6 @@ def dry_run(config: Config, output: Output, memory_limit: float = 0.0) -> dict[s
 def _print_listing(setup: Setup, num_parameters: _NumParameters, memory: StepMemory, console: Console) -> None:
     batches, train = setup.batches, setup.data.train
     num_tokens = int(train.counts.num_tokens.sum())
-    num_positions = batches.steps_per_epoch * batches.batch_size * batches.row_length
     trainable, total = num_parameters
     rows = {
         "training examples": f"{len(train):,} ({num_tokens:,} tokens)",
@@ -85,7 +84,7 @@ def _print_listing(setup: Setup, num_parameters: _NumParameters, memory: StepMem
         "trained parameters": f"{trainable:,} of {total:,} ({trainable / total:.2%})",
         "steps": f"{len(batches):,} of {batches.batch_size} × {batches.row_length} tokens, {batches.steps_per_epoch} "
         "in an epoch",
-        "filled positions": f"{num_tokens / num_positions:.0%}",
+        "filled positions": f"{batches.filled_share:.0%}",
         "attention": str(setup.attention),
         **({"mesh": str(setup.sharding)} if setup.sharding else {}),
         "memory of a step" + (" on each device" if setup.sharding else ""): f"{_size(memory.total_bytes)}: "

@@ -42,11 +42,25 @@ _SETTING_FLAGS = {
         "data": (
             "data.source",
             "Files (.jsonl, .json, .csv, .tsv or .parquet, also .gz; globs and lists with commas allowed), "
-            "tfds:NAME/CONFIG, or sample:smartphone_support.",
+            "tfds:NAME/CONFIG, or sample:smartphone_support. A mixture: a.jsonl:0.7,b.parquet:0.3.",
         ),
         "eval_data": ("data.eval_source", "Held-out data. Without it, a part of --data is held out."),
         "calibration": ("data.source", "Data to calibrate with, best the training data; written as for --data."),
         "max_length": ("data.max_length", "Maximum length of an example, in tokens."),
+        "overlong": (
+            "data.overlong",
+            "chunk: cut long documents into pieces, shorten long conversations. truncate: shorten both. drop: leave "
+            "them out. error: stop.",
+        ),
+        "dedup": (
+            "data.dedup",
+            "Duplicates to drop. normalized: equal but for case, spaces and final punctuation. exact: equal in every "
+            "character. none: keep all.",
+        ),
+        "near_dedup_threshold": (
+            "data.near_dedup_threshold",
+            "Also drop near duplicates from this similarity on, such as 0.8. 0: keep them.",
+        ),
         "on_error": ("data.on_error", "raise: stop at the first unreadable row. skip: count and report such rows."),
     },
     "LoRA": {

@@ -2,18 +2,30 @@
 
 import contextlib
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
 EXAMPLES_PER_CHUNK = 2000  # Megabytes, and enough for operations on arrays to be faster than loops.
+_CHARACTERS_PER_CHUNK = 4_000_000
 _T = TypeVar("_T")
 
 
-def in_chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
-    """Yields lists of `EXAMPLES_PER_CHUNK` items; the last one may be shorter."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, EXAMPLES_PER_CHUNK)):
+def in_chunks(items: Iterable[_T], size_of: Callable[[_T], int]) -> Iterator[list[_T]]:
+    """Yields lists of `EXAMPLES_PER_CHUNK` items; of fewer where they are large, as books are, and at the end.
+
+    Args:
+        items: The items.
+        size_of: Function that returns the number of characters of an item.
+    """
+    chunk, size = [], 0
+    for item in items:
+        chunk.append(item)
+        size += size_of(item)
+        if len(chunk) >= EXAMPLES_PER_CHUNK or size >= _CHARACTERS_PER_CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
         yield chunk
 
 

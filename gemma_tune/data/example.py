@@ -44,6 +44,11 @@ class Example(NamedTuple):
     origin: str = ""
 
     @property
+    def num_characters(self) -> int:
+        """Returns the length of its text."""
+        return sum(len(turn.content) for turn in self.turns)
+
+    @property
     def question(self) -> str:
         """Returns the first user turn, or the document itself. Equal questions are never split."""
         return next((turn.content for turn in self.turns if turn.role in ("user", "text")), "")

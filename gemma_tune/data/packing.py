@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from gemma_tune.data.example import Batch, TokenizedExample
+from gemma_tune.data.mixture import EpochSampler
 from gemma_tune.data.storage.array_files import offsets_of
 
 
@@ -53,27 +54,42 @@ class EpochPlan:
     """The rows of each epoch in the order of training, which depends on the seed and the epoch alone.
 
     An epoch shuffles the examples and places them by length. Examples of one length swap their places, but the k-th
-    longest example is in the same row in each epoch, so the places are searched for only once.
+    longest example is in the same row in each epoch, so the places are searched for only once. A mixture has other
+    examples in each epoch, and maybe another number of rows.
 
     Args:
         lengths: [n] number of positions of each example, at most row_length.
         row_length: Number of positions in a row.
         packing: Whether examples may share a row.
         seed: Random seed of the order.
+        sampler: Sampler that draws the examples of each epoch; None: an epoch has each example once.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, row_length: int, packing: bool, seed: int):
-        self._lengths, self._packing, self._seed = np.asarray(lengths, np.int64), packing, seed
-        self._rows = _fitted(np.sort(self._lengths)[::-1], row_length) if packing else _one_each(len(lengths))
-        self.num_rows = len(self._rows)
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        row_length: int,
+        packing: bool,
+        seed: int,
+        sampler: EpochSampler | None = None,
+    ):
+        self._lengths, self._row_length = np.asarray(lengths, np.int64), row_length
+        self._packing, self._seed, self._sampler = packing, seed, sampler
+        self._same_rows = None if sampler else self._placed(self._lengths)
 
     def rows(self, epoch: int) -> Rows:
         """Returns the rows of an epoch, counted from 0."""
         rng = np.random.default_rng([self._seed, epoch])
-        order = rng.permutation(len(self._lengths))
+        chosen = self._sampler.indices(epoch) if self._sampler else np.arange(len(self._lengths))
+        order = chosen[rng.permutation(len(chosen))]
         if self._packing:
             order = order[_longest_first(self._lengths[order])]
-        return Rows(order[self._rows.indices], self._rows.starts).in_order(rng.permutation(self.num_rows))
+        rows = self._same_rows or self._placed(self._lengths[order])
+        return Rows(order[rows.indices], rows.starts).in_order(rng.permutation(len(rows)))
+
+    def _placed(self, lengths: np.ndarray) -> Rows:
+        """Returns the rows of examples that are numbered from the longest to the shortest."""
+        return _fitted(np.sort(lengths)[::-1], self._row_length) if self._packing else _one_each(len(lengths))
 
 
 def num_positions(example: TokenizedExample) -> int:

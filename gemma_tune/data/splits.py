@@ -5,29 +5,29 @@ files and settings uses what the first one stored.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma_tune.data.chunks import garbage_collector_paused, in_chunks
-from gemma_tune.data.cleaning import Cleaner
+from gemma_tune.data.chunks import garbage_collector_paused
+from gemma_tune.data.cleaned_examples import CleanedExamplesWriter, ExampleHashes, NamedSplit, read_examples
+from gemma_tune.data.cleaning import SAMPLES_KEPT, Cleaner, DroppedSample, text_shown
 from gemma_tune.data.cleaning_report import DataReport
+from gemma_tune.data.dedup import NearDuplicates
 from gemma_tune.data.example import Example
-from gemma_tune.data.heldout_split import heldout_by_question, question_hash
+from gemma_tune.data.heldout_split import heldout_by_question
+from gemma_tune.data.mixture import MixturePart, parse_mixture
 from gemma_tune.data.sources.content_hash import source_fingerprint, without_folders
-from gemma_tune.data.sources.readers import heldout_of, read_rows
-from gemma_tune.data.sources.row_formats import to_examples
+from gemma_tune.data.sources.readers import heldout_of
 from gemma_tune.data.storage.array_files import read_array, write_array
 from gemma_tune.data.storage.cache import cache_key, cached
 from gemma_tune.data.storage.example_store import ExampleStore, ExampleWriter
 from gemma_tune.errors import DataError
-from gemma_tune.runtime import progress
 
-_ERRORS_KEPT = 20
 _TRAIN, _HELDOUT, _DROPPED = range(3)
-_PARTS = "parts"
+_PARTS, _SOURCES = "parts", "sources"
 
 
 @dataclasses.dataclass
@@ -37,6 +37,8 @@ class Splits:
     Attributes:
         train: Examples for training.
         heldout: Held-out examples.
+        train_sources: [n] uint16 number, in `report.sources`, of the source of each training example.
+        heldout_sources: The same of each held-out example.
         report: Numbers of rows read and dropped.
         key: Key of the cache entry that holds them.
         content_key: Key of their content, which is the same wherever the files are.
@@ -44,6 +46,8 @@ class Splits:
 
     train: ExampleStore
     heldout: ExampleStore
+    train_sources: np.ndarray
+    heldout_sources: np.ndarray
     report: DataReport
     key: str
     content_key: str
@@ -60,7 +64,7 @@ def load_examples(source: str, split: str = "train", on_error: str = "raise") ->
     Raises:
         DataError: The source doesn't exist, or a row is unreadable; says where, what was found and what to do.
     """
-    return list(_read_examples(source, split, on_error, DataReport()))
+    return read_examples([part.source for part in parse_mixture(source)], split, on_error)
 
 
 def load_splits(
@@ -73,52 +77,64 @@ def load_splits(
     eval_fraction: float,
     system_prompt: str,
     on_error: str,
+    dedup: str,
+    near_dedup_threshold: float,
     seed: int,
     cache: Path | None = None,
 ) -> Splits:
     """Reads, cleans and splits a data set, or finds the result of an earlier run.
 
     Args:
-        source, eval_source, split, eval_split, eval_fraction, system_prompt, on_error: Settings as in
-            `config.DataConfig`.
+        source, eval_source, split, eval_split, eval_fraction, system_prompt, on_error, dedup, near_dedup_threshold:
+            Settings as in `config.DataConfig`. The weights of a mixture change nothing here.
         control_tokens: Control tokens as in `Cleaner`.
         seed: Random seed of the split.
         cache: Folder of the cache; None: a temporary folder.
 
     Raises:
         DataError: A source doesn't exist, a row is unreadable, or no training example is left.
+        ConfigError: Near duplicates are to be dropped, and the package for it is missing.
     """
     eval_source = heldout_source(source, eval_source, eval_split)
-    sources = [(source, split), (eval_source, eval_split or split)][: 2 if eval_source else 1]
-    fingerprints = [source_fingerprint(*each) for each in sources]
+    groups = [[NamedSplit(part.source, split) for part in parse_mixture(source)]]
+    if eval_source:
+        groups.append([NamedSplit(part.source, eval_split or split) for part in _without_weights(eval_source)])
+    fingerprints = [(each.name, source_fingerprint(*each)) for group in groups for each in group]
     settings = {
+        "groups": [len(group) for group in groups],
         "control_tokens": list(control_tokens),
         "eval_fraction": eval_fraction,
         "system_prompt": system_prompt,
         "on_error": on_error,
+        "dedup": dedup,
+        "near_dedup_threshold": near_dedup_threshold,
         "seed": seed,
     }
-    key = cache_key({"sources": fingerprints, **settings})
-    content_key = cache_key({"sources": [without_folders(each) for each in fingerprints], **settings})
+    key = cache_key({"sources": [list(each) for each in fingerprints], **settings})
+    content_key = cache_key({"sources": [without_folders(each) for _, each in fingerprints], **settings})
 
     def build(folder: Path) -> dict[str, Any]:
         report, hashes = DataReport(), []
-        with ExampleWriter(folder) as writer, garbage_collector_paused():
-            for each in sources:
-                cleaner = Cleaner(control_tokens, system_prompt)
-                hashes.append(_write_cleaned(_read_examples(*each, on_error, report), cleaner, seed, writer, report))
-        parts = _parts(hashes, eval_fraction)
-        report.num_in_heldout = int((parts == _DROPPED).sum())
+        with ExampleWriter(folder) as writer, (folder / _SOURCES).open("wb") as numbers, garbage_collector_paused():
+            cleaned_writer = CleanedExamplesWriter(writer, numbers, report, on_error, seed)
+            for group in groups:
+                near = NearDuplicates(near_dedup_threshold) if near_dedup_threshold else None
+                cleaner = Cleaner(control_tokens, system_prompt, dedup, near)
+                hashes.append(cleaned_writer.write_group(group, cleaner))
+        parts = _parts([each.questions for each in hashes], eval_fraction)
+        write_array(folder / _PARTS, parts)
+        sources = read_array(folder / _SOURCES, np.uint16)
+        _finish_report(report, parts, sources, hashes, ExampleStore.open(folder))
         if not (parts == _TRAIN).any():
             raise DataError(f"{source}: none of {report.num_rows} rows can be trained on. {report.drop_reasons()}")
-        write_array(folder / _PARTS, parts)
         return report.counts()
 
     entry = cached(cache and cache / "examples", key, build)
-    parts = read_array(entry.folder / _PARTS, np.uint8)
+    parts, sources = read_array(entry.folder / _PARTS, np.uint8), read_array(entry.folder / _SOURCES, np.uint16)
     examples = ExampleStore.open(entry.folder, entry.owner)
-    train, heldout = (examples.select(np.flatnonzero(parts == part)) for part in (_TRAIN, _HELDOUT))
-    return Splits(train, heldout, DataReport(**entry.values), key, content_key)
+    places = [np.flatnonzero(parts == part) for part in (_TRAIN, _HELDOUT)]
+    train, heldout = (examples.select(each) for each in places)
+    return Splits(train, heldout, sources[places[0]], sources[places[1]], DataReport(**entry.values), key, content_key)
 
 
 def heldout_source(source: str, eval_source: str, eval_split: str) -> str:
@@ -127,42 +143,37 @@ def heldout_source(source: str, eval_source: str, eval_split: str) -> str:
     Args:
         source, eval_source, eval_split: Settings as in `config.DataConfig`.
     """
-    return eval_source or (source if eval_split else heldout_of(source))
+    if eval_source or not eval_split:
+        return eval_source or heldout_of(source)
+    return ",".join(part.source for part in parse_mixture(source))
 
 
-def _read_examples(source: str, split: str, on_error: str, report: DataReport) -> Iterator[Example]:
-    def count_or_raise(error: DataError) -> None:
-        if on_error == "raise":
-            raise DataError(f"{error} (--on_error=skip skips such rows.)") from error
-        report.num_unreadable += 1
-        if len(report.errors) < _ERRORS_KEPT:
-            report.errors.append(str(error))
-
-    num_examples, num_unreadable = 0, report.num_unreadable
-    for example in to_examples(read_rows(source, split, count_or_raise), count_or_raise):
-        num_examples += 1
-        yield example
-    report.num_rows += num_examples + report.num_unreadable - num_unreadable
-    if not num_examples:
-        first = f" The first: {report.errors[0]}" if report.errors else ""
-        raise DataError(f"{source}: none of {report.num_rows} rows can be used.{first}")
+def _without_weights(eval_source: str) -> list[MixturePart]:
+    parts = parse_mixture(eval_source)
+    for part in parts:
+        if part.weight is not None:
+            raise DataError(f"{eval_source}: held-out data has no weights: all of it counts once. Name {part.source}.")
+    return parts
 
 
-def _write_cleaned(
-    examples: Iterator[Example], cleaner: Cleaner, seed: int, writer: ExampleWriter, report: DataReport
-) -> np.ndarray:
-    """Cleans a stream of examples, writes those that are kept, and returns the [n] uint64 hashes of their questions."""
-    hashes = [np.empty(0, np.uint64)]
-    with progress.track_progress("read rows") as advance:
-        for chunk in in_chunks(examples):
-            cleaned = cleaner.clean(chunk)
-            writer.append(each.example for each in cleaned)
-            hashes.append(np.array([question_hash(each.question_key, seed) for each in cleaned], np.uint64))
-            advance(len(chunk))
-    report.num_empty += cleaner.num_empty
-    report.num_control_tokens += cleaner.num_control_tokens
-    report.num_duplicates += cleaner.num_duplicates
-    return np.concatenate(hashes)
+def _finish_report(
+    report: DataReport,
+    parts: np.ndarray,
+    sources: np.ndarray,
+    hashes: Sequence[ExampleHashes],
+    examples: ExampleStore,
+) -> None:
+    """Adds what is known when all examples are read: the split, and which example each duplicate repeats."""
+    report.num_in_heldout = int((parts == _DROPPED).sum())
+    places = np.flatnonzero(parts == _DROPPED)[:SAMPLES_KEPT].tolist()
+    report.add_samples("num_in_heldout", [DroppedSample(examples[i].origin, text_shown(examples[i])) for i in places])
+    for number, source in enumerate(report.sources):
+        of_source = parts[sources == number]
+        source["num_dropped"] += int((of_source == _DROPPED).sum())
+    contents = np.concatenate([each.contents for each in hashes])
+    for sample in report.samples.get("num_duplicates", []):
+        first = np.flatnonzero(contents == np.uint64(sample["content_hash"]))[:1].tolist()
+        sample["note"] = "".join(f"like {examples[place].origin}" for place in first)
 
 
 def _parts(hashes: Sequence[np.ndarray], eval_fraction: float) -> np.ndarray:

@@ -4,6 +4,7 @@ Examples are tokenized in chunks: SentencePiece spreads a list of texts over thr
 and the rest is done with arrays.
 """
 
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,39 +16,16 @@ import numpy as np
 from gemma_tune.data.chat_template import ChatTemplate, TextSpan
 from gemma_tune.data.chunks import in_chunks, one_ahead
 from gemma_tune.data.example import Example, Tokenizer
+from gemma_tune.data.fit_length import JoinedTokens, TokenizedChunk, fit_to_length
 from gemma_tune.data.storage.array_files import offsets_of
 from gemma_tune.data.storage.token_store import TokenStore
 from gemma_tune.errors import DataError
 
 MIN_PARALLEL_EXAMPLES = 5000  # For fewer, a second SentencePiece processor takes longer to create than it saves.
 
+_NUM_CHARACTERS = operator.attrgetter("num_characters")
+
 Encode = Callable[[list[str]], list[list[int]]]
-
-
-class TokenizedChunk(NamedTuple):
-    """A chunk of tokenized examples. Of m examples, n are kept, with T tokens.
-
-    Attributes:
-        token_ids: [T] int32 token ids, example after example.
-        is_target: [T] bool, true for tokens that the model learns.
-        num_tokens: [n] number of tokens of each kept example.
-        num_targets: [n] number of tokens to learn of each kept example.
-        kept: [n] indices of the kept examples.
-        lengths: [m] number of tokens of each example, before shortening.
-        num_truncated: Number of shortened examples.
-        num_overlong_dropped: Number of examples dropped because they are too long.
-        num_without_target: Number of examples dropped because nothing is left to learn.
-    """
-
-    token_ids: np.ndarray
-    is_target: np.ndarray
-    num_tokens: np.ndarray
-    num_targets: np.ndarray
-    kept: np.ndarray
-    lengths: np.ndarray
-    num_truncated: int
-    num_overlong_dropped: int
-    num_without_target: int
 
 
 class Tokenized(NamedTuple):
@@ -55,15 +33,20 @@ class Tokenized(NamedTuple):
 
     Attributes:
         examples: Tokens of the kept examples.
-        kept, lengths, num_truncated, num_overlong_dropped, num_without_target: Values as in `TokenizedChunk`.
+        kept, lengths: Values as in `TokenizedChunk`.
+        num_cut_up, num_truncated, num_overlong_dropped, num_without_target: Numbers of examples, of which
+            `TokenizedChunk` has the indices.
+        num_tokens_lost: Number of tokens that were cut off or dropped.
     """
 
     examples: TokenStore
     kept: np.ndarray
     lengths: np.ndarray
+    num_cut_up: int
     num_truncated: int
     num_overlong_dropped: int
     num_without_target: int
+    num_tokens_lost: int
 
 
 def tokenize_examples(
@@ -72,7 +55,7 @@ def tokenize_examples(
     """Tokenizes examples and keeps them in memory. Arguments and errors as in `tokenize_chunks`."""
     parts = list(tokenize_chunks(examples, template, tokenizer, max_length, overlong))
     if not parts:
-        return Tokenized(TokenStore.of([]), np.empty(0, np.int64), np.empty(0, np.int64), 0, 0, 0)
+        return Tokenized(TokenStore.of([]), np.empty(0, np.int64), np.empty(0, np.int64), 0, 0, 0, 0, 0)
     ids, targets, num_tokens, num_targets, kept, lengths = (
         np.concatenate(arrays) for arrays in list(zip(*parts, strict=True))[:6]
     )
@@ -80,26 +63,27 @@ def tokenize_examples(
         TokenStore(ids, targets, offsets_of(num_tokens), num_targets),
         kept,
         lengths,
-        sum(part.num_truncated for part in parts),
-        sum(part.num_overlong_dropped for part in parts),
-        sum(part.num_without_target for part in parts),
+        sum(len(part.cut_up) for part in parts),
+        sum(len(part.truncated) for part in parts),
+        sum(len(part.overlong) for part in parts),
+        sum(len(part.without_target) for part in parts),
+        sum(part.num_tokens_lost for part in parts),
     )
 
 
 def tokenize_chunks(
     examples: Sequence[Example], template: ChatTemplate, tokenizer: Tokenizer, max_length: int, overlong: str
 ) -> Iterator[TokenizedChunk]:
-    """Tokenizes examples, shortens them to max_length positions, and yields them in chunks.
+    """Tokenizes examples, makes them fit into max_length positions, and yields them in chunks.
 
-    max_length positions hold max_length + 1 tokens, because the last token is only predicted, never read. While the
-    caller uses a chunk, the next one is being tokenized.
+    While the caller uses a chunk, the next one is being tokenized.
 
     Args:
         examples: Examples to tokenize.
         template: Chat template of the model's family.
         tokenizer: Tokenizer of the model.
         max_length: Maximum number of positions of an example.
-        overlong: Treatment of longer examples: `truncate`, `drop` or `error`.
+        overlong: Treatment of longer examples: `chunk`, `truncate`, `drop` or `error`.
 
     Raises:
         DataError: An example is too long and `overlong` is `error`; says which one, and its length.
@@ -108,7 +92,7 @@ def tokenize_chunks(
     start = 0
 
     def submit(pool: ThreadPoolExecutor) -> Iterator[tuple[list[Example], list[list[TextSpan]], Future]]:
-        for chunk in in_chunks(examples):
+        for chunk in in_chunks(examples, _NUM_CHARACTERS):
             spans = [template.spans(example.turns) for example in chunk]
             texts = [span.text for span in chain.from_iterable(spans) if span.text != template.eos]
             yield chunk, spans, pool.submit(encode, texts)
@@ -118,8 +102,10 @@ def tokenize_chunks(
             tokens = _trimmed(_joined(spans, future.result(), template, tokenizer))
             if overlong == "error":
                 _refuse_overlong(chunk, tokens.lengths, max_length)
-            fitted = _fitted(tokens, max_length, overlong == "drop")
-            yield fitted._replace(kept=fitted.kept + start)
+            is_document = np.array([example.turns[0].role == "text" for example in chunk])
+            fitted = fit_to_length(tokens, is_document, max_length, overlong)
+            names = ("kept", "cut_up", "truncated", "overlong", "without_target")
+            yield fitted._replace(first=start, **{name: getattr(fitted, name) + start for name in names})
             start += len(chunk)
 
 
@@ -134,33 +120,9 @@ def encoder(tokenizer: Tokenizer, num_examples: int) -> Encode:
     return lambda texts: processor.encode(texts, num_threads=num_threads)
 
 
-class _Tokens(NamedTuple):
-    """The tokens of n examples, T together.
-
-    Attributes:
-        ids: [T] token ids, example after example.
-        is_target: [T] bool, true for tokens that the model learns.
-        starts: [n] index of the first token of each example.
-        lengths: [n] number of tokens of each example.
-    """
-
-    ids: np.ndarray
-    is_target: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-
-    def positions(self) -> np.ndarray:
-        """Returns the [T] position of each token in its example."""
-        return np.arange(len(self.ids)) - self.spread(self.starts)
-
-    def spread(self, values: np.ndarray) -> np.ndarray:
-        """Returns [T] values: for each token, the one of [n] values that belongs to its example."""
-        return np.repeat(values, np.diff(self.starts, append=len(self.ids)))
-
-
 def _joined(
     spans: Sequence[Sequence[TextSpan]], encoded: Iterable[list[int]], template: ChatTemplate, tokenizer: Tokenizer
-) -> _Tokens:
+) -> JoinedTokens:
     """Joins `<bos>` and the tokens of the spans of each example.
 
     Each span is tokenized by itself. This gives the tokens of the whole text, because spans meet at a control token or
@@ -180,43 +142,22 @@ def _joined(
     first_parts = offsets_of(np.array([1 + len(example) for example in spans]))[:-1]
     lengths = np.add.reduceat(part_lengths, first_parts)
     ids = np.fromiter(chain.from_iterable(parts), np.int32, int(part_lengths.sum()))
-    return _Tokens(ids, np.repeat(np.array(is_target, bool), part_lengths), offsets_of(lengths)[:-1], lengths)
+    return JoinedTokens(ids, np.repeat(np.array(is_target, bool), part_lengths), offsets_of(lengths)[:-1], lengths)
 
 
-def _trimmed(tokens: _Tokens) -> _Tokens:
+def _trimmed(tokens: JoinedTokens) -> JoinedTokens:
     """Drops the tokens after the last one to learn: they have no influence on what is learnt."""
     positions = tokens.positions()
     last = np.maximum.reduceat(np.where(tokens.is_target, positions + 1, 0), tokens.starts)
     lengths = np.where(last > 0, last, tokens.lengths)
     inside = positions < tokens.spread(lengths)
-    return _Tokens(tokens.ids[inside], tokens.is_target[inside], offsets_of(lengths)[:-1], lengths)
+    return JoinedTokens(tokens.ids[inside], tokens.is_target[inside], offsets_of(lengths)[:-1], lengths)
 
 
 def _refuse_overlong(examples: Sequence[Example], lengths: np.ndarray, max_length: int) -> None:
     for index in np.flatnonzero(lengths > max_length + 1)[:1]:
         raise DataError(
             f"{examples[index].origin}: the example has {lengths[index]} tokens, too many for "
-            f"data.max_length={max_length}. Raise data.max_length, or set data.overlong to truncate or drop."
+            f"data.max_length={max_length}. Raise data.max_length to {lengths[index] - 1}, or set data.overlong to "
+            "chunk, truncate or drop."
         )
-
-
-def _fitted(tokens: _Tokens, max_length: int, drop: bool) -> TokenizedChunk:
-    is_overlong = tokens.lengths > max_length + 1
-    lengths = np.minimum(tokens.lengths, max_length + 1)
-    inside = tokens.positions() < tokens.spread(lengths)
-    num_targets = np.add.reduceat(tokens.is_target & inside, tokens.starts, dtype=np.int64)
-    is_dropped = is_overlong & drop
-    # An example without targets is one whose question alone is too long: no answer is left to learn.
-    keep = (num_targets > 0) & ~is_dropped
-    here = inside & tokens.spread(keep)
-    return TokenizedChunk(
-        token_ids=tokens.ids[here],
-        is_target=tokens.is_target[here],
-        num_tokens=lengths[keep],
-        num_targets=num_targets[keep],
-        kept=np.flatnonzero(keep),
-        lengths=tokens.lengths,
-        num_truncated=int((is_overlong & keep).sum()),
-        num_overlong_dropped=int(is_dropped.sum()),
-        num_without_target=int((~keep & ~is_dropped).sum()),
-    )

@@ -1,5 +1,6 @@
 """Tokenizes training and held-out examples and stores the tokens on disk, where a second run finds them."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from gemma_tune.data.chat_template import ChatTemplate
 from gemma_tune.data.chunks import garbage_collector_paused
 from gemma_tune.data.cleaning_report import DataReport
 from gemma_tune.data.example import Tokenizer
+from gemma_tune.data.mixture import source_labels
 from gemma_tune.data.sources.content_hash import tokenizer_fingerprint
 from gemma_tune.data.splits import Splits
 from gemma_tune.data.storage.array_files import read_array, write_array
@@ -32,6 +34,8 @@ class TokenizedSplits:
         heldout: Tokens of the held-out examples.
         train_examples: Conversations of the training examples, in the order of their tokens.
         heldout_examples: Conversations of the held-out examples, in the order of their tokens.
+        train_sources: [n] uint16 number, in `report.sources`, of the source of each training example.
+        heldout_sources: The same of each held-out example.
         report: Numbers of rows read, dropped and shortened.
     """
 
@@ -39,7 +43,14 @@ class TokenizedSplits:
     heldout: TokenStore
     train_examples: ExampleStore
     heldout_examples: ExampleStore
+    train_sources: np.ndarray
+    heldout_sources: np.ndarray
     report: DataReport
+
+    @property
+    def source_labels(self) -> list[str]:
+        """Short names of the sources, of letters that trackers allow."""
+        return source_labels([source["name"] for source in self.report.sources])
 
 
 def tokenize_splits(
@@ -71,42 +82,51 @@ def tokenize_splits(
     )
 
     def build(folder: Path) -> dict[str, Any]:
-        report = dataclasses.replace(splits.report)
+        report = copy.deepcopy(splits.report)
         num_examples = len(splits.train) + len(splits.heldout)
         with progress.track_progress("tokenized examples", num_examples) as advance, garbage_collector_paused():
 
-            def write(name: str, examples: ExampleStore) -> np.ndarray:
+            def write(name: str, examples: ExampleStore, sources: np.ndarray) -> np.ndarray:
                 kept = [np.empty(0, np.int64)]
                 with TokenWriter(folder, name) as writer, open(folder / _LENGTHS, "ab") as lengths:
                     for chunk in tokenize_chunks(examples, template, tokenizer, max_length, overlong):
                         writer.append(chunk.token_ids, chunk.is_target, chunk.num_tokens, chunk.num_targets)
                         lengths.write(chunk.lengths.astype(np.int32).data)
                         kept.append(chunk.kept)
-                        report.count_tokenized(chunk)
+                        report.count_tokenized(chunk, examples, sources, name)
                         advance(len(chunk.lengths))
                 return np.concatenate(kept)
 
-            train, heldout = write("train", splits.train), write("heldout", splits.heldout)
+            train = write("train", splits.train, splits.train_sources)
+            heldout = write("heldout", splits.heldout, splits.heldout_sources)
         report.num_train, report.num_heldout = len(train), len(heldout)
         write_array(folder / _KEPT_TRAIN, train)
         write_array(folder / _KEPT_HELDOUT, heldout)
         if not report.num_train:
-            _refuse_to_learn_nothing(read_array(folder / _LENGTHS, np.int32)[: len(splits.train)], max_length)
+            _refuse_to_learn_nothing(len(splits.train), read_array(folder / _LENGTHS, np.int32), max_length, report)
         return report.counts()
 
     entry = cached(cache and cache / "tokens", key, build)
+    train, heldout = (read_array(entry.folder / name, np.int64) for name in (_KEPT_TRAIN, _KEPT_HELDOUT))
     return TokenizedSplits(
         train=TokenStore.open(entry.folder, "train", entry.owner),
         heldout=TokenStore.open(entry.folder, "heldout", entry.owner),
-        train_examples=splits.train.select(read_array(entry.folder / _KEPT_TRAIN, np.int64)),
-        heldout_examples=splits.heldout.select(read_array(entry.folder / _KEPT_HELDOUT, np.int64)),
+        train_examples=splits.train.select(train),
+        heldout_examples=splits.heldout.select(heldout),
+        train_sources=splits.train_sources[train],
+        heldout_sources=splits.heldout_sources[heldout],
         report=DataReport(**entry.values, lengths=read_array(entry.folder / _LENGTHS, np.int32)),
     )
 
 
-def _refuse_to_learn_nothing(lengths: np.ndarray, max_length: int) -> None:
+def _refuse_to_learn_nothing(num_train: int, lengths: np.ndarray, max_length: int, report: DataReport) -> None:
+    why = (
+        "data.overlong=drop leaves them out"
+        if report.num_overlong_dropped
+        else "their questions leave no room for answers"
+    )
     raise DataError(
-        f"All {len(lengths)} training examples are too long for data.max_length={max_length}: their questions leave no "
-        f"room for answers, so there is nothing to learn. The shortest has {lengths.min()} tokens. Raise "
-        "data.max_length."
+        f"All {num_train} training examples are too long for data.max_length={max_length}: {why}, so there is "
+        f"nothing to learn. Examples have {lengths.min()} to {lengths.max()} tokens. --max_length={lengths.max() - 1} "
+        "holds all of them whole."
     )

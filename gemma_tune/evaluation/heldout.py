@@ -1,7 +1,7 @@
 """Computes held-out loss, perplexity and token accuracy."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,10 @@ HELDOUT_LABELS = (
 
 
 def evaluate_batches(
-    step: Callable[[Batch], Any], batches: Iterable[Batch], before_each: Callable[[], None] = lambda: None
+    step: Callable[[Batch], Any],
+    batches: Iterable[Batch],
+    before_each: Callable[[], None] = lambda: None,
+    labels: Sequence[str] = (),
 ) -> dict[str, float]:
     """Returns the metrics of batches, in which each target token counts once.
 
@@ -25,6 +28,7 @@ def evaluate_batches(
         step: Function of a batch that returns its `loss_sum`, `weight_sum` and `correct_sum`.
         batches: Batches, of which at least one has a target token.
         before_each: Called before each batch; may raise an exception to stop.
+        labels: Label of each batch, whose loss is returned too as `loss/LABEL`; empty: none.
 
     Returns:
         loss (mean over the target tokens, in nats), perplexity (exp(loss)), token_accuracy (share of target tokens that
@@ -36,13 +40,22 @@ def evaluate_batches(
         jax.block_until_ready(sums[-1:])  # One batch is computed while the next is prepared, and no queue grows.
         sums.append(step(batch))
     num_tokens = sum(float(part.weight_sum) for part in sums)
-    loss = sum(float(part.loss_sum) for part in sums) / num_tokens
+    loss = _loss_of(sums)
+    of_labels = {
+        label: [part for part, other in zip(sums, labels, strict=True) if other == label]
+        for label in dict.fromkeys(labels)
+    }
     return {
         "loss": loss,
         "perplexity": perplexity_of(loss),
         "token_accuracy": sum(float(part.correct_sum) for part in sums) / num_tokens,
         "num_tokens": num_tokens,
+        **{f"loss/{label}": _loss_of(parts) for label, parts in of_labels.items()},
     }
+
+
+def _loss_of(parts: Sequence[Any]) -> float:
+    return sum(float(part.loss_sum) for part in parts) / sum(float(part.weight_sum) for part in parts)
 
 
 def perplexity_of(loss: float) -> float:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from gemma_tune.data import Example
 from gemma_tune.data.example import Row, Turn
+from gemma_tune.data.mixture import parse_mixture
 from gemma_tune.data.sources.readers import read_rows
 from gemma_tune.data.sources.row_formats import to_conversation
 from gemma_tune.errors import DataError
@@ -27,7 +28,7 @@ def read_cases(source: str, split: str = "train", on_error: str = "raise") -> li
         if on_error == "raise":
             raise DataError(f"{error} (--on_error=skip skips such rows.)") from error
 
-    for row in read_rows(source, split, skip_or_raise):
+    for row in (row for part in parse_mixture(source) for row in read_rows(part.source, split, skip_or_raise)):
         try:
             turns = to_conversation(row)
         except DataError as error:

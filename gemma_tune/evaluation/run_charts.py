@@ -63,9 +63,9 @@ def run_charts(
     return charts
 
 
-def length_chart(lengths: np.ndarray, max_length: int) -> str:
+def length_chart(lengths: np.ndarray, max_length: int, title: str = "examples by length") -> str:
     """Returns a histogram of the examples' lengths, as SVG, with a line at the length from which they are shortened."""
-    figure, axes = _axes("examples by length", "tokens")
+    figure, axes = _axes(title, "tokens")
     low, high = int(lengths.min()), int(lengths.max())
     width = math.ceil(
         (high - low + 1) / _MOST_BARS

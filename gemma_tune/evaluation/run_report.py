@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gemma_tune.config import Config
+from gemma_tune.data.mixture import source_labels
 from gemma_tune.evaluation.evaluation_report import WANTED_ANSWER, answers_html, figures_html, slices_html
 from gemma_tune.evaluation.heldout import HELDOUT_LABELS
 from gemma_tune.evaluation.html_report import (
@@ -34,10 +35,13 @@ _COUNTS = {
     "num_empty": "empty",
     "num_control_tokens": "with control tokens",
     "num_duplicates": "duplicates",
+    "num_near_duplicates": "near duplicates",
     "num_in_heldout": "with a held-out question",
+    "num_cut_up": "documents in pieces",
     "num_truncated": "shortened",
     "num_overlong_dropped": "dropped as too long",
-    "num_without_target": "without an answer to learn",
+    "num_without_target": "no answer fits",
+    "num_tokens_lost": "tokens cut off or dropped",
     "num_train": "for training",
     "num_heldout": "held out",
 }
@@ -93,7 +97,7 @@ def write_report(workdir: Path, run: RunReport) -> Path:
         *(slices_html(evaluation, column) for column in evaluation.slice_columns),
         answers_html(evaluation, answers_file) if evaluation.cases else _samples(result["samples"]),
         _histories(run.histories),
-        _data(config, result["data"], run.lengths),
+        _data(config, result, run.lengths),
         _settings(config),
     ]
     path = workdir / REPORT_FILE
@@ -166,11 +170,11 @@ def _histories(histories: Sequence[AnswerHistory]) -> str:
     return f"<h2>How answers changed</h2>{''.join(parts)}" if parts else ""
 
 
-def _data(config: Mapping[str, Any], data: Mapping[str, Any], lengths: np.ndarray) -> str:
-    settings = config["data"]
+def _data(config: Mapping[str, Any], result: Mapping[str, Any], lengths: np.ndarray) -> str:
+    settings, data = config["data"], result["data"]
     sources = [("training", settings["source"]), ("held out", settings["eval_source"])]
     rows = [(label, html.escape(source)) for label, source in sources if source]
-    rows += [(label, f"{data[key]:,}") for key, label in _COUNTS.items() if data[key]]
+    rows += [(label, f"{data[key]:,}") for key, label in _COUNTS.items() if data.get(key)]
     if "length_tokens" in data:
         found = data["length_tokens"]
         rows.append(
@@ -180,7 +184,27 @@ def _data(config: Mapping[str, Any], data: Mapping[str, Any], lengths: np.ndarra
             )
         )
     chart = chart_grid([length_chart(lengths, settings["max_length"])]) if len(lengths) else ""
-    return f"<h2>Data</h2>{html_table(rows, css_class='listing')}{chart}"
+    return f"<h2>Data</h2>{html_table(rows, css_class='listing')}{_sources(result)}{chart}"
+
+
+def _sources(result: Mapping[str, Any]) -> str:
+    """Returns the examples and the held-out loss of each source, if there are several."""
+    sources = result["data"].get("sources", [])
+    if len(sources) < 2:
+        return ""
+    header = ("source", "training", "held out", "held-out loss before", "after")
+    rows = []
+    for source, label in zip(sources, source_labels([each["name"] for each in sources]), strict=True):
+        losses = (result[when].get(f"loss/{label}") for when in ("heldout_before", "heldout_after"))
+        rows.append(
+            [
+                html.escape(source["name"]),
+                f"{source['num_train']:,}",
+                f"{source['num_heldout']:,}",
+                *("" if loss is None else f"{loss:.4f}" for loss in losses),
+            ]
+        )
+    return f"<h3>Sources</h3>{html_table(rows, header, css_class='figures')}"
 
 
 def _settings(config: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from gemma_tune.pipeline.evaluation import BASE, EvaluationOptions, evaluate_ans
 from gemma_tune.pipeline.merge import merge_model
 from gemma_tune.pipeline.ptq import QuantizationResult, quantize_model
 from gemma_tune.pipeline.scoring import evaluate
-from gemma_tune.pipeline.setup import Setup, prepare_data, read_splits, set_up
+from gemma_tune.pipeline.setup import Setup, mixture_counts, prepare_data, read_splits, set_up
 from gemma_tune.pipeline.suite_evaluation import SuiteResult, run_suite
 from gemma_tune.pipeline.training_result import RunResult, SampleAnswer
 from gemma_tune.pipeline.training_run import run_training, train
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate",
     "evaluate_answers",
     "merge_model",
+    "mixture_counts",
     "prepare_data",
     "quantize_model",
     "read_splits",

@@ -30,13 +30,13 @@ def evaluate(
     Args:
         model: CausalLM, from `load_model` or `train`. It is left as it is.
         examples: Examples, from `load_examples`.
-        max_length: Most tokens of an example; longer ones are cut.
+        max_length: Most tokens of an example; longer documents are cut into pieces, conversations are shortened.
         batch_size: Rows of a batch; on a mesh, rounded up to a multiple of the number of row shards.
 
     Raises:
         TrainingError: No example has an answer to score.
     """
-    tokens = tokenize_examples(examples, template_for(family_of(model)), tokenizer_of(model), max_length, "truncate")
+    tokens = tokenize_examples(examples, template_for(family_of(model)), tokenizer_of(model), max_length, "chunk")
     if not tokens.examples:
         raise TrainingError(f"None of {len(examples)} examples has an answer that fits into {max_length} tokens.")
     sharding = mesh_sharding_of(model.backbone)

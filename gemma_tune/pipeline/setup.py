@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from gemma_tune.config import Config
 from gemma_tune.data import (
@@ -15,6 +16,7 @@ from gemma_tune.data import (
     tokenize_splits,
 )
 from gemma_tune.data.example import Row
+from gemma_tune.data.mixture import EpochSampler, examples_per_epoch, parse_mixture
 from gemma_tune.data.sources.readers import read_rows
 from gemma_tune.data.splits import heldout_source
 from gemma_tune.errors import ConfigError
@@ -76,7 +78,11 @@ class Setup:
             before_each: Called before each batch; may raise to stop the evaluation.
         """
         heldout = self.on_devices(self.heldout)
-        return evaluate_batches(lambda batch: self.eval_step(trainable, self.frozen, batch), heldout, before_each)
+        names = self.data.source_labels
+        labels = [names[group] for group in self.heldout.group_of] if len(set(self.heldout.group_of)) > 1 else []
+        return evaluate_batches(
+            lambda batch: self.eval_step(trainable, self.frozen, batch), heldout, before_each, labels
+        )
 
     def on_devices(self, batches: Any) -> Any:
         """Returns batches that are put on the devices of the mesh, if there is one."""
@@ -100,6 +106,8 @@ def read_splits(config: Config) -> Splits:
         eval_fraction=data.eval_fraction,
         system_prompt=data.system_prompt,
         on_error=data.on_error,
+        dedup=data.dedup,
+        near_dedup_threshold=data.near_dedup_threshold,
         seed=config.seed,
         cache=cache_dir(),
     )
@@ -109,7 +117,9 @@ def heldout_rows(config: Config) -> Iterator[Row]:
     """Yields the rows of the source that held-out examples come from; unreadable ones are left out."""
     data = config.data
     source = heldout_source(data.source, data.eval_source, data.eval_split) or data.source
-    return read_rows(source, data.eval_split or data.split, lambda error: None)
+    split = data.eval_split or data.split
+    for part in parse_mixture(source):
+        yield from read_rows(part.source, split, lambda error: None)
 
 
 def prepare_data(config: Config, splits: Splits, model: keras.Model) -> TokenizedSplits:
@@ -160,6 +170,9 @@ def count_row_shards(model: keras.Model) -> int:
 def make_training_batches(config: Config, data: TokenizedSplits, num_row_shards: int) -> TrainingBatches:
     """Returns the training batches of a run, by step."""
     training = config.training
+    counts = mixture_counts(config, data)
+    sizes = np.bincount(data.train_sources, minlength=len(counts))
+    sampler = None if np.array_equal(counts, sizes) else EpochSampler(data.train_sources, counts, config.seed)
     return TrainingBatches(
         data.train,
         batch_size=training.batch_size,
@@ -169,12 +182,30 @@ def make_training_batches(config: Config, data: TokenizedSplits, num_row_shards:
         num_epochs=training.num_epochs,
         num_train_steps=training.num_train_steps,
         num_parts=num_row_shards * training.grad_accum_steps,
+        sampler=sampler,
+    )
+
+
+def mixture_counts(config: Config, data: TokenizedSplits) -> np.ndarray:
+    """Returns how many training examples of each source of `data.source` an epoch has, [s] int64.
+
+    Raises:
+        DataError: A source with a weight has no example.
+    """
+    parts, settings = parse_mixture(config.data.source), config.data
+    return examples_per_epoch(
+        np.bincount(data.train_sources, minlength=len(parts)),
+        parts,
+        settings.mixture_temperature,
+        settings.mixture_max_repeats,
+        settings.mixture_max_examples,
     )
 
 
 def make_heldout_batches(config: Config, data: TokenizedSplits) -> HeldoutBatches:
     """Returns the held-out batches of a run."""
-    return HeldoutBatches(data.heldout, config.training.batch_size, config.row_length, config.data.packing)
+    groups = data.heldout_sources
+    return HeldoutBatches(data.heldout, config.training.batch_size, config.row_length, config.data.packing, groups)
 
 
 def check_adapter_settings(config: Config) -> None:

@@ -96,6 +96,8 @@ def _describe(setup: Setup) -> None:
         progress.console.print(f"Mesh: {setup.sharding}", markup=False)
     elif jax.device_count() > 1:
         _warn(f"This run uses one of {jax.device_count()} devices. --mesh=auto uses all.")
+    report = setup.data.report
+    progress.console.print(f"Data: {report.summary()}", style="yellow" if report.loses_much else "", markup=False)
     progress.console.print(f"Attention: {setup.attention}", markup=False)
     if setup.precision_advice:
         _warn(setup.precision_advice)

@@ -507,3 +507,54 @@ def test_what_a_verb_says_to_run_next_runs(call, own_copy):
     assert (program, verb) == ("gemma-tune", "chat") and arguments == [f"--model={own_copy}"]
     code, _, err = call("generate", *arguments, "--max_new_tokens=2", "Hi")
     assert code == 0, err
+
+
+def test_data_says_what_is_dropped_and_cut_by_source(call, write, tmp_path):
+    faq = [{"prompt": f"Where is hall {i}?", "completion": f"Behind hall {i + 1}."} for i in range(30)]
+    faq += [
+        {"prompt": "where is  HALL 3", "completion": "behind hall 4"},
+        {"prompt": "Empty?", "completion": " \u200b"},
+        {"prompt": "word " * 90, "completion": "No room."},
+        {"prompt": "Tell me.", "completion": "word " * 90},
+    ]
+    faq_file = write("faq.jsonl", "".join(json.dumps(row) + "\n" for row in faq))
+    book = write("book.jsonl", json.dumps({"text": "The <tide> rose & fell. " * 80}) + "\n")
+    page = tmp_path / "reports" / "data.html"
+    command = ("data", "--model=tiny", f"--data={faq_file}:0.6,{book}:0.4", "--max_length=64", f"--save_report={page}")
+    code, out, err = call(*command, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    counted = {
+        name: found[name]
+        for name in ("num_rows", "num_empty", "num_duplicates", "num_without_target", "num_truncated", "num_cut_up")
+    }
+    assert counted == {
+        "num_rows": 35, "num_empty": 1, "num_duplicates": 1, "num_without_target": 1, "num_truncated": 1, "num_cut_up": 1,
+    }  # fmt: skip
+    assert found["dropped_samples"]["num_duplicates"][0]["origin"] == f"{faq_file}:31"
+    assert found["dropped_samples"]["num_duplicates"][0]["note"] == f"like {faq_file}:4"
+    kept = [source["num_train"] for source in found["sources"]]
+    assert sum(found["examples_per_epoch"]) == sum(kept) == found["num_train"] and kept[1] > 5
+    assert found["examples_per_epoch"][0] == round(0.6 * sum(kept))
+    assert f"--data={faq_file}:0.6,{book}:0.4" in found["next"][0] and "--max_length=64" in found["next"][0]
+    longest = max(len(row["prompt"]) for row in faq)
+    assert f"--max_length={found['longest_lost'] - 1} loses none" in " ".join(err.split()) and longest > 64
+    text = page.read_text()
+    assert text.count("<svg") == 3 and "The &lt;tide&gt; rose &amp; fell." in text and "no answer fits" in text
+    assert not re.search(r"(src|href)=.?(http|//)|@import|url\((?!#)", text)  # It loads nothing.
+
+
+def test_data_that_is_all_too_long_is_an_error_that_says_the_length(call, write):
+    rows = [{"prompt": "word " * (60 + i), "completion": "Yes."} for i in range(5)]
+    file = write("long.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = call("data", "--model=tiny", f"--data={file}", "--max_length=32")
+    needed = int(re.search(r"--max_length=(\d+) holds all of them whole", err.replace("\n", " "))[1])
+    assert code == 1 and "leave no room for answers" in err.replace("\n", " ")
+    code, out, _ = call("data", "--model=tiny", f"--data={file}", f"--max_length={needed}", "--json")
+    assert code == 0 and json.loads(out)["num_tokens_lost"] == 0
+    assert (
+        json.loads(call("data", "--model=tiny", f"--data={file}", f"--max_length={needed - 1}", "--json")[1])[
+            "num_truncated"
+        ]
+        == 1
+    )

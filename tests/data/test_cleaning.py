@@ -28,19 +28,23 @@ def split_by_question(examples, fraction, seed):
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("  a  b \t c  ", "a b c"),
+        ("  a  b \t c  ", "a  b \t c"),  # Aligned columns of a table.
         ("a\r\nb\rc", "a\nb\nc"),
-        ("a\x00\x07b\u200b", "ab"),
-        ("a \n\n\n\n b", "a\n\n b"),
-        ("def f():\n    return  1", "def f():\n    return 1"),  # Indentation stays.
+        ("one\n\n\n\ntwo", "one\n\n\n\ntwo"),
+        ("def f():\n    return  1  # two", "def f():\n    return  1  # two"),
+        ("Roses are red,  \nviolets blue.  ", "Roses are red,  \nviolets blue."),  # Markdown's hard line break.
         ("e\u0301", "é"),
-        ("a\u00a0b", "a b"),
-        ("\x00 \n", ""),
+        ("x² ﬁ ①", "x² ﬁ ①"),  # Compatibility forms are other characters.
+        ("10\u00a0km", "10\u00a0km"),
+        ("👩\u200d🚀 می\u200cخواهم", "👩\u200d🚀 می\u200cخواهم"),  # Joiners are part of the writing.
+        ("\x1b[1mbold\x1b[0m\x0cnext page", "\x1b[1mbold\x1b[0m\x0cnext page"),
+        ("\ufeff text \u200b", "text"),
+        ("\x00 \n\u2003\u200b", ""),
     ],
 )
-def test_normalize(text, wanted):
+def test_text_stays_as_it_is_but_for_what_no_reader_sees(text, wanted):
     assert normalize(text) == wanted
-    assert normalize(wanted) == wanted.strip()
+    assert normalize(wanted) == wanted
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -58,16 +62,44 @@ def test_short_cuts_for_plain_text_change_nothing(seed):
 @pytest.mark.parametrize(
     ("first", "second", "equal"),
     [
-        ("How do I reset it?", "how do i   RESET it", True),
+        ("How do I reset it?", "how do i   RESET\nit", True),
         ("Straße!", "STRASSE", True),
-        ("e-mail", "e mail", True),
+        ("Où est la gare ?", "où est la gare", True),
+        ("电池怎么换？", "电池怎么换。", True),
+        ("Ends here...", "ends here", True),
+        ("e\u0301te\u0301", "ÉTÉ", True),
+        ("e-mail", "e mail", False),
         ("How do I reset it?", "How do I charge it?", False),
         ("?!", "!?", False),
         ("手机", "手機", False),
+        ("Is F# like F++?", "Is F like F?", False),
+        ("a <= b", "a >= b", False),
+        ("3 - 5", "-3 + 5", False),
+        ("I won 🏆", "I won 🥈", False),
+        ("x²", "x2", False),
+        ("snake_case", "snake case", False),
+        (".5", "5", False),
+        ("It costs 10%", "It costs 10", False),
     ],
 )
-def test_duplicates_are_found_without_case_spaces_and_punctuation(first, second, equal):
+def test_case_spaces_and_final_punctuation_make_no_difference_and_nothing_else(first, second, equal):
     assert (comparison_key(first) == comparison_key(second)) is equal
+
+
+SIGNS = [
+    ("Does F++ have pointers?", "Yes."), ("Does F have pointers?", "Yes."), ("Does F# have pointers?", "Yes."),
+    ("7 - 2 =", "5"), ("-7 + 2 =", "5"), ("a <= b?", "True"), ("a >= b?", "True"),
+    ("Feeling 🥶", "ok"), ("Feeling 🥵", "ok"), ("What is the rent?", "Nine euros."), ("what  is the RENT", "nine euros"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dedup", "num_kept"), [("normalized", 10), ("exact", 11), ("none", 12)])
+def test_what_counts_as_a_duplicate_can_be_chosen(dedup, num_kept):
+    examples = [chat(*pair) for pair in [*SIGNS, SIGNS[0]]]
+    cleaner = Cleaner(CONTROL, dedup=dedup)
+    kept = [each.example for each in cleaner.clean(examples)]
+    assert len(kept) == num_kept and cleaner.counts["duplicates"] == 12 - num_kept
+    assert kept[:10] == examples[:10]
 
 
 def test_clean_counts_what_it_drops():
@@ -83,8 +115,10 @@ def test_clean_counts_what_it_drops():
     cleaner = Cleaner(CONTROL)
     cleaned = [*cleaner.clean(examples[:1]), *cleaner.clean(examples[1:])]  # Duplicates are known across chunks.
     assert [each.example.question for each in cleaned] == ["One?", "one", "<end_of_turn>"]
-    assert [each.question_key for each in cleaned] == ["one", "one", "end of turn"]
-    assert (cleaner.num_empty, cleaner.num_control_tokens, cleaner.num_duplicates) == (2, 1, 1)
+    assert [each.question_key for each in cleaned] == ["one", "one", "<end_of_turn>"]
+    assert cleaner.counts == {"empty": 2, "control_tokens": 1, "duplicates": 1, "near_duplicates": 0}
+    assert [sample.text for sample in cleaner.samples["duplicates"]] == ["user: one\nmodel: a!"]
+    assert len(cleaner.samples["empty"]) == 2
 
 
 def test_a_system_prompt_goes_before_conversations_without_one():
@@ -141,6 +175,8 @@ def test_an_eval_source_of_its_own_takes_its_questions_out_of_training(write):
         eval_fraction=0.1,
         system_prompt="",
         on_error="raise",
+        dedup="normalized",
+        near_dedup_threshold=0.0,
         seed=0,
     )
     assert len(splits.train) == 9 and len(splits.heldout) == 2 and splits.report.num_in_heldout == 1

@@ -13,8 +13,16 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from gemma_tune.data import Turn, chunks, load_examples, load_splits, template_for, tokenize, tokenize_splits
-from gemma_tune.data import splits as splits_module
+from gemma_tune.data import (
+    Turn,
+    chunks,
+    cleaned_examples,
+    load_examples,
+    load_splits,
+    template_for,
+    tokenize,
+    tokenize_splits,
+)
 from gemma_tune.data.chunks import garbage_collector_paused
 from gemma_tune.data.cleaning import comparison_key, normalize
 from gemma_tune.data.storage.cache import CONTENTS
@@ -23,6 +31,7 @@ from gemma_tune.errors import DataError
 CONTROL = ("<end_of_turn>", "<bos>")
 SETTINGS = {
     "eval_source": "", "split": "train", "eval_split": "", "eval_fraction": 0.2, "system_prompt": "", "on_error": "raise", "seed": 0,
+    "dedup": "normalized", "near_dedup_threshold": 0.0,
 }  # fmt: skip
 
 
@@ -183,7 +192,7 @@ def test_a_second_run_reads_no_row_and_tokenizes_nothing(write, monkeypatch, tmp
     source = write("a.jsonl", to_jsonl(random_rows(0, 60)) + "broken\n")
     first_splits, first = prepare(source, counting, cache=tmp_path, on_error="skip")
     num_texts = counting.num_texts
-    monkeypatch.setattr(splits_module, "read_rows", lambda *_: pytest.fail("a row was read"))
+    monkeypatch.setattr(cleaned_examples, "read_rows", lambda *_: pytest.fail("a row was read"))
     splits, second = prepare(source, counting, cache=tmp_path, on_error="skip")
     assert num_texts and counting.num_texts == num_texts
     assert second.report.to_dict() == first.report.to_dict() and len(second.report.errors) == 1
@@ -203,10 +212,13 @@ def test_a_second_run_reads_no_row_and_tokenizes_nothing(write, monkeypatch, tmp
         ({"eval_fraction": 0.3}, True),
         ({"system_prompt": "S"}, True),
         ({"on_error": "skip"}, True),
+        ({"dedup": "exact"}, True),
+        ({"near_dedup_threshold": 0.9}, True),
         ({"seed": 1}, True),
         ({"control_tokens": ("<eos>",)}, True),
         ({"max_length": 33}, False),
         ({"overlong": "drop"}, False),
+        ({"overlong": "chunk"}, False),
         ({"family": "gemma4"}, False),
     ],
 )

@@ -167,7 +167,7 @@ def test_all_tokens_are_accounted_for(tiny_tokenizer, examples, family, max_leng
     template = template_for(family)
     cleaner = Cleaner(template.control_tokens)
     cleaned = [entry.example for entry in cleaner.clean(examples)]
-    num_dropped = cleaner.num_empty + cleaner.num_control_tokens + cleaner.num_duplicates
+    num_dropped = sum(cleaner.counts.values())
     assert len(cleaned) + num_dropped == len(examples)
     found = tokenize_examples(cleaned, template, tiny_tokenizer, max_length, "drop")
     assert len(found.kept) + found.num_overlong_dropped + found.num_without_target == len(cleaned)
@@ -203,7 +203,6 @@ def test_every_epoch_holds_each_example_once(data):
     plan = EpochPlan(lengths, row_length, packing, seed=data.draw(st.integers(0, 2**31), "seed"))
     for epoch in range(2):
         rows = plan.rows(epoch)
-        assert len(rows) == plan.num_rows
         assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
         sums = rows.sums(np.array(lengths))
         assert (sums <= row_length).all()

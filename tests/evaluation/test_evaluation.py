@@ -67,3 +67,12 @@ def test_a_difference_is_coloured_word_by_word():
     assert coloured_difference(wanted, wanted) == wanted
     assert coloured_difference("请重启您的手机", "请重启您的电脑") == "请重启您的<ins>手机</ins><del>电脑</del>"
     assert coloured_difference("Something else & more", wanted) == "<ins>Something else &amp; more</ins>"
+
+
+def test_the_loss_of_each_label_is_that_of_its_batches():
+    sums = [
+        SimpleNamespace(loss_sum=loss, weight_sum=weight, correct_sum=0.0) for loss, weight in ((6, 2), (1, 1), (4, 4))
+    ]
+    values = evaluate_batches(lambda index: sums[index], [0, 1, 2], labels=["a", "b", "b"])
+    assert (values["loss/a"], values["loss/b"], values["loss"]) == (3.0, 1.0, 11 / 7)
+    assert not [name for name in evaluate_batches(lambda index: sums[index], [0, 1, 2]) if "/" in name]

@@ -47,3 +47,26 @@ def test_result_and_report_are_right_though_metrics_could_not_be_written(config,
     report = (tmp_path / "run" / "report.html").read_text()
     assert "<svg" in report and format(written[0]["loss"], ".4f") in report
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == ([] if ends_full else [0, 1, 2, 2, 3, 3])
+
+
+def test_a_mixture_is_trained_and_the_loss_of_each_source_is_reported(config, write, tmp_path):
+    rows = [json.dumps({"prompt": f"Where is shelf {i}?", "completion": f"In hall {i % 7}."}) for i in range(40)]
+    chats = write("chats.jsonl", "\n".join(rows))
+    book = write(
+        "book.jsonl", "\n".join(json.dumps({"text": f"Chapter {i}. " + "The gull flew on. " * 30}) for i in range(6))
+    )
+    changed = {
+        "data.source": f"{chats}:1,{book}:3", "data.eval_fraction": 0.3, "training.eval_metrics": ("f1",),
+        "training.num_eval_answers": 2, "generation.max_new_tokens": 3,
+    }  # fmt: skip
+    result = pipeline.run_training(config.replace(changed))
+    losses = {name: value for name, value in result.after.items() if name.startswith("loss/")}
+    assert losses.keys() == {"loss/chats.jsonl", "loss/book.jsonl"}
+    assert min(losses.values()) < result.after["loss"] < max(losses.values())
+    sources = result.data.sources
+    assert [source["num_rows"] for source in sources] == [40, 6]
+    assert sum(source["num_heldout"] for source in sources) == result.data.num_heldout
+    assert result.data.num_cut_up == 6 and result.data.num_tokens_lost == 0
+    report = (tmp_path / "run" / "report.html").read_text()
+    for text in ("<h3>Sources</h3>", str(book), *(f"{loss:.4f}" for loss in losses.values()), "documents in pieces"):
+        assert text in report

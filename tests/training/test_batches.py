@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gemma_tune.data import TokenizedExample
+from gemma_tune.data.mixture import EpochSampler
 from gemma_tune.training.batches import HeldoutBatches, TrainingBatches, most_targets
 
 
@@ -61,3 +62,42 @@ def test_heldout_batches_hold_all_in_order(examples):
     )
     assert {batch.token_ids.shape for batch in batches} == {(3, 64)}
     assert most_targets(batches) >= 1 and most_targets([]) == 1
+
+
+def mixture(seed=0):
+    return EpochSampler(np.array([0] * 40 + [1] * 10), np.array([13, 23]), seed)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_steps_of_a_mixture_are_a_function_of_the_step(examples, packing):
+    """Epochs have different numbers of steps; a run that begins anywhere sees what one from the start sees."""
+    from_start = make(examples, packing=packing, num_epochs=5, sampler=mixture())
+    resumed = make(examples, packing=packing, num_epochs=5, sampler=mixture())
+    seen = [from_start.example_indices(step) for step in range(len(from_start))]
+    for step in (len(seen) - 1, 7, 2, len(seen) // 2):
+        assert resumed.example_indices(step) == seen[step]
+    drawn = [sorted(mixture().indices(epoch).tolist()) for epoch in range(5)]
+    assert sorted(i for step in seen for i in step) == sorted(i for epoch in drawn for i in epoch)
+    counts = [int(from_start[step].loss_weights.sum()) for step in range(len(seen))]
+    assert from_start.most_targets == max(counts)
+
+
+def test_a_mixture_can_end_inside_an_epoch_or_go_on(examples):
+    whole = make(examples, num_epochs=3, sampler=mixture())
+    for num_steps in (3, len(whole) + 5):
+        cut = make(examples, num_train_steps=num_steps, sampler=mixture())
+        assert len(cut) == num_steps
+        steps = range(min(num_steps, len(whole)))
+        assert [cut.example_indices(step) for step in steps] == [whole.example_indices(step) for step in steps]
+
+
+def test_no_heldout_batch_has_examples_of_two_groups(examples):
+    groups = np.array([1, 0, 2, 0, 1] * 10)
+    batches = HeldoutBatches(examples, 3, 64, packing=True, groups=groups)
+    assert len(batches.group_of) == len(batches) and set(batches.group_of) == {0, 1, 2}
+    for group in (0, 1, 2):
+        found = [batches[i] for i in range(len(batches)) if batches.group_of[i] == group]
+        wanted = [example for example, other in zip(examples, groups, strict=True) if other == group]
+        assert sum(int(batch.loss_weights.sum()) for batch in found) == sum(int(e.is_target.sum()) for e in wanted)
+        first_ids = {int(example.token_ids[0]) for example in wanted}
+        assert {int(token) for batch in found for token in np.unique(batch.token_ids) if token} == first_ids

@@ -98,7 +98,8 @@ def test_all_data_is_trained_on_as_often(tmp_path):
         data = config.data
         splits = load_splits(
             data.source, [], eval_source=data.eval_source, split=data.split, eval_split=data.eval_split,
-            eval_fraction=data.eval_fraction, system_prompt="", on_error="raise", seed=0,
+            eval_fraction=data.eval_fraction, system_prompt="", on_error="raise", dedup="normalized",
+            near_dedup_threshold=0.0, seed=0,
         )  # fmt: skip
         return len(splits.train), len(splits.heldout)
 

@@ -44,6 +44,7 @@ class ExampleStore(LazySequence[Example]):
 
     def __init__(self, text: mmap.mmap | bytes, offsets: np.ndarray, indices: np.ndarray, owner: Any = None):
         self._text, self._offsets, self._indices, self._owner = text, offsets, indices, owner
+        self._last = -1, Example(())  # The pieces of a document follow each other, and share it.
 
     @staticmethod
     def open(folder: Path, owner: Any = None) -> "ExampleStore":
@@ -64,8 +65,10 @@ class ExampleStore(LazySequence[Example]):
 
     def item(self, index: int) -> Example:
         """Returns one example."""
-        line = self._indices[index]
-        return _from_line(self._text[self._offsets[line] : self._offsets[line + 1]])
+        line, last = int(self._indices[index]), self._last
+        if line != last[0]:  # Other threads may change self._last meanwhile.
+            last = self._last = line, _from_line(self._text[self._offsets[line] : self._offsets[line + 1]])
+        return last[1]
 
     def __iter__(self) -> Iterator[Example]:
         last = 0

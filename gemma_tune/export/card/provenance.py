@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.config import Config
+from gemma_tune.data.mixture import parse_mixture
 from gemma_tune.data.sources.content_hash import source_fingerprint
 from gemma_tune.data.sources.tfds import TFDS
 from gemma_tune.errors import ConfigError, DataError, ModelError
@@ -124,9 +125,10 @@ def _of_run(workdir: Path) -> Provenance:
     )
     if (workdir / "adapter").exists():
         provenance.adapter = _adapter_metadata(workdir / "adapter")
-    if provenance.data_source and not provenance.data_source.startswith(TFDS):
+    if provenance.data_source and TFDS not in provenance.data_source:
         with contextlib.suppress(DataError):  # The files may have been moved or deleted.
-            files = source_fingerprint(found.data.source, "")
+            parts = parse_mixture(found.data.source)
+            files = [file for part in parts for file in source_fingerprint(part.source, "")]
             provenance.data_files = {Path(path).name: digest for path, digest in files}
     return provenance
 

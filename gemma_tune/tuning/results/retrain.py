@@ -3,6 +3,7 @@
 from typing import Any
 
 from gemma_tune.config import Config
+from gemma_tune.data.mixture import parse_mixture
 from gemma_tune.data.sources.readers import resolve_files
 from gemma_tune.data.splits import heldout_source
 from gemma_tune.errors import ConfigError
@@ -47,7 +48,8 @@ def on_all_data(config: Config, best_step: int, num_train: int, num_heldout: int
 def _joined(source: str, eval_source: str, split: str, eval_split: str) -> dict[str, Any]:
     if source.startswith(_TFDS) and source == eval_source:
         return {"data.split": f"{split}+{eval_split}"}
-    if source.startswith(_TFDS) or eval_source.startswith(_TFDS):
+    has_weights = any(part.weight is not None for part in parse_mixture(source))
+    if has_weights or source.startswith(_TFDS) or eval_source.startswith(_TFDS):
         raise ConfigError(
             f"{source} and {eval_source} can't be read as one. Leave --retrain out, and train with the best "
             "settings on a file that holds both."

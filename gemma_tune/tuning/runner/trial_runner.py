@@ -226,7 +226,11 @@ class TrialRunner:
         return evaluate_answers
 
     def _check_data(self, config: Config) -> None:
-        for name in ("source", "eval_source", "split", "eval_split", "eval_fraction", "system_prompt", "on_error"):
+        names = (
+            "source", "eval_source", "split", "eval_split", "eval_fraction", "system_prompt", "on_error", "dedup",
+            "near_dedup_threshold",
+        )  # fmt: skip
+        for name in names:
             of_trial, of_search = getattr(config.data, name), getattr(self._config.data, name)
             if of_trial != of_search:
                 raise ConfigError(
