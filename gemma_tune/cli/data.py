@@ -42,6 +42,8 @@ def _run(invocation: Invocation) -> dict[str, Any]:
         console.print()
     console.print(length_histogram(data.report.lengths, settings.max_length))
     console.print(_counts(data.report))
+    for message in data.report.notes:
+        console.print(f"  {message}", style="yellow", markup=False)
     for message in data.report.errors:
         console.print(f"  skipped: {message}", style="yellow", markup=False)
     written = _write(splits.train, splits.heldout, flags.output) if flags.output else []

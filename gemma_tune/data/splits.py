@@ -136,8 +136,12 @@ def _read_examples(source: str, split: str, on_error: str, report: DataReport) -
         if len(report.errors) < _ERRORS_KEPT:
             report.errors.append(str(error))
 
+    def note(text: str) -> None:
+        if text not in report.notes:
+            report.notes.append(text)
+
     num_examples, num_unreadable = 0, report.num_unreadable
-    for example in to_examples(read_rows(source, split, count_or_raise), count_or_raise):
+    for example in to_examples(read_rows(source, split, count_or_raise, note), count_or_raise):
         num_examples += 1
         yield example
     report.num_rows += num_examples + report.num_unreadable - num_unreadable

@@ -47,9 +47,11 @@ def on_all_data(config: Config, best_step: int, num_train: int, num_heldout: int
 def _joined(source: str, eval_source: str, split: str, eval_split: str) -> dict[str, Any]:
     if source.startswith(_TFDS) and source == eval_source:
         return {"data.split": f"{split}+{eval_split}"}
-    if source.startswith(_TFDS) or eval_source.startswith(_TFDS):
-        raise ConfigError(
-            f"{source} and {eval_source} can't be read as one. Leave --retrain out, and train with the best "
-            "settings on a file that holds both."
-        )
-    return {"data.source": ",".join(str(file) for file in (*resolve_files(source), *resolve_files(eval_source)))}
+    if not (source.startswith(_TFDS) or eval_source.startswith(_TFDS)):
+        files = [*resolve_files(source, split), *resolve_files(eval_source, eval_split or split)]
+        if len(set(files)) == len(files):  # Otherwise one file holds both splits.
+            return {"data.source": ",".join(map(str, files))}
+    raise ConfigError(
+        f"{source} and {eval_source} can't be read as one. Leave --retrain out, and train with the best "
+        "settings on a file that holds both."
+    )
