@@ -39,11 +39,12 @@ class DataConfig:
     """The training data, and how it becomes batches.
 
     Attributes:
-        source: Files (globs and comma-separated lists allowed), `tfds:name/config`, or `sample:NAME`.
+        source: Files or folders (globs and comma-separated lists allowed), a data set on the Hugging Face Hub
+            (`hf://datasets/ORG/NAME[:config][@split]` or `ORG/NAME`), `tfds:name/config`, or `sample:NAME`.
         eval_source: Source of the held-out data, written like `source`. Empty: the held-out set of the sample that
             `source` names if it has one, otherwise `eval_fraction` of `source`.
-        split: Split to read from a TFDS data set.
-        eval_split: Split of the same TFDS data set to hold out. Empty: `eval_fraction` of `split` is held out.
+        split: Split to read of a data set that has several: of TFDS, of the Hub, or in a folder or JSON file.
+        eval_split: Split of the same data set to hold out. Empty: `eval_fraction` of `split` is held out.
         eval_fraction: Share of the questions to hold out, chosen by a hash of their content; 0: none.
         system_prompt: System turn to put before every conversation that has none.
         max_length: Maximum length of an example, in tokens.

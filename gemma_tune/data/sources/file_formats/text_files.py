@@ -122,7 +122,7 @@ def _looks_like_cp1252(sample: bytes) -> bool:
 
 def _word_above_ascii(text: str) -> str:
     found = _WORD_ABOVE_ASCII.search(text)
-    return found[0][:30] if found else ""
+    return found[0].rstrip(".?!)")[:30] if found else ""
 
 
 def _undecodable(file: DataFile, number: int, line: bytes, error: UnicodeDecodeError) -> DataError:

@@ -164,7 +164,7 @@ def _cached(dataset: HubDataset, split: str, reason: Exception) -> tuple[list[Da
             note = f"{dataset.address}: the Hub can't be reached; its cache is read, commit {folder.name[:7]}."
             return _in_folder(folder, found, dataset, split), [note, *found.notes]
     raise DataError(
-        f"{dataset.address} can't be downloaded: {_first_line(reason)} It isn't in the Hub's cache either. "
+        f"{dataset.address} can't be downloaded ({_first_line(reason)}), and isn't in the Hub's cache. "
         f"On a machine with network, run `hf download "
         f"{dataset.repository} --repo-type=dataset --local-dir=FOLDER`, bring the folder here, and write --data=FOLDER."
     ) from reason
@@ -175,5 +175,4 @@ def _in_folder(folder: Path, found: RepositoryFiles, dataset: HubDataset, split:
 
 
 def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return line if line.endswith((".", "!", "?")) else line + "."
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
