@@ -36,8 +36,15 @@ def as_csv(rows, delimiter, quoting=csv.QUOTE_MINIMAL, end="\r\n"):
 
 @pytest.mark.parametrize("delimiter", DELIMITERS)
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
-@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-@pytest.mark.parametrize("end", ["\r\n", "\n", "\r"])
+@pytest.mark.parametrize(
+    ("quoting", "end"),
+    [
+        (csv.QUOTE_MINIMAL, "\r\n"),
+        (csv.QUOTE_MINIMAL, "\n"),
+        (csv.QUOTE_ALL, "\r\n"),
+        (csv.QUOTE_ALL, "\r"),  # With \r alone, Python's writer doesn't quote \n in a cell unless it quotes all.
+    ],
+)
 def test_the_delimiter_is_found_whatever_the_name_says(write, name, delimiter, quoting, end):
     rows, lines, errors, notes = read(write(name, as_csv(ROWS, delimiter, quoting, end)))
     assert (rows, errors) == (ROWS, [])

@@ -76,6 +76,8 @@ REPOSITORIES = {
         "default/partial-train/0000.parquet": parquet("converted"),
         "default/test/0000.parquet": parquet("t"),
     },
+    ("org/parts", "main"): {"script.py": b""},
+    ("org/parts", "refs/convert/parquet"): {f"default/train/000{i}.parquet": parquet(f"part {i}") for i in range(3)},
     ("org/nothing", "main"): {"pictures.bin": b""},
 }
 
@@ -96,7 +98,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         parts = urllib.parse.urlsplit(self.path).path.split("/")
         api = parts[1] == "api"
         name = "/".join(parts[3:5] if api else parts[2:4])
-        kind, revision, *rest = parts[5:] if api else parts[4:]
+        kind, revision, *rest = [*(parts[5:] if api else parts[4:]), "", ""]
         revision = urllib.parse.unquote(revision)
         revision = {COMMIT: "main", OTHER_COMMIT: "refs/convert/parquet"}.get(revision, revision)
         commit = COMMIT if revision == "main" else OTHER_COMMIT
@@ -108,10 +110,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
             info = {"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in files]}
             self.reply(200, json.dumps(info).encode())
         elif kind == "tree":
-            tree = [{"type": "file", "path": p, "size": len(c), "oid": f"{hash(c):x}"} for p, c in files.items()]
+            tree = [{"type": "file", "path": p, "size": len(c or b""), "oid": f"{hash(p):x}"} for p, c in files.items()]
             self.reply(200, json.dumps(tree).encode())
         else:
-            content = files[urllib.parse.unquote("/".join(rest))]
+            content = files[urllib.parse.unquote("/".join(rest[:-2]))]
+            if content is None:
+                return
             headers = {"ETag": f'"{abs(hash(content)):x}"', "X-Repo-Commit": commit}
             self.reply(200, content, headers, with_body)
 
@@ -203,7 +207,7 @@ def test_other_formats_and_what_the_hub_has_converted(downloaded):
 
 def test_what_is_not_there_is_named(downloaded):
     _, found = downloaded
-    assert "has no files that can be read" in found["org/nothing train"][3]
+    assert found["org/nothing train"][3].startswith("hf://datasets/org/nothing has no files that can be read")
     assert found["org/missing train"][3].startswith("There is no file org/missing, so it was looked for on the Hugging")
     assert "hf://datasets/org/missing doesn't exist, or needs a login" in found["org/missing train"][3]
     assert "has no split 'validation'. It has test, train" in found["org/shards validation"][3]
@@ -230,6 +234,17 @@ def test_without_network_and_cache_one_message_says_how_to_get_it(tmp_path):
     ((_, _, _, error),) = read([("hf://datasets/org/shards", "train")], "http://127.0.0.1:9", tmp_path)
     assert "can't be downloaded" in error and "isn't in the Hub's cache" in error and "\n" not in error
     assert "hf download org/shards --repo-type=dataset --local-dir=FOLDER" in error
+
+
+def test_an_interrupted_download_is_not_taken_for_the_whole_data_set(hub, tmp_path, monkeypatch):
+    files = REPOSITORIES["org/parts", "refs/convert/parquet"]
+    source, name = [("org/parts", "train")], "default/train/0002.parquet"
+    monkeypatch.setitem(files, name, None)  # The connection breaks off.
+    assert "the download was interrupted" in read(source, hub, tmp_path)[0][3]
+    assert "is in the Hub's cache in part only" in read(source, "http://127.0.0.1:9", tmp_path)[0][3]
+    monkeypatch.undo()
+    assert read(source, hub, tmp_path)[0][0] == ["part 0", "part 1", "part 2"]
+    assert read(source, "http://127.0.0.1:9", tmp_path)[0][0] == ["part 0", "part 1", "part 2"]
 
 
 def test_a_half_downloaded_split_is_not_taken_for_a_whole_one(downloaded, tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import glob
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,10 @@ _SHORT = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.+ -]+)?(?:@[\w.-]+)?")
 # Where the Hub keeps what it has converted to Parquet itself (huggingface.co/docs/dataset-viewer/parquet).
 _CONVERTED = "refs/convert/parquet"
 _TIMEOUT_SECONDS = 10.0
+
+
+class _NotFound(DataError):
+    """A data set doesn't exist, or can't be had."""
 
 
 class HubDataset(NamedTuple):
@@ -82,7 +87,12 @@ def hub_files(source: str, split: str, on_note: OnNote) -> list[DataFile]:
             f"{source} names the split {dataset.split!r}, but data.split or data.eval_split is {split!r}. Name it in "
             "one place."
         )
-    files, notes = _found_files(dataset, dataset.split or split)
+    try:
+        files, notes = _found_files(dataset, dataset.split or split)
+    except _NotFound as error:
+        if source.startswith(HUB):
+            raise
+        raise DataError(f"There is no file {source}, so it was looked for on the Hugging Face Hub: {error}") from error
     for note in notes:
         on_note(note)
     return files
@@ -112,7 +122,7 @@ def _download(dataset: HubDataset, split: str) -> tuple[list[DataFile], list[str
                 " then log in with `hf auth login` or set HF_TOKEN."
             ) from error
         except RepositoryNotFoundError as error:
-            raise DataError(
+            raise _NotFound(
                 f"{dataset.address} doesn't exist, or needs a login: check the name, then run `hf auth login` or set "
                 "HF_TOKEN."
             ) from error
@@ -126,17 +136,28 @@ def _download(dataset: HubDataset, split: str) -> tuple[list[DataFile], list[str
             )
         found = choose_files(names, readme, dataset.config, split, dataset.address)
         if found.paths:
-            folder = huggingface_hub.snapshot_download(
-                dataset.repository,
-                repo_type="dataset",
-                revision=revision,
-                allow_patterns=[glob.escape(path) for path in found.paths],
-            )
-            return _in_folder(Path(folder), found, dataset, split), found.notes
+            return _in_folder(_fetch(dataset, revision, found.paths), found, dataset, split), found.notes
     raise DataError(
         f"{dataset.address} has no files that can be read ({', '.join(SUFFIXES)}). Load it with the datasets package, "
         "and save it: datasets.load_dataset(…).to_parquet('data.parquet')."
     )
+
+
+def _fetch(dataset: HubDataset, revision: str, paths: list[str]) -> Path:
+    """Downloads files that the cache doesn't have yet, and returns the folder that they are in."""
+    import huggingface_hub
+
+    patterns = [glob.escape(path) for path in paths]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                dataset.repository, repo_type="dataset", revision=revision, allow_patterns=patterns
+            )
+        )
+    except Exception as error:  # What the cache has may be a part only, so it is no way out here.
+        raise DataError(
+            f"{dataset.address}: the download was interrupted ({_first_line(error)}). The same command goes on with it."
+        ) from error
 
 
 def _cached(dataset: HubDataset, split: str, reason: Exception) -> tuple[list[DataFile], list[str]]:
@@ -145,29 +166,43 @@ def _cached(dataset: HubDataset, split: str, reason: Exception) -> tuple[list[Da
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     for revision in ("main", _CONVERTED):
+        in_cache = functools.partial(
+            huggingface_hub.snapshot_download,
+            dataset.repository,
+            repo_type="dataset",
+            revision=revision,
+            local_files_only=True,
+        )
         try:
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    dataset.repository,
-                    repo_type="dataset",
-                    revision=revision,
-                    local_files_only=True,
-                    allow_patterns=[README],
-                )
-            )
+            folder = Path(in_cache(allow_patterns=[README]))
         except LocalEntryNotFoundError:
             continue
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         readme = folder / README if README in names else None
-        found = choose_files(names, readme, dataset.config, split, dataset.address)
+        try:
+            found = choose_files(names, readme, dataset.config, split, dataset.address)
+        except DataError as error:
+            raise DataError(f"{error} The Hub can't be reached, so only its cache was looked at.") from reason
         if found.paths:
+            if revision == _CONVERTED:  # Its files are named by numbers alone, which don't say how many there are.
+                _check_cached(dataset, in_cache, {f"{Path(path).parent}/*.parquet" for path in found.paths})
             note = f"{dataset.address}: the Hub can't be reached; its cache is read, commit {folder.name[:7]}."
             return _in_folder(folder, found, dataset, split), [note, *found.notes]
-    raise DataError(
+    raise _NotFound(
         f"{dataset.address} can't be downloaded ({_first_line(reason)}), and isn't in the Hub's cache. "
         f"On a machine with network, run `hf download "
         f"{dataset.repository} --repo-type=dataset --local-dir=FOLDER`, bring the folder here, and write --data=FOLDER."
     ) from reason
+
+
+def _check_cached(dataset: HubDataset, in_cache: Callable[..., str], patterns: set[str]) -> None:
+    """Raises DataError if the Hub had more files of these patterns than the cache has, as far as that is known."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        in_cache(allow_patterns=sorted(patterns))
+    except LocalEntryNotFoundError as error:
+        raise DataError(f"{dataset.address} is in the Hub's cache in part only. Read it once with network.") from error
 
 
 def _in_folder(folder: Path, found: RepositoryFiles, dataset: HubDataset, split: str) -> list[DataFile]:

@@ -62,15 +62,8 @@ def _files_of_part(part: str, split: str, on_note: OnNote) -> Iterator[DataFile]
     elif matches := _matches(path):
         for match in matches:
             yield from _files_at(match, split, on_note)
-    elif part.startswith(HUB):
+    elif part.startswith(HUB) or (may_be_on_hub(part) and not os.path.isdir(os.path.dirname(part))):
         yield from hub_files(part, split, on_note)
-    elif may_be_on_hub(part) and not os.path.isdir(os.path.dirname(part)):
-        try:
-            yield from hub_files(part, split, on_note)
-        except DataError as error:
-            raise DataError(
-                f"There is no file {part}, so it was looked for on the Hugging Face Hub: {error}"
-            ) from error
     elif _ADDRESS.fullmatch(part):
         raise _must_be_fetched(part)
     else:
