@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gemma_tune.data.example import OnNote, OnRowError, Row
-from gemma_tune.data.sources.file_formats.data_file import DataFile
+from gemma_tune.data.sources.file_formats.data_file import DataFile, format_of
 from gemma_tune.data.sources.locations.split_names import no_split, same_split
 from gemma_tune.errors import DataError
 
@@ -64,7 +64,7 @@ def _rows_of_list(entries: list, file: DataFile, key: str, on_error: OnRowError)
 def _rows_under_a_key(value: Mapping, file: DataFile, on_error: OnRowError, on_note: OnNote) -> Iterator[Row]:
     lists = [key for key, entry in value.items() if _are_objects_or_empty(entry)]
     has_texts = any(isinstance(value[key], str) for key in (_TEXT_KEYS if lists else value) if key in value)
-    if has_texts:
+    if has_texts or (not lists and format_of(file.path.name) == ".jsonl"):  # One line, and so one row.
         yield Row(value, f"{file.name}:1")
         return
     if not lists:

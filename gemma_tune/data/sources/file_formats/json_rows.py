@@ -45,10 +45,10 @@ def read_json(file: DataFile, on_error: OnRowError, on_note: OnNote) -> Iterator
             on_error(error)
         yield from _rows_of_lines(itertools.chain(beginning, lines), file, on_error)
     elif with_text or undecodable:
-        rest = [*beginning, *lines]
+        text = "".join(text for _, text in itertools.chain(beginning, lines))
         if undecodable:
             raise undecodable[0]
-        yield from _rows_of_text(rest, file, on_error, on_note)
+        yield from _rows_of_text(text, file, on_error, on_note)
 
 
 def _two_lines_with_text(lines: Iterator[_Line]) -> Iterator[_Line]:
@@ -78,7 +78,7 @@ def _is_object(text: str) -> bool:
 
 def _rows_of_lines(lines: Iterable[_Line], file: DataFile, on_error: OnRowError) -> Iterator[Row]:
     for number, text in lines:
-        if text.isspace():
+        if not text or text.isspace():
             continue
         origin = f"{file.name}:{number}"
         try:
@@ -98,21 +98,20 @@ def _parse_line(text: str, origin: str) -> dict:
     return require_object(value, origin)
 
 
-def _rows_of_text(lines: list[_Line], file: DataFile, on_error: OnRowError, on_note: OnNote) -> Iterator[Row]:
-    text = "".join(text for _, text in lines)
+def _rows_of_text(text: str, file: DataFile, on_error: OnRowError, on_note: OnNote) -> Iterator[Row]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             yield from _rows_of_objects(text, file, on_error)
         elif format_of(file.path.name) == ".jsonl":
-            yield from _rows_of_lines(lines, file, on_error)
+            yield from _rows_of_lines(enumerate(text.split("\n"), 1), file, on_error)
         else:
             raise _not_json(file, error, error.lineno, error.colno) from error
     except (ValueError, RecursionError) as error:
         if format_of(file.path.name) != ".jsonl":
             raise _not_json(file, error) from error
-        yield from _rows_of_lines(lines, file, on_error)
+        yield from _rows_of_lines(enumerate(text.split("\n"), 1), file, on_error)
     else:
         yield from rows_of_document(value, file, on_error, on_note)
 
