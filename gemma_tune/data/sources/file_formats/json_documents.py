@@ -8,7 +8,6 @@ from gemma_tune.data.sources.file_formats.data_file import DataFile, format_of
 from gemma_tune.data.sources.locations.split_names import no_split, same_split
 from gemma_tune.errors import DataError
 
-_ROLE_KEYS = ("role", "from")
 _TEXT_KEYS = ("prompt", "question", "query", "instruction", "completion", "answer", "response", "output", "text")
 
 
@@ -80,6 +79,8 @@ def _rows_under_a_key(value: Mapping, file: DataFile, on_error: OnRowError, on_n
 
 def _key_of_split(lists: list[str], file: DataFile) -> str:
     """Returns the key of the split to read, among keys of several lists."""
+    if file.split in lists:
+        return file.split
     if not all(same_split(key) for key in lists):
         raise DataError(
             f"{file.name}: expected a list of objects, or an object with one list in it; found keys {sorted(lists)}."
@@ -95,7 +96,9 @@ def _are_objects_or_empty(entry: Any) -> bool:
 
 
 def _are_turns(entry: Any) -> bool:
-    return _are_objects_or_empty(entry) and bool(entry) and any(key in entry[0] for key in _ROLE_KEYS)
+    if not _are_objects_or_empty(entry) or not entry:
+        return False
+    return "role" in entry[0] or ("from" in entry[0] and "value" in entry[0])
 
 
 def _columns(value: Mapping) -> dict[str, list]:
@@ -148,8 +151,8 @@ def _questions(articles: list, file: DataFile) -> Iterator[tuple[Any, str, Mappi
     for i, article in enumerate(articles, 1):
         for j, paragraph in enumerate(article["paragraphs"], 1):
             place = f"data[{i}].paragraphs[{j}]"
-            for key in ("context", "qas"):
-                if not isinstance(paragraph, Mapping) or key not in paragraph:
+            for key, kind in (("context", str), ("qas", list)):
+                if not isinstance(paragraph, Mapping) or not isinstance(paragraph.get(key), kind):
                     raise DataError(f"{file.name}: {place} has no {key!r}, as SQuAD's files have.")
             for k, question in enumerate(paragraph["qas"], 1):
                 where = f"{place}.qas[{k}]"

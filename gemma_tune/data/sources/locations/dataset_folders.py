@@ -67,7 +67,8 @@ def _names(paths: Sequence[str]) -> str:
 
 
 def _saved_split(folder: Path, split: str) -> Path:
-    splits = [str(name) for name in _read_object(folder / _DICT).get("splits", [])]
+    found = _read_object(folder / _DICT).get("splits")
+    splits = [str(name) for name in found] if isinstance(found, list) else []
     if split not in splits:
         raise no_split(str(folder), split, splits)
     return folder / split

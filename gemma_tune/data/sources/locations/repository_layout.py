@@ -46,12 +46,11 @@ def choose_files(names: Sequence[str], readme: Path | None, config: str, split: 
     paths = [name for name in sorted(names) if is_data(name)]
     configs = card_configs(readme) if readme else {}
     if configs:
-        patterns = _patterns(_chosen(config, configs, address), split, address)
-        if patterns is None:
-            chosen = files_of_split(_of_one_format(paths), split, address)
-        else:
-            chosen = [path for path in paths if any(_matches(path, pattern) for pattern in patterns)]
-            check_complete(chosen, address)
+        splits = _chosen(config, configs, address).splits
+        if split not in splits:
+            raise no_split(address, split, list(splits))
+        chosen = [path for path in paths if any(_matches(path, pattern) for pattern in splits[split])]
+        check_complete(chosen, address)
         return RepositoryFiles(chosen, [])
     paths = _of_one_format(_in_config_folder(paths, config, address))
     chosen = files_of_split(paths, split, address)
@@ -66,7 +65,19 @@ def _of_one_format(paths: list[str]) -> list[str]:
     return [path for path in paths if format_of(path) == first]
 
 
-def card_configs(readme: Path) -> dict[str, dict[str, Any]]:
+class CardConfig(NamedTuple):
+    """A configuration of a data set, as its card has it.
+
+    Attributes:
+        splits: Patterns of the files of each split.
+        is_default: Whether it is read if none is named.
+    """
+
+    splits: dict[str, list[str]]
+    is_default: bool
+
+
+def card_configs(readme: Path) -> dict[str, CardConfig]:
     """Returns the configurations in a data set's card that say which files they have, by name."""
     if not readme.is_file():
         return {}
@@ -74,14 +85,27 @@ def card_configs(readme: Path) -> dict[str, dict[str, Any]]:
 
     try:
         configs = (metadata_load(readme) or {}).get("configs") or []
-        return {str(each["config_name"]): each for each in configs if each.get("data_files")}
+        return {
+            str(each["config_name"]): CardConfig(_splits_of(each["data_files"]), each.get("default") is True)
+            for each in configs
+            if each.get("data_files")
+        }
     except Exception:  # A card is written by hand: without a readable one, the names of files decide.
         return {}
 
 
-def _chosen(config: str, configs: dict[str, dict[str, Any]], address: str) -> dict[str, Any]:
+def _splits_of(data_files: Any) -> dict[str, list[str]]:
+    """Returns the patterns of each split. Those without a split are of `train`."""
+    splits: dict[str, list[str]] = {}
+    for entry in [data_files] if isinstance(data_files, str) else data_files:
+        split, paths = ("train", entry) if isinstance(entry, str) else (str(entry["split"]), entry["path"])
+        splits.setdefault(split, []).extend([paths] if isinstance(paths, str) else paths)
+    return splits
+
+
+def _chosen(config: str, configs: dict[str, CardConfig], address: str) -> CardConfig:
     if not config and len(configs) > 1:
-        config = next((name for name, each in configs.items() if each.get("default") is True), "")
+        config = next((name for name, each in configs.items() if each.is_default), "")
         config = config or next((name for name in _USUAL_CONFIGS if name in configs), "")
     if not config and len(configs) == 1:
         return next(iter(configs.values()))
@@ -97,23 +121,6 @@ def _no_config(config: str, configs: Sequence[str], address: str) -> DataError:
         f"{address} {wrong} {shown}. Name one as in hf://datasets/ORG/NAME:{configs[0]}, or its files."
         f"{did_you_mean(config, configs)}"
     )
-
-
-def _patterns(config: dict[str, Any], split: str, address: str) -> list[str] | None:
-    """Returns the patterns of a split's files; None where the names of files say which split they are of."""
-    data_files = config["data_files"]
-    if isinstance(data_files, str):
-        return [data_files] if split == "train" else None
-    by_split: dict[str, list[str]] = {}
-    for entry in data_files:
-        if isinstance(entry, str):
-            by_split.setdefault("train", []).append(entry)
-        else:
-            path = entry["path"]
-            by_split.setdefault(str(entry["split"]), []).extend([path] if isinstance(path, str) else path)
-    if split not in by_split:
-        raise no_split(address, split, list(by_split))
-    return by_split[split]
 
 
 def _matches(path: str, pattern: str) -> bool:
