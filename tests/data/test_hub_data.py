@@ -143,7 +143,8 @@ def read(sources, endpoint, cache, **variables):
     """Reads sources in another process, whose Hub and cache these are; returns (texts, origins, notes, error) of each."""
     environment = {
         **os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1", **variables,
+        "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+        "TRANSFORMERS_OFFLINE": "0", **variables,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", READ, json.dumps(sources)], env=environment, check=True, capture_output=True, text=True
@@ -280,12 +281,12 @@ def test_names_of_files_are_not_looked_for_on_the_hub():
 
 
 def test_a_folder_of_each_configuration():
-    names = ["en/train/0000.parquet", "de/train/0000.parquet", "de/test/0000.parquet"]
-    assert choose_files(names, None, "de", "train", "hf://x").paths == ["de/train/0000.parquet"]
-    with pytest.raises(DataError, match="has several configurations: de, en"):
+    names = ["english/train/0000.parquet", "german/train/0000.parquet", "german/test/0000.parquet"]
+    assert choose_files(names, None, "german", "train", "hf://x").paths == ["german/train/0000.parquet"]
+    with pytest.raises(DataError, match="has several configurations: english, german"):
         choose_files(names, None, "", "train", "hf://x")
-    with pytest.raises(DataError, match=r"has no configuration 'ed', but de, en.* Did you mean de\?"):
-        choose_files(names, None, "ed", "train", "hf://x")
+    with pytest.raises(DataError, match=r"has no configuration 'germn', but english, german.* Did you mean german\?"):
+        choose_files(names, None, "germn", "train", "hf://x")
     assert choose_files([*names, "default/train/0.parquet"], None, "", "train", "hf://x").paths == [
         "default/train/0.parquet"
     ]

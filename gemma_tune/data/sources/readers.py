@@ -9,21 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemma_tune.data.example import OnNote, OnRowError, Row
-from gemma_tune.data.sources.file_formats.columnar_rows import read_arrow, read_parquet
-from gemma_tune.data.sources.file_formats.csv_rows import read_csv
+from gemma_tune.data.sources.file_formats.columnar_rows import read_arrow_rows, read_parquet_rows
+from gemma_tune.data.sources.file_formats.csv_rows import read_csv_rows
 from gemma_tune.data.sources.file_formats.data_file import format_of
-from gemma_tune.data.sources.file_formats.json_rows import read_json
+from gemma_tune.data.sources.file_formats.json_rows import read_json_rows
 from gemma_tune.data.sources.locations.source_files import SAMPLE, data_files, sample_path
 from gemma_tune.data.sources.tfds import TFDS, read_tfds
 from gemma_tune.errors import DataError
 
 _READERS = {
-    ".jsonl": read_json,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".parquet": read_parquet,
-    ".arrow": read_arrow,
+    ".jsonl": read_json_rows,
+    ".json": read_json_rows,
+    ".csv": read_csv_rows,
+    ".tsv": read_csv_rows,
+    ".parquet": read_parquet_rows,
+    ".arrow": read_arrow_rows,
 }
 
 

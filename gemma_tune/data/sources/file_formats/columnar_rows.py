@@ -13,7 +13,7 @@ _ARROW_FILE_MAGIC = b"ARROW1"
 _BATCH_ROWS = 4096
 
 
-def read_parquet(file: DataFile, on_error: OnRowError, on_note: OnNote) -> Iterator[Row]:
+def read_parquet_rows(file: DataFile, on_error: OnRowError, on_note: OnNote) -> Iterator[Row]:
     """Yields the rows of a Parquet file, which is read completely or not at all.
 
     Raises:
@@ -25,7 +25,7 @@ def read_parquet(file: DataFile, on_error: OnRowError, on_note: OnNote) -> Itera
     return _rows(file, "Parquet", lambda: _parquet_batches(pyarrow.parquet.ParquetFile(_source(file))))
 
 
-def read_arrow(file: DataFile, on_error: OnRowError, on_note: OnNote) -> Iterator[Row]:
+def read_arrow_rows(file: DataFile, on_error: OnRowError, on_note: OnNote) -> Iterator[Row]:
     """Yields the rows of an Arrow file, in the format of files or in that of streams, as Hugging Face datasets writes.
 
     Raises:

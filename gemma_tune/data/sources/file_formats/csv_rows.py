@@ -23,7 +23,7 @@ _SEPARATOR_LINE = "sep="  # Excel's way to name the delimiter, in the first line
 _Line = tuple[int, str]
 
 
-def read_csv(file: DataFile, on_error: OnRowError, on_note: OnNote) -> Iterator[Row]:
+def read_csv_rows(file: DataFile, on_error: OnRowError, on_note: OnNote) -> Iterator[Row]:
     """Yields the rows of a CSV or TSV file, by the names in its first line.
 
     Args:

@@ -16,7 +16,7 @@ _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 _Line = tuple[int, str]
 
 
-def read_json(file: DataFile, on_error: OnRowError, on_note: OnNote) -> Iterator[Row]:
+def read_json_rows(file: DataFile, on_error: OnRowError, on_note: OnNote) -> Iterator[Row]:
     """Yields the rows of a JSON or JSON Lines file, whichever its content is.
 
     Args:

@@ -56,7 +56,7 @@ def _files_of_part(part: str, split: str, on_note: OnNote) -> Iterator[DataFile]
     if part.startswith(SAMPLE):
         yield _sample(part, split)
         return
-    path = os.path.expanduser(part)
+    path = part if os.path.exists(part) else os.path.expanduser(part)
     if os.path.exists(path):
         yield from _files_at(path, split, on_note)
     elif matches := _matches(path):
