@@ -41,7 +41,7 @@ def data_files(source: str, split: str, on_note: OnNote = lambda note: None) -> 
         DataError: A file doesn't exist or has an unknown suffix, a folder or data set has no data files, or it must be
             fetched first.
     """
-    parts = [source] if os.path.exists(os.path.expanduser(source)) else source.split(",")
+    parts = [source] if os.path.exists(_expanded(source)) else source.split(",")
     files = [file for part in parts for file in _files_of_part(part.strip(), split, on_note)]
     return list({file.path: file for file in files}.values())
 
@@ -52,11 +52,17 @@ def sample_path(source: str) -> Path:
     return SAMPLES / name / f"{part or 'train'}.jsonl"
 
 
+def _expanded(path: str) -> str:
+    """Returns a path with its `~` or `~USER` expanded, but not where a folder here has the name `~USER`."""
+    first = path.split(os.sep)[0]
+    return path if first != "~" and os.path.exists(first) else os.path.expanduser(path)
+
+
 def _files_of_part(part: str, split: str, on_note: OnNote) -> Iterator[DataFile]:
     if part.startswith(SAMPLE):
         yield _sample(part, split)
         return
-    path = part if os.path.exists(part) else os.path.expanduser(part)
+    path = _expanded(part)
     if os.path.exists(path):
         yield from _files_at(path, split, on_note)
     elif matches := _matches(path):
