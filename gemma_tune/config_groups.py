@@ -39,13 +39,14 @@ class DataConfig:
     """The training data, and how it becomes batches.
 
     Attributes:
-        source: Files (globs and comma-separated lists allowed), `tfds:name/config`, or `sample:NAME`. Several with
-            weights are a mixture: `a.jsonl:0.7,b.parquet:0.3` gives their shares of the examples of an epoch,
+        source: Files or folders (globs and comma-separated lists allowed), a data set on the Hugging Face Hub
+            (`hf://datasets/ORG/NAME[:config][@split]` or `ORG/NAME`), `tfds:name/config`, or `sample:NAME`. Several
+            with weights are a mixture: `a.jsonl:0.7,b.parquet:0.3` gives their shares of the examples of an epoch,
             `a.jsonl:1x,b.jsonl:3x` how often each example occurs in an epoch. data/mixture.py says how they are drawn.
         eval_source: Source of the held-out data, written like `source`. Empty: the held-out set of the sample that
             `source` names if it has one, otherwise `eval_fraction` of `source`.
-        split: Split to read from a TFDS data set.
-        eval_split: Split of the same TFDS data set to hold out. Empty: `eval_fraction` of `split` is held out.
+        split: Split to read of a data set that has several: of TFDS, of the Hub, or in a folder or JSON file.
+        eval_split: Split of the same data set to hold out. Empty: `eval_fraction` of `split` is held out.
         eval_fraction: Share of the questions to hold out, chosen by a hash of their content; 0: none.
         system_prompt: System turn to put before every conversation that has none.
         max_length: Maximum length of an example, in tokens.

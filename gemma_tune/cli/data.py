@@ -70,6 +70,8 @@ def _print_report(report: DataReport, counts: Sequence[int], max_length: int, co
         console.print(sources_table(report, counts))
     if advice := repeats_advice(report, counts):
         console.print(f"  {advice}", style="yellow", markup=False)
+    for message in report.notes:
+        console.print(f"  {message}", style="yellow", markup=False)
     for message in report.errors:
         console.print(f"  skipped: {message}", style="yellow", markup=False)
 

@@ -41,8 +41,9 @@ _SETTING_FLAGS = {
     "Data": {
         "data": (
             "data.source",
-            "Files (.jsonl, .json, .csv, .tsv or .parquet, also .gz; globs and lists with commas allowed), "
-            "tfds:NAME/CONFIG, or sample:smartphone_support. A mixture: a.jsonl:0.7,b.parquet:0.3.",
+            "Files (.jsonl, .json, .csv, .tsv, .parquet or .arrow, also .gz) or folders; globs and lists with commas "
+            "allowed. Or hf://datasets/ORG/NAME, tfds:NAME/CONFIG, sample:smartphone_support. A mixture: "
+            "a.jsonl:0.7,b.parquet:0.3.",
         ),
         "eval_data": ("data.eval_source", "Held-out data. Without it, a part of --data is held out."),
         "calibration": ("data.source", "Data to calibrate with, best the training data; written as for --data."),

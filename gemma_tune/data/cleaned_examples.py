@@ -114,8 +114,12 @@ def _read_source(source: NamedSplit, on_error: str, report: DataReport) -> Itera
         if len(report.errors) < _ERRORS_KEPT:
             report.errors.append(str(error))
 
+    def note(text: str) -> None:
+        if text not in report.notes:
+            report.notes.append(text)
+
     num_examples, num_unreadable = 0, report.num_unreadable
-    for example in to_examples(read_rows(source.name, source.split, count_or_raise), count_or_raise):
+    for example in to_examples(read_rows(source.name, source.split, count_or_raise, note), count_or_raise):
         num_examples += 1
         yield example
     report.num_rows += num_examples + report.num_unreadable - num_unreadable

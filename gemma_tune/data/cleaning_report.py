@@ -34,6 +34,7 @@ class DataReport:
         num_rows: Number of rows that were read.
         num_unreadable: Number of rows dropped because they can't be read.
         errors: Messages of the first unreadable rows.
+        notes: Sentences on how files were read: an encoding, a delimiter, what of them wasn't read.
         num_empty: Number of rows dropped because a turn is empty.
         num_control_tokens: Number of rows dropped because they contain control tokens.
         num_duplicates: Number of rows dropped because they are duplicates.
@@ -56,6 +57,7 @@ class DataReport:
     num_rows: int = 0
     num_unreadable: int = 0
     errors: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     num_empty: int = 0
     num_control_tokens: int = 0
     num_duplicates: int = 0

@@ -111,3 +111,6 @@ class Tokenizer(Protocol):
 
 # A function that is called with each unreadable row's error: it raises the error, or counts it and returns.
 OnRowError = Callable[[DataError], None]
+
+# A function that is told, in a sentence, something about a file that its user should know.
+OnNote = Callable[[str], None]

@@ -57,8 +57,8 @@ def load_examples(source: str, split: str = "train", on_error: str = "raise") ->
     """Reads all examples of a source, without cleaning them.
 
     Args:
-        source: Files, globs, `tfds:name/config` or `sample:NAME`, as in `data.source`.
-        split: Split of a TFDS data set.
+        source: Files, folders or names of data sets, as in `data.source`.
+        split: Split to read of a data set that has several.
         on_error: Treatment of unreadable rows: `raise` or `skip`.
 
     Raises:

@@ -16,7 +16,7 @@ def read_cases(source: str, split: str = "train", on_error: str = "raise") -> li
 
     Args:
         source: Source of the data, as in `data.source`.
-        split: Split of a TFDS data set.
+        split: Split to read of a data set that has several.
         on_error: Treatment of unreadable rows: `raise` or `skip`.
 
     Raises:

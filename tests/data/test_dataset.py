@@ -207,7 +207,7 @@ def test_a_second_run_reads_no_row_and_tokenizes_nothing(write, monkeypatch, tmp
     ("changes", "splits_anew"),
     [
         ({"eval_source": "{}/other.jsonl"}, True),
-        ({"split": "test"}, False),  # Of files there is one split only.
+        ({"split": "test"}, True),  # A JSON file may hold several.
         ({"eval_source": "{}/other.jsonl", "eval_split": "train"}, True),
         ({"eval_fraction": 0.3}, True),
         ({"system_prompt": "S"}, True),

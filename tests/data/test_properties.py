@@ -101,9 +101,9 @@ def test_any_rows(rows):
 
 
 @PROPERTY
-@given(st.lists(ROWS, min_size=1, max_size=3))
+@given(st.lists(ROWS, min_size=2, max_size=3))
 def test_rows_come_back_from_json_lines(tmp_path, rows):
-    """Each row is an example or an error, by its line."""
+    """Each row is an example or an error, by its line. One line alone may be a document with several rows."""
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples, errors = collected(file)
@@ -123,7 +123,7 @@ JSON_LIKE = st.one_of(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow", "a.jsonl.gz"])
 def test_any_bytes(tmp_path, name):
     @PROPERTY
     @given(JSON_LIKE)

@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 
 from gemma_tune.data.cleaning import comparison_key
-from gemma_tune.data.sources.readers import SAMPLES
+from gemma_tune.data.sources.locations.source_files import SAMPLES
 
 
 def rows(part):

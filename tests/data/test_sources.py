@@ -78,7 +78,8 @@ def test_the_sample_and_its_heldout_part():
         ("empty.jsonl", "", r"empty.jsonl has no rows"),
         ("blank.jsonl", "\n  \n", r"blank.jsonl has no rows"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a.jsonl:2: not valid JSON: .* column .*Found: '\{\"text\":'"),
-        ("a.jsonl", '["x"]\n', r"a.jsonl:1: expected a JSON object, found list"),
+        ("a.jsonl", '["x"]\n', r"a.jsonl\[1\]: expected a JSON object, found str"),
+        ("a.jsonl", '["x"]\n["y"]', r"a.jsonl:1: expected a JSON object, found list"),
         ("deep.jsonl", "[" * 100_000, r"deep.jsonl:1: not valid JSON: nested too deeply"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl:2: byte 11 of the line is not UTF-8 \(0xff\)"),
         ("a.json", '[{"text": 1}', r"a.json is not valid JSON: .* at line 1, column 13"),
@@ -88,7 +89,7 @@ def test_the_sample_and_its_heldout_part():
         ("a.csv", "text,text\na,b\n", r"a.csv:1: two columns have the same name"),
         ("a.csv", "text,other\na\n", r"a.csv:2: expected 2 columns \(text, other\), found 1"),
         ("a.csv", 'text\n"a', r"a.csv:2: not valid CSV"),
-        ("a.csv", b"text\n\xe9\n", r"a.csv: byte 6 of the line is not UTF-8"),
+        ("a.csv", b"text\n\xff\n", r"a.csv:2: byte 1 of the line is not UTF-8"),
         ("a.csv", "text\n", r"a.csv has no rows"),
         ("a.parquet", "PAR1 but no more", r"a.parquet is not readable as Parquet"),
         ("a.jsonl.gz", "not gzip", r"a.jsonl.gz is damaged after line 0"),
@@ -97,7 +98,7 @@ def test_the_sample_and_its_heldout_part():
             gzip.compress(CONTENTS["a.jsonl"].encode() * 50)[:-40],
             r"a.jsonl.gz is damaged after line \d+",
         ),
-        ("a.xlsx", "x", r"a.xlsx has an unknown suffix. Known suffixes: .jsonl"),
+        ("a.xlsx", "x", r"a.xlsx has an unknown suffix. Save it as CSV. Known suffixes: .jsonl"),
     ],
 )
 def test_damage_is_named(write, name, content, message):
@@ -110,7 +111,7 @@ def test_damage_is_named(write, name, content, message):
     [
         ("{}/trian.jsonl", r"There is no file .*trian.jsonl. Did you mean train.jsonl\?"),
         ("{}/*.csv", r"No file matches .*\*.csv"),
-        ("{}", r"is a directory. Name its files"),
+        ("{}/chats", r"chats is a directory without data files"),
         (
             "sample:smartphone",
             r"There is no sample 'sample:smartphone'. Samples: smartphone_support. Did you mean smartphone_support\?",
@@ -120,6 +121,7 @@ def test_damage_is_named(write, name, content, message):
 )
 def test_missing_sources_are_named(write, tmp_path, source, message):
     write("train.jsonl", CONTENTS["a.jsonl"])
+    write("chats/readme.txt", "none here")
     with pytest.raises(DataError, match=message):
         rows_of(source.format(tmp_path))
 

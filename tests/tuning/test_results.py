@@ -117,6 +117,15 @@ def test_all_data_is_trained_on_as_often(tmp_path):
         == num_train(sample)[0]
         == sum(num_train(Config().replace({"data.source": "sample:smartphone_support"})))
     )
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "train.jsonl").write_text("\n".join(rows[:30]))
+    (tmp_path / "sets" / "test.jsonl").write_text("\n".join(rows[40:]))
+    folder = Config().replace({"data.source": str(tmp_path / "sets"), "data.eval_split": "test"})
+    assert num_train(folder) == (30, 20)
+    assert num_train(on_all_data(folder, 100, 30, 20)) == (50, 0)
+    (tmp_path / "both.json").write_text(f'{{"train": [{rows[0]}], "test": [{rows[1]}]}}')
+    with pytest.raises(ConfigError, match="can't be read as one"):
+        on_all_data(folder.replace({"data.source": str(tmp_path / "both.json")}), 10, 1, 1)
     tfds = Config().replace({"data.source": "tfds:a", "data.split": "train", "data.eval_split": "test"})
     assert on_all_data(tfds, 10, 90, 10).data.split == "train+test"
     with pytest.raises(ConfigError, match="can't be read as one"):

@@ -22,6 +22,7 @@ def open_tfds(name: str, split: str) -> Any:
     """
     import tensorflow_datasets as tfds
 
+    name = os.path.expanduser(name)
     try:
         if os.path.isdir(name):
             return tfds.builder_from_directory(name).as_data_source(split=split)

@@ -15,7 +15,7 @@ from gemma_tune.evaluation.suites.suite import Suite, SuitePart, parse_requireme
 
 SUITE_FILE = "suite.yaml"
 _SHIPPED = Path(__file__).parent
-_OTHER_SOURCES = ("sample:", "tfds:")  # Everything else is a file in the suite's folder.
+_OTHER_SOURCES = ("sample:", "tfds:", "hf://")  # Everything else is a file in the suite's folder.
 _SUITE_KEYS = ("name", "description", "parts", "generation")
 _PART_KEYS = ("name", "data", "metrics", "must", "must_not_regress", "must_not_contain", "max_latency_seconds")
 

@@ -49,9 +49,11 @@ def _joined(source: str, eval_source: str, split: str, eval_split: str) -> dict[
     if source.startswith(_TFDS) and source == eval_source:
         return {"data.split": f"{split}+{eval_split}"}
     has_weights = any(part.weight is not None for part in parse_mixture(source))
-    if has_weights or source.startswith(_TFDS) or eval_source.startswith(_TFDS):
-        raise ConfigError(
-            f"{source} and {eval_source} can't be read as one. Leave --retrain out, and train with the best "
-            "settings on a file that holds both."
-        )
-    return {"data.source": ",".join(str(file) for file in (*resolve_files(source), *resolve_files(eval_source)))}
+    if not (has_weights or source.startswith(_TFDS) or eval_source.startswith(_TFDS)):
+        files = [*resolve_files(source, split), *resolve_files(eval_source, eval_split or split)]
+        if len(set(files)) == len(files):  # Otherwise one file holds both splits.
+            return {"data.source": ",".join(map(str, files))}
+    raise ConfigError(
+        f"{source} and {eval_source} can't be read as one. Leave --retrain out, and train with the best "
+        "settings on a file that holds both."
+    )

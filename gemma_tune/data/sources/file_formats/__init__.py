@@ -1,0 +1,1 @@
+"""Reads the rows of files, each format in a module of its own."""
