@@ -35,7 +35,7 @@ LAYERS = {
     ),
     "data": (
         ("example", "dedup", "chunks"),
-        ("storage",),
+        ("storage", "rows", "tool_markup"),
         ("sources",),
         ("chat_template", "cleaning", "heldout_split", "packing"),
         ("tokenize",),

@@ -15,6 +15,7 @@ from gemma_tune.cli.output import make_listing
 from gemma_tune.cli.verb import Flag, Invocation, Verb
 from gemma_tune.config import Config
 from gemma_tune.data import DataReport, Example, TokenizedExample
+from gemma_tune.data.rows.written_rows import chat_row
 from gemma_tune.errors import DataError
 from gemma_tune.runtime.atomic_files import disk_errors_as, write_lines
 from gemma_tune.runtime.shell import gemma_tune_command
@@ -33,7 +34,7 @@ def _run(invocation: Invocation) -> dict[str, Any]:
 
     splits = read_splits(config)
     tokenizer, family = load_tokenizer(config.model.source)
-    template, settings = template_for(family), config.data
+    template, settings = template_for(family, tokenizer), config.data
     data = tokenize_splits(splits, template, tokenizer, settings.max_length, settings.overlong, cache=cache_dir())
     num_shown = min(flags.num_examples, len(data.train))
     console.print(f"{num_shown} of {len(data.train)} training examples. What the model learns is green:\n")
@@ -42,6 +43,8 @@ def _run(invocation: Invocation) -> dict[str, Any]:
         console.print()
     console.print(length_histogram(data.report.lengths, settings.max_length))
     console.print(_counts(data.report))
+    for note in data.report.notes:
+        console.print(f"  note: {note}", style="yellow", markup=False)
     for message in data.report.errors:
         console.print(f"  skipped: {message}", style="yellow", markup=False)
     written = _write(splits.train, splits.heldout, flags.output) if flags.output else []
@@ -111,6 +114,8 @@ def _counts(report: DataReport) -> Table:
     for label, count in rows.items():
         if count or label in ("read", "for training", "held out"):
             table.add_row(label, f"{count:,}")
+    for label, count in report.row_change_reasons().items():
+        table.add_row(label, f"{count:,}", style="dim")
     return table
 
 
@@ -122,16 +127,9 @@ def _write(train: Sequence[Example], heldout: Sequence[Example], folder: str) ->
         path = directory / f"{name}.jsonl"
         with disk_errors_as(DataError, path):
             directory.mkdir(parents=True, exist_ok=True)
-            write_lines(path, (json.dumps(_row(example), ensure_ascii=False) for example in examples))
+            write_lines(path, (json.dumps(chat_row(example), ensure_ascii=False) for example in examples))
         paths.append(path)
     return paths
-
-
-def _row(example: Example) -> dict[str, Any]:
-    if example.turns[0].role == "text":
-        return {"text": example.turns[0].content}
-    roles = {"model": "assistant"}
-    return {"messages": [{"role": roles.get(turn.role, turn.role), "content": turn.content} for turn in example.turns]}
 
 
 def _train_command(config: Config, written: Sequence[Path]) -> str:
@@ -151,6 +149,7 @@ VERB = Verb(
     ),
     flags=(
         *setting_flags("data", "eval_data", "model", "max_length", "on_error"),
+        *setting_flags("columns", "prompt_template", "on_role_order", "thoughts"),
         Flag("num_examples", "Number of examples to show.", 3),
         Flag("output", "Folder to write the cleaned train.jsonl and heldout.jsonl to."),
         *setting_flags("seed"),

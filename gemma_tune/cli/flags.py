@@ -48,6 +48,22 @@ _SETTING_FLAGS = {
         "calibration": ("data.source", "Data to calibrate with, best the training data; written as for --data."),
         "max_length": ("data.max_length", "Maximum length of an example, in tokens."),
         "on_error": ("data.on_error", "raise: stop at the first unreadable row. skip: count and report such rows."),
+        "columns": (
+            "data.columns",
+            "What columns with unusual names are, such as prompt:User Question,completion:Bot Answer.",
+        ),
+        "prompt_template": (
+            "data.prompt_template",
+            "Template of the question, with columns in braces, such as '{title}\\n{body}'.",
+        ),
+        "on_role_order": (
+            "data.on_role_order",
+            "merge: join turns of one speaker, and keep a leading model turn as context. error: refuse such rows.",
+        ),
+        "thoughts": (
+            "data.thoughts",
+            "Thoughts before an answer. keep: learn them. mask: read but don't learn them. drop: leave them out.",
+        ),
     },
     "LoRA": {
         "lora_rank": ("lora.rank", "Rank of the LoRA factors."),

@@ -84,10 +84,10 @@ class Cleaner:
             if turns:
                 keys = [comparison_key(turn.content) for turn in turns]
                 hashes.append(
-                    hash_text("\x00".join(f"{turn.role}\x01{key}" for turn, key in zip(turns, keys, strict=True)))
+                    hash_text("\x00".join(f"{_marked(turn)}\x01{key}" for turn, key in zip(turns, keys, strict=True)))
                 )
                 question = next((i for i, turn in enumerate(turns) if turn.role in ("user", "text")), None)
-                if self._system_prompt and turns[0].role == "user":
+                if self._system_prompt and turns[0].role not in ("system", "text"):
                     turns = (Turn("system", self._system_prompt), *turns)
                 kept.append(Cleaned(Example(turns, example.origin), "" if question is None else keys[question]))
         is_new = self._index.add(np.array(hashes, np.uint64))
@@ -96,12 +96,17 @@ class Cleaner:
 
     def _usable_turns(self, example: Example) -> tuple[Turn, ...]:
         """Returns normalized turns, or none if the example is dropped, which is counted."""
-        turns = tuple(Turn(turn.role, normalize(turn.content)) for turn in example.turns)
+        turns = tuple(turn._replace(content=normalize(turn.content)) for turn in example.turns)
         turns = tuple(turn for turn in turns if turn.content or turn.role != "system")
         if not all(turn.content for turn in turns):
             self.num_empty += 1
             return ()
-        if any(turn.role != "text" and token in turn.content for turn in turns for token in self._control_tokens):
+        tagged = [turn.content for turn in turns if "<" in turn.content and turn.role != "text"]
+        if any(token in content for content in tagged for token in self._control_tokens):
             self.num_control_tokens += 1
             return ()
         return turns
+
+
+def _marked(turn: Turn) -> str:
+    return turn.role if turn.is_learnt else f"{turn.role} as context"

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_tune.data.rows.row_options import ROW_CHANGES, ROWS_DROPPED, RowCounter
 from gemma_tune.data.tokenize import TokenizedChunk
 
 
@@ -25,6 +26,8 @@ class DataReport:
         num_without_target: Number of examples dropped because no answer fits after the question.
         num_train: Number of examples for training.
         num_heldout: Number of held-out examples.
+        row_changes: Number of rows by what was changed in them, with the names in `ROW_CHANGES`.
+        notes: Sentences on the files, such as which columns aren't used.
         lengths: [n] int32 tokens in each example, before shortening.
     """
 
@@ -40,6 +43,8 @@ class DataReport:
     num_without_target: int = 0
     num_train: int = 0
     num_heldout: int = 0
+    row_changes: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
     lengths: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int32))
 
     def counts(self) -> dict[str, Any]:
@@ -65,6 +70,16 @@ class DataReport:
         self.num_overlong_dropped += chunk.num_overlong_dropped
         self.num_without_target += chunk.num_without_target
 
+    def count_row_changes(self, counter: RowCounter) -> None:
+        """Adds what was changed in the rows of a source, and what a user should know of its files."""
+        for name, count in counter.changes.items():
+            self.row_changes[name] = self.row_changes.get(name, 0) + count
+        self.notes += [note for note in counter.notes() if note not in self.notes]
+
+    def row_change_reasons(self) -> dict[str, int]:
+        """Returns the numbers of changed rows by what was done to them, in words."""
+        return {words: self.row_changes[name] for name, words in ROW_CHANGES.items() if self.row_changes.get(name)}
+
     def drop_reasons(self) -> str:
         """Returns a sentence that says why cleaning and splitting dropped rows."""
         reasons = {
@@ -73,5 +88,6 @@ class DataReport:
             "with control tokens": self.num_control_tokens,
             "duplicates": self.num_duplicates,
             "with a held-out question": self.num_in_heldout,
+            "labelled as bad answers": sum(self.row_changes.get(name, 0) for name in ROWS_DROPPED),
         }
         return "Dropped: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count) + "."

@@ -16,6 +16,7 @@ from gemma_tune.data.cleaning import Cleaner
 from gemma_tune.data.cleaning_report import DataReport
 from gemma_tune.data.example import Example
 from gemma_tune.data.heldout_split import heldout_by_question, question_hash
+from gemma_tune.data.rows.row_options import RowCounter, RowOptions
 from gemma_tune.data.sources.content_hash import source_fingerprint
 from gemma_tune.data.sources.readers import heldout_of, read_rows
 from gemma_tune.data.sources.row_formats import to_examples
@@ -47,18 +48,21 @@ class Splits:
     key: str
 
 
-def load_examples(source: str, split: str = "train", on_error: str = "raise") -> list[Example]:
+def load_examples(
+    source: str, split: str = "train", on_error: str = "raise", options: RowOptions | None = None
+) -> list[Example]:
     """Reads all examples of a source, without cleaning them.
 
     Args:
         source: Files, globs, `tfds:name/config` or `sample:NAME`, as in `data.source`.
         split: Split of a TFDS data set.
         on_error: Treatment of unreadable rows: `raise` or `skip`.
+        options: Settings of how rows become turns; None: the defaults.
 
     Raises:
         DataError: The source doesn't exist, or a row is unreadable; says where, what was found and what to do.
     """
-    return list(_read_examples(source, split, on_error, DataReport()))
+    return list(_read_examples(source, split, on_error, DataReport(), options or RowOptions()))
 
 
 def load_splits(
@@ -73,6 +77,7 @@ def load_splits(
     on_error: str,
     seed: int,
     cache: Path | None = None,
+    options: RowOptions | None = None,
 ) -> Splits:
     """Reads, cleans and splits a data set, or finds the result of an earlier run.
 
@@ -82,10 +87,12 @@ def load_splits(
         control_tokens: Control tokens as in `Cleaner`.
         seed: Random seed of the split.
         cache: Folder of the cache; None: a temporary folder.
+        options: Settings of how rows become turns; None: the defaults.
 
     Raises:
         DataError: A source doesn't exist, a row is unreadable, or no training example is left.
     """
+    options = options or RowOptions()
     eval_source = heldout_source(source, eval_source, eval_split)
     sources = [(source, split), (eval_source, eval_split or split)][: 2 if eval_source else 1]
     key = cache_key(
@@ -96,6 +103,7 @@ def load_splits(
             "system_prompt": system_prompt,
             "on_error": on_error,
             "seed": seed,
+            "options": dataclasses.asdict(options),
         }
     )
 
@@ -104,7 +112,9 @@ def load_splits(
         with ExampleWriter(folder) as writer, garbage_collector_paused():
             for each in sources:
                 cleaner = Cleaner(control_tokens, system_prompt)
-                hashes.append(_write_cleaned(_read_examples(*each, on_error, report), cleaner, seed, writer, report))
+                hashes.append(
+                    _write_cleaned(_read_examples(*each, on_error, report, options), cleaner, seed, writer, report)
+                )
         parts = _parts(hashes, eval_fraction)
         report.num_in_heldout = int((parts == _DROPPED).sum())
         if not (parts == _TRAIN).any():
@@ -128,7 +138,9 @@ def heldout_source(source: str, eval_source: str, eval_split: str) -> str:
     return eval_source or (source if eval_split else heldout_of(source))
 
 
-def _read_examples(source: str, split: str, on_error: str, report: DataReport) -> Iterator[Example]:
+def _read_examples(
+    source: str, split: str, on_error: str, report: DataReport, options: RowOptions
+) -> Iterator[Example]:
     def count_or_raise(error: DataError) -> None:
         if on_error == "raise":
             raise DataError(f"{error} (--on_error=skip skips such rows.)") from error
@@ -136,11 +148,12 @@ def _read_examples(source: str, split: str, on_error: str, report: DataReport) -
         if len(report.errors) < _ERRORS_KEPT:
             report.errors.append(str(error))
 
-    num_examples, num_unreadable = 0, report.num_unreadable
-    for example in to_examples(read_rows(source, split, count_or_raise), count_or_raise):
+    num_examples, num_unreadable, counter = 0, report.num_unreadable, RowCounter()
+    for example in to_examples(read_rows(source, split, count_or_raise), count_or_raise, options, counter):
         num_examples += 1
         yield example
-    report.num_rows += num_examples + report.num_unreadable - num_unreadable
+    report.num_rows += num_examples + report.num_unreadable - num_unreadable + counter.num_dropped
+    report.count_row_changes(counter)
     if not num_examples:
         first = f" The first: {report.errors[0]}" if report.errors else ""
         raise DataError(f"{source}: none of {report.num_rows} rows can be used.{first}")

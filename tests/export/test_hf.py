@@ -133,7 +133,7 @@ def test_the_jinja_template_renders_what_ours_does(family):
         [("system", " Be {kind}.\n"), ("user", "\n Hi 'there'  "), ("model", '"Hello" \\n'), ("user", "…")],
     ):
         for is_open in (False, True):
-            messages = [{"role": role, "content": content} for role, content in turns]
+            messages = [{"role": role, "content": content} for role, content, _ in turns]
             parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
             wanted = template.render([Turn(*turn) for turn in turns], add_generation_prompt=is_open)
             for given in (messages, parts):

@@ -59,7 +59,7 @@ def check_tokenizer(peer, tokenizer, template):
         for is_open in (False, True):
             wanted = template.render([Turn(*turn) for turn in turns], add_generation_prompt=is_open)
             messages = [
-                {"role": "assistant" if role == "model" else role, "content": content} for role, content in turns
+                {"role": "assistant" if role == "model" else role, "content": content} for role, content, _ in turns
             ]
             found = peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
             assert found == wanted

@@ -226,7 +226,8 @@ class TrialRunner:
         return evaluate_answers
 
     def _check_data(self, config: Config) -> None:
-        for name in ("source", "eval_source", "split", "eval_split", "eval_fraction", "system_prompt", "on_error"):
+        for name in ("source", "eval_source", "split", "eval_split", "eval_fraction", "system_prompt", "on_error",
+                     "columns", "prompt_template", "on_role_order", "thoughts"):  # fmt: skip
             of_trial, of_search = getattr(config.data, name), getattr(self._config.data, name)
             if of_trial != of_search:
                 raise ConfigError(

@@ -1,0 +1,257 @@
+"""Reads the messages of a chat, in the dialects of OpenAI, ShareGPT, Anthropic and their relatives, as turns."""
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gemma_tune.data.example import Turn
+from gemma_tune.data.rows.cell_text import answer_text, cell_text, joined_parts
+from gemma_tune.data.rows.ready_made import without_end_tokens
+from gemma_tune.data.rows.thoughts import THINK_SWITCH, split_thoughts
+from gemma_tune.data.rows.tool_steps import call_names, call_turns, result_turn
+from gemma_tune.errors import DataError, did_you_mean
+
+# Role as it is spelled elsewhere, in lower case and with `_` for spaces and hyphens -> role of a turn.
+ROLES = {
+    **dict.fromkeys(("system", "developer", "system_prompt"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
+    **dict.fromkeys(("assistant", "model", "gpt", "chatgpt", "bot", "chatbot", "bing", "bard", "claude", "ai"), "model"),
+    **dict.fromkeys(("function_call", "tool_call", "tool_calls"), "call"),
+    **dict.fromkeys(
+        ("tool", "function", "observation", "ipython", "function_response", "function_output", "function_result",
+         "tool_response", "tool_result", "tool_output"),
+        "tool",
+    ),
+}  # fmt: skip
+_KEYS = {
+    "role": ("role", "from", "speaker", "author"),
+    "content": ("content", "value", "text", "message"),
+    "thought": ("reasoning_content", "thinking", "reasoning"),
+    "calls": ("tool_calls", "function_call"),
+    "results": ("tool_responses",),
+    "weight": ("weight",),
+    "train": ("train", "trainable"),
+    "name": ("name",),
+    "call_id": ("tool_call_id",),
+}
+_SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant|User): ?")
+
+
+class MessageKeys(NamedTuple):
+    """The keys of a message, by what they are; '' where there is none."""
+
+    role: str
+    content: str
+    thought: str
+    calls: str
+    results: str
+    weight: str
+    train: str
+    name: str
+    call_id: str
+    unused: tuple[str, ...]
+
+
+def chat_turns(messages: Any, origin: str, changes: list[str], unused: dict[str, None], name: str) -> list[Turn]:
+    """Returns the turns of a chat, in the order in which they stand.
+
+    Args:
+        messages: List of messages; or JSON of one, a list of texts that user and model say in turn, or a transcript
+            with `Human:` and `Assistant:` before the paragraphs.
+        origin: File and line, for the errors.
+        changes: List that gets what was changed, with the names in `ROW_CHANGES`.
+        unused: Dict that gets the keys of messages that aren't used.
+        name: Name of the column.
+
+    Raises:
+        DataError: A message is of another shape, has an unknown role, or holds something that is no text.
+    """
+    messages = _as_list(messages, origin, name)
+    turns: list[Turn] = []
+    names: dict[str, str] = {}  # Of the tools, by the ids of their calls.
+    called: list[str] = []
+    for number, message in enumerate(messages):
+        if isinstance(message, str):
+            message = {"role": ("user", "assistant")[number % 2], "content": message}
+        if not isinstance(message, Mapping):
+            raise DataError(f"{origin}: a turn needs 'role' and 'content', found {message!r:.60}.")
+        keys = _keys_of(message)
+        if not keys.role:
+            raise DataError(f"{origin}: a turn needs 'role' and 'content', found {message!r:.60}.")
+        role = _role(message[keys.role], origin)
+        unused.update(dict.fromkeys(f"{name}[].{key}" for key in keys.unused))
+        if role == "tool":
+            turns += _results(message, keys, names, called, origin, changes)
+            continue
+        if keys.name and role != "call":
+            unused[f"{name}[].{keys.name}"] = None
+        if keys.calls:
+            names.update(call_names(message[keys.calls]))
+        steps = _steps(message, keys, role, origin, changes)
+        called = [json.loads(step.content)["name"] for step in steps if step.role == "call"] or called
+        turns += steps
+    return turns
+
+
+def _as_list(messages: Any, origin: str, name: str) -> list:
+    if isinstance(messages, str) and messages.strip()[:1] in ("[", "{"):
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{origin}: {name!r} is a text, but no JSON of a list of turns: {error}.") from error
+    if isinstance(messages, str) and (spoken := _SPEAKER.split(messages))[0].strip() == "" and len(spoken) > 1:
+        pairs = zip(spoken[1::2], spoken[2::2], strict=True)
+        messages = [{"role": speaker, "content": text.strip()} for speaker, text in pairs]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{origin}: {name!r}: expected a list of turns, found {messages!r:.60}.")
+    return messages
+
+
+def _keys_of(message: Mapping[str, Any]) -> MessageKeys:
+    names = tuple(message)
+    if any(value is None for value in message.values()):  # Parquet's structs have the keys of all their neighbours.
+        names = tuple(name for name, value in message.items() if value is not None)
+    return _message_keys(names)
+
+
+@functools.lru_cache(maxsize=1024)
+def _message_keys(names: tuple[str, ...]) -> MessageKeys:
+    found = {kind: next((key for key in keys if key in names), "") for kind, keys in _KEYS.items()}
+    if found["role"] and not found["content"]:
+        found["content"] = ""
+    return MessageKeys(**found, unused=tuple(name for name in names if name not in found.values()))
+
+
+def _role(value: Any, origin: str) -> str:
+    spelled = str(value).strip().lower().replace("-", "_").replace(" ", "_")
+    role = ROLES.get(spelled)
+    if role is None:
+        raise DataError(f"{origin}: role {value!r:.40} is not one of {', '.join(ROLES)}.{did_you_mean(spelled, ROLES)}")
+    return role
+
+
+def _is_learnt(message: Mapping[str, Any], keys: MessageKeys, origin: str) -> bool:
+    for key, allowed in ((keys.weight, "0 or 1"), (keys.train, "true or false")):
+        if key:
+            value = message[key]
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                value = value.lower() == "true"
+            if value not in (0, 1):
+                raise DataError(f"{origin}: {key!r} of a turn must be {allowed}, found {value!r:.40}.")
+            if not value:
+                return False
+    return True
+
+
+def _steps(message: Mapping[str, Any], keys: MessageKeys, role: str, origin: str, changes: list[str]) -> list[Turn]:
+    """Returns the turn of a message, in several steps where the model thinks or calls tools."""
+    content = message[keys.content] if keys.content else None
+    is_learnt = role not in ("model", "call") or _is_learnt(message, keys, origin)
+    if not is_learnt:
+        changes.append("turns_not_learnt")
+    if role == "call":
+        return call_turns(content, origin, is_learnt)
+    steps: list[Turn] = []
+    if isinstance(content, list):
+        content, extra = _without_blocks(content, origin, is_learnt)
+        steps += [step for step in extra if step.role == "thought"] if role == "model" else []
+    else:
+        extra = []
+    text = without_end_tokens(_content_text(content, keys.content or "content", origin, changes), changes)
+    calls = call_turns(message[keys.calls], origin, is_learnt) if keys.calls and message[keys.calls] else []
+    calls += [step for step in extra if step.role == "call"]
+    if calls:
+        changes.append("with_tools")
+    if role == "model":
+        steps += _thought_steps(message, keys, text, origin, is_learnt)
+        text = split_thoughts(text)[1]
+        if text.strip() or not calls:
+            steps.append(Turn("model", text, is_learnt))
+        steps += calls
+        for result in (message[keys.results] or []) if keys.results else []:
+            steps += _native_results(result, origin)
+        return steps
+    results = [step for step in extra if step.role == "tool"]
+    if role == "system" and THINK_SWITCH in text:
+        text = text.replace(THINK_SWITCH, "").lstrip()
+        changes.append("end_tokens_removed")
+    return [*results, Turn(role, text)] if text.strip() or not results else results
+
+
+def _thought_steps(
+    message: Mapping[str, Any], keys: MessageKeys, text: str, origin: str, is_learnt: bool
+) -> list[Turn]:
+    given = cell_text(message[keys.thought], keys.thought, origin, []) if keys.thought else ""
+    inline = split_thoughts(text)[0]
+    return [Turn("thought", thought, is_learnt) for thought in dict.fromkeys((given.strip(), inline)) if thought]
+
+
+def _content_text(content: Any, name: str, origin: str, changes: list[str]) -> str:
+    if isinstance(content, str):
+        return content if content.isascii() else cell_text(content, name, origin, changes)
+    if isinstance(content, Mapping) and ("type" in content or "text" in content):
+        content = [content]
+    if isinstance(content, list):
+        return joined_parts(content, name, origin, changes)
+    return cell_text(content, name, origin, changes)
+
+
+def _without_blocks(parts: list, origin: str, is_learnt: bool) -> tuple[list, list[Turn]]:
+    """Takes thoughts, calls and results out of a list of parts, as Anthropic's messages have them."""
+    kept, steps = [], []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("thinking", "reasoning"):
+            text = cell_text(part.get("thinking") or part.get("text"), "thinking", origin, [])
+            steps += [Turn("thought", text, is_learnt)] if text.strip() else []
+        elif kind in ("tool_use", "tool_call", "function_call"):
+            steps += call_turns(part, origin, is_learnt)
+        elif kind == "tool_result":
+            inner = part.get("content")
+            steps.append(
+                result_turn(
+                    "", joined_parts(inner, "content", origin, []) if isinstance(inner, list) else inner, origin
+                )
+            )
+        else:
+            kept.append(part)
+    return kept, steps
+
+
+def _results(
+    message: Mapping[str, Any], keys: MessageKeys, names: Mapping[str, str], called: list[str], origin: str,
+    changes: list[str],
+) -> list[Turn]:  # fmt: skip
+    """Returns the results in a message of a tool, with the name of the tool where it can be known."""
+    changes.append("with_tools")
+    content = message[keys.content] if keys.content else ""
+    if isinstance(content, list) and content and all(_is_native_result(part) for part in content):
+        return [step for part in content for step in _native_results(part, origin)]
+    if _is_native_result(content):
+        return _native_results(content, origin)
+    name = message[keys.name] if keys.name else ""
+    if not name and keys.call_id:
+        name = names.get(str(message[keys.call_id]), "")
+    if not name and len(set(called)) == 1:
+        name = called[0]
+    if not isinstance(content, Mapping) or "type" in content:
+        content = _content_text(content, keys.content, origin, changes)
+    return [result_turn(cell_text(name, "name", origin, []), content, origin)]
+
+
+def _is_native_result(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("name"), str) and value.get("response") is not None
+
+
+def _native_results(result: Any, origin: str) -> list[Turn]:
+    """Returns the step of a result as Google's own formats have it."""
+    if not _is_native_result(result):
+        raise DataError(f"{origin}: a tool's response needs 'name' and 'response', found {result!r:.60}.")
+    return [result_turn(result["name"], result["response"], origin)]
+
+
+def transcript_text(value: Any, name: str, origin: str, changes: list[str]) -> str:
+    """Returns an answer as text; arguments and errors are those of `answer_text`. Control tokens at its end go."""
+    return without_end_tokens(answer_text(value, name, origin, changes), changes)
