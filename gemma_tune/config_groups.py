@@ -52,10 +52,10 @@ class DataConfig:
         overlong: Treatment of longer examples: `truncate` (counted), `drop` (counted) or `error`.
         on_error: Treatment of unreadable rows: `raise`, or `skip` (counted and reported).
         columns: What columns with unusual names are: `prompt:User Question,completion:Bot Answer`. A column may be
-            `messages`, `instruction`, `prompt`, `completion`, `input`, `context`, `system`, `tools`, `thought`, `label` or
-            `text`; `label:` with nothing after it means that no column is one.
-        prompt_template: Template of the question, with columns in braces: `{title}\\n{body}`. Empty: the question is the
-            column that says so, with `context` and `input` beside it.
+            `messages`, `instruction`, `prompt`, `completion`, `input`, `context`, `system`, `tools`, `thought`, `label`
+            or `text`; `label:` with nothing after it means that no column is one.
+        prompt_template: Template of the question, with columns in braces: `{title}\\n{body}`. Empty: the question is
+            the column that says so, with `context` and `input` beside it.
         on_role_order: What happens to conversations in which user and model don't take turns: `merge` (neighbours are
             joined, later system turns become the user's, a leading model turn is context; each counted) or `error`.
         thoughts: What happens to the thoughts before an answer: `keep` (they are learnt, where the chat template has a

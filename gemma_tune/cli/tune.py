@@ -158,7 +158,8 @@ VERB = Verb(
     flags=(
         *setting_flags(
             "model", "precision", "quantize", "block_size", "double_quant", "or_int8", "data", "eval_data",
-            "max_length", "on_error", "columns", "prompt_template", "on_role_order", "thoughts", "lora_rank", "lora_alpha", "lora_targets", "lora_layout", "use_rslora",
+            "max_length", "on_error", "columns", "prompt_template", "on_role_order",
+            "thoughts", "lora_rank", "lora_alpha", "lora_targets", "lora_layout", "use_rslora",
             "lora_dropout", "use_dora", "adapter", "learning_rate", "loraplus_lr_ratio", "method", "num_epochs",
             "batch_size", "qat", "mesh",
         ),

@@ -25,7 +25,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: TextTokenizer, template: ChatTemplate):
         self.tokenizer, self.template = tokenizer, template
-        self.stop_ids = (tokenizer.id_of(template.end_of_turn), tokenizer.eos_id)
+        self.stop_ids: tuple[int, ...] = (tokenizer.id_of(template.end_of_turn), tokenizer.eos_id)
         response_start = tokenizer.encode(template.tools.response_start)
         if len(response_start) == 1:  # The model waits for the result of a call.
             self.stop_ids += tuple(response_start)

@@ -1,1 +1,1 @@
-"""What stands in a row, made into the turns of a conversation: columns, chats, tools, thoughts, ready-made templates."""
+"""Makes turns of what stands in a row: columns, chats, tools, thoughts, ready-made templates."""

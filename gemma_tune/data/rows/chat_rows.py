@@ -17,7 +17,7 @@ from gemma_tune.errors import DataError, did_you_mean
 ROLES = {
     **dict.fromkeys(("system", "developer", "system_prompt"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
-    **dict.fromkeys(("assistant", "model", "gpt", "chatgpt", "bot", "chatbot", "bing", "bard", "claude", "ai"), "model"),
+    **dict.fromkeys(("assistant", "model", "gpt", "chatgpt", "bot", "chatbot", "bing", "bard", "ai"), "model"),
     **dict.fromkeys(("function_call", "tool_call", "tool_calls"), "call"),
     **dict.fromkeys(
         ("tool", "function", "observation", "ipython", "function_response", "function_output", "function_result",
@@ -92,6 +92,8 @@ def chat_turns(messages: Any, origin: str, changes: list[str], unused: dict[str,
         steps = _steps(message, keys, role, origin, changes)
         called = [json.loads(step.content)["name"] for step in steps if step.role == "call"] or called
         turns += steps
+    if not turns:
+        raise DataError(f"{origin}: {name!r}: expected a list of turns, found none with content.")
     return turns
 
 
@@ -177,7 +179,8 @@ def _steps(message: Mapping[str, Any], keys: MessageKeys, role: str, origin: str
     if role == "system" and THINK_SWITCH in text:
         text = text.replace(THINK_SWITCH, "").lstrip()
         changes.append("end_tokens_removed")
-    return [*results, Turn(role, text)] if text.strip() or not results else results
+    is_nothing = not text.strip() and (results or role == "system")
+    return results if is_nothing else [*results, Turn(role, text)]
 
 
 def _thought_steps(

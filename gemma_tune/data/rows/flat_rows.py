@@ -29,7 +29,7 @@ def template_fields(template: str) -> tuple[str, ...]:
 
 
 def is_labelled_bad(fields: Mapping[str, Any], plan: ColumnPlan) -> bool:
-    """Returns whether a label says that the answer of a row is a bad one: false, as in data for KTO (arXiv:2402.01306)."""
+    """Returns whether a label says that a row's answer is a bad one: false, as in data for KTO (arXiv:2402.01306)."""
     value = fields[plan.column_of["label"]] if "label" in plan.column_of else None
     return (
         value is not None and isinstance(value, (bool, int, float, str)) and str(value).strip().lower() in _BAD_LABELS
@@ -129,7 +129,7 @@ def _system_turns(fields: Mapping[str, Any], plan: ColumnPlan, origin: str, chan
 
 
 def _filled(template: str, fields: Mapping[str, Any], origin: str, changes: list[str]) -> str:
-    """Returns a prompt template with the values of a row. `\\n` and `\\t` may be written out, as shells pass them on."""
+    """Returns a prompt template with the values of a row. A written-out `\\n` or `\\t` is one."""
     folded = {str(name).strip().lower(): name for name in fields}
 
     def value(found: re.Match) -> str:

@@ -63,9 +63,9 @@ def without_end_tokens(text: str, changes: list[str]) -> str:
     kept = text
     if kept.lstrip().startswith(_BOS):
         kept = kept.lstrip().removeprefix(_BOS)
-    if kept.rstrip().endswith(">") and (found := _AT_END.search(kept)):
-        if "</s>" not in found[0] or "<s>" not in kept:  # Otherwise it is HTML.
-            kept = kept[: found.start()]
+    found = _AT_END.search(kept) if kept.rstrip().endswith(">") else None
+    if found and ("</s>" not in found[0] or "<s>" not in kept):  # Otherwise it is HTML.
+        kept = kept[: found.start()]
     if kept != text:
         changes.append("end_tokens_removed")
     return kept

@@ -27,6 +27,8 @@ ROW_CHANGES = {
 }
 ROWS_DROPPED = ("labelled_bad",)  # Of these changes no example is left.
 
+_HOW_TO_USE = "(--columns=context:COLUMN puts one before the question; --prompt_template='…{COLUMN}…' writes it there.)"
+
 
 @dataclasses.dataclass(frozen=True)
 class RowOptions:
@@ -72,10 +74,5 @@ class RowCounter:
         notes = []
         for file, columns in self._unused.items():
             if columns:
-                names = ", ".join(columns)
-                first = next((name for name in columns if name.isidentifier()), next(iter(columns)))
-                notes.append(
-                    f"{file}: not used: {names}. (--columns=context:{first} puts such a column before the question; "
-                    f"--prompt_template='…{{{first}}}…' writes it into one.)"
-                )
+                notes.append(f"{file}: not used: {', '.join(columns)}. {_HOW_TO_USE}")
         return [*notes, *self._notes]

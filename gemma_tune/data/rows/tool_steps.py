@@ -109,8 +109,8 @@ def _call(call: Any, origin: str) -> dict[str, Any]:
     inner = _parsed(function) if isinstance(function, (Mapping, str)) and function else call
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise DataError(f"{origin}: a tool call needs a 'name' and 'arguments', found {call!r:.60}.")
-    arguments = next((inner[key] for key in ("arguments", "parameters", "input", "args") if inner.get(key)), {})
-    return {"name": inner["name"], "arguments": without_nulls(_parsed(arguments))}
+    given: Any = next((inner[key] for key in ("arguments", "parameters", "input", "args") if inner.get(key)), {})
+    return {"name": inner["name"], "arguments": without_nulls(_parsed(given))}
 
 
 def _parsed(value: Any) -> Any:

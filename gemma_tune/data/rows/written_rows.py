@@ -27,7 +27,7 @@ def chat_row(example: Example) -> dict[str, Any]:
 
 def _add(messages: list[dict[str, Any]], turn: Turn, thought: str) -> None:
     """Adds a step to the messages; calls go beside the text before them."""
-    content = json.loads(turn.content) if turn.role in ("call", "tool") else turn.content
+    content: Any = json.loads(turn.content) if turn.role in ("call", "tool") else turn.content
     if turn.role == "tool":
         messages.append({"role": "tool", "name": content["name"], "content": content["response"]})
         return

@@ -1,7 +1,7 @@
 """Recognizes the format of a row and makes an Example of it.
 
-    chat                 {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, also as
-                         ShareGPT has it: {"conversations": [{"from": "human", "value": "…"}, …]}
+    chat                 {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, or
+                         ShareGPT's {"conversations": [{"from": "human", "value": "…"}, …]}
     instruction          {"instruction": "…", "response": "…"}, with an optional "input" or "context"
     prompt_completion    {"prompt": "…", "completion": "…"}, as texts or as lists of messages
     text                 {"text": "…"}: a document, learnt completely
@@ -208,8 +208,8 @@ def _why_unknown(fields: Mapping[str, Any], plan: ColumnPlan | None) -> str:
         is_whole = isinstance(fields[lower["chosen"]], list) or not {"prompt", "question", "instruction"} & set(lower)
         kind = "messages" if is_whole else "completion"
         return (
-            "a pair of a chosen and a rejected answer is for preference training, and is no row to imitate. To learn the "
-            f"chosen answers alone: --columns={kind}:{lower['chosen']}."
+            "a pair of a chosen and a rejected answer is for preference training, and is no row to imitate. To learn "
+            f"the chosen answers alone: --columns={kind}:{lower['chosen']}."
         )
     proposal = propose_mapping(fields)
     hint = f" Say what they are, for example {proposal}." if proposal else ""
