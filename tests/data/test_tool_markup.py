@@ -131,7 +131,6 @@ def test_gemma3_has_a_text_form():
 def test_metrics_read_a_call_as_it_is_learnt():
     from gemma_tune.evaluation.metrics.tool_calls import parse_tool_calls
 
-    (call, other) = (turn for turn in turns_of(CHAT) if turn.role == "call")
     (example,) = to_examples([Row({**CHAT, "messages": CHAT["messages"][:3]}, "a:1")], pytest.fail)
     assert [turn.role for turn in example.prompt] == ["system", "tools", "user"]
     for text in (example.answer, *(TEMPLATES[name].render(example.turns) for name in ("gemma3", "functiongemma"))):
