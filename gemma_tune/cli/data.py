@@ -134,7 +134,15 @@ def _write(train: Sequence[Example], heldout: Sequence[Example], folder: str) ->
 
 def _train_command(config: Config, written: Sequence[Path]) -> str:
     data, eval_data = written or (config.data.source, config.data.eval_source)
-    return gemma_tune_command("train", model=config.model.source, data=data, eval_data=eval_data, workdir="runs/mine")
+    # What was written is read without them.
+    rows = {} if written else {"columns": ",".join(config.data.columns), "prompt_template": config.data.prompt_template}
+    default = Config().data
+    for name in ("on_role_order", "thoughts"):
+        if getattr(config.data, name) != getattr(default, name):
+            rows[name] = getattr(config.data, name)
+    return gemma_tune_command(
+        "train", model=config.model.source, data=data, eval_data=eval_data, **rows, workdir="runs/mine"
+    )
 
 
 VERB = Verb(

@@ -23,22 +23,25 @@ Results stand between <tool_response> and </tool_response>. The functions are:
 _SCHEMA_KEYS = ("description", "type", "properties", "required", "nullable")
 
 
+@dataclasses.dataclass(frozen=True)
 class TextToolMarkup:
     """The markup of families without tokens for tools.
 
     Attributes:
+        introduction: Text before the declarations.
         control_tokens: Control tokens of the markup: none.
         response_start: Token with which the model asks for a result: none.
         results_in_model_turn: Whether the results of calls stand in the model's turn. Here they are the user's.
     """
 
+    introduction: str = _TEXT_INTRODUCTION
     control_tokens: tuple[str, ...] = ()
-    response_start = ""
-    results_in_model_turn = False
+    response_start: str = ""
+    results_in_model_turn: bool = False
 
     def declarations(self, tools: Sequence[Mapping[str, Any]]) -> str:
         """Returns the text of a system turn that declares tools."""
-        return _TEXT_INTRODUCTION + "\n".join(_json(tool) for tool in tools)
+        return self.introduction + "\n".join(_json(tool) for tool in tools)
 
     def call(self, name: str, arguments: Any) -> str:
         """Returns a call of a tool; arguments are an object, or a text where they are none."""

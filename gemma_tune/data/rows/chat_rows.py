@@ -40,7 +40,10 @@ _SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant|User): ?")
 
 
 class MessageKeys(NamedTuple):
-    """The keys of a message, by what they are; '' where there is none."""
+    """The keys of a message, by what they are; '' where there is none.
+
+    It is plain if it has a role and a content alone, and keys that aren't used.
+    """
 
     role: str
     content: str
@@ -51,6 +54,7 @@ class MessageKeys(NamedTuple):
     train: str
     name: str
     call_id: str
+    is_plain: bool
     unused: tuple[str, ...]
 
 
@@ -81,7 +85,13 @@ def chat_turns(messages: Any, origin: str, changes: list[str], unused: dict[str,
         if not keys.role:
             raise DataError(f"{origin}: a turn needs 'role' and 'content', found {message!r:.60}.")
         role = _role(message[keys.role], origin)
-        unused.update(dict.fromkeys(f"{name}[].{key}" for key in keys.unused))
+        if keys.unused:
+            unused.update(dict.fromkeys(f"{name}[].{key}" for key in keys.unused))
+        if keys.is_plain and role in ("user", "model"):
+            content = message[keys.content]
+            if isinstance(content, str) and content.isascii() and "<" not in content:
+                turns.append(Turn(role, content))  # Most messages.
+                continue
         if role == "tool":
             turns += _results(message, keys, names, called, origin, changes)
             continue
@@ -113,7 +123,7 @@ def _as_list(messages: Any, origin: str, name: str) -> list:
 
 def _keys_of(message: Mapping[str, Any]) -> MessageKeys:
     names = tuple(message)
-    if any(value is None for value in message.values()):  # Parquet's structs have the keys of all their neighbours.
+    if None in message.values():  # Parquet's structs have the keys of all their neighbours.
         names = tuple(name for name, value in message.items() if value is not None)
     return _message_keys(names)
 
@@ -121,12 +131,13 @@ def _keys_of(message: Mapping[str, Any]) -> MessageKeys:
 @functools.lru_cache(maxsize=1024)
 def _message_keys(names: tuple[str, ...]) -> MessageKeys:
     found = {kind: next((key for key in keys if key in names), "") for kind, keys in _KEYS.items()}
-    if found["role"] and not found["content"]:
-        found["content"] = ""
-    return MessageKeys(**found, unused=tuple(name for name in names if name not in found.values()))
+    is_plain = {kind for kind, key in found.items() if key} == {"role", "content"}
+    return MessageKeys(**found, is_plain=is_plain, unused=tuple(name for name in names if name not in found.values()))
 
 
 def _role(value: Any, origin: str) -> str:
+    if isinstance(value, str) and value in ROLES:
+        return ROLES[value]
     spelled = str(value).strip().lower().replace("-", "_").replace(" ", "_")
     role = ROLES.get(spelled)
     if role is None:

@@ -122,7 +122,7 @@ class _RowConverter:
         """Returns what the columns of a row are used for."""
         fields, file = row.fields, _file(row.origin)
         names = tuple(fields)
-        if any(value is None for value in fields.values()):
+        if None in fields.values():
             names = tuple(name for name in names if fields[name] is not None)
         plan = self._plans.get((file, names))
         if plan is None:
@@ -143,6 +143,9 @@ class _RowConverter:
         plan = plan_columns(names, self._mapping, self._template_names)
         if plan is None or (plan.name == "prompt_only" and for_learning):
             plan = plan_columns(every, self._mapping, self._template_names)
+        if plan is None and not for_learning:  # A question is asked whatever stands beside it.
+            others = [name for name in names if name.strip().lower() not in ("text", "chosen", "rejected")]
+            plan = plan_columns(others, self._mapping, self._template_names)
         if plan is None or (plan.name == "prompt_only" and for_learning):
             raise DataError(f"{row.origin}: {_why_unknown(row.fields, plan)}")
         label = next((name for name in names if name.strip().lower() == "label"), "")
