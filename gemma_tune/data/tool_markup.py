@@ -108,7 +108,7 @@ class TokenToolMarkup:
                 inner.append(f"properties:{{{self._properties(schema['properties'])}}}")
             if schema.get("required"):
                 inner.append(f"required:{self._value(list(schema['required']))}")
-            inner.append(f"type:{self._kind(schema.get('type') or 'object')}")
+            inner.append(f"type:{self._kind(_kind_of(schema) or 'object')}")
             text += f",parameters:{{{','.join(inner)}}}"
         return text + "}"
 
@@ -121,8 +121,7 @@ class TokenToolMarkup:
         )
 
     def _schema(self, schema: Mapping[str, Any]) -> str:
-        kind = schema.get("type") or ""
-        kind = kind[0] if isinstance(kind, list) else kind
+        kind = _kind_of(schema)
         description, inner = schema.get("description"), []
         if description or not self.has_sparse_schemas:
             inner.append(f"description:{self._string(description or '')}")
@@ -150,8 +149,9 @@ class TokenToolMarkup:
         for name, value in _sorted(items):
             if name == "properties":
                 value_text = f"{{{self._properties(value) if isinstance(value, Mapping) else ''}}}"
-            elif name == "type":
-                value_text = self._value([each.upper() for each in value] if isinstance(value, list) else value.upper())
+            elif name == "type" and isinstance(value, (str, list)):
+                kinds = [str(kind).upper() for kind in (value if isinstance(value, list) else [value])]
+                value_text = self._value(kinds if isinstance(value, list) else kinds[0])
             else:
                 value_text = self._value(value, quotes_keys=True)
             inner.append(f"{name}:{value_text}")
@@ -183,6 +183,13 @@ class TokenToolMarkup:
     def _guarded(self, text: str) -> str:
         """Returns a text in which no quote token can end the string early."""
         return text.replace(self.quote, '"')
+
+
+def _kind_of(schema: Mapping[str, Any]) -> str:
+    """Returns the type of a schema, the first where it may be of several; an empty text where it names none."""
+    kind = schema.get("type")
+    kind = kind[0] if isinstance(kind, list) and kind else kind
+    return kind if isinstance(kind, str) else ""
 
 
 def _sorted(values: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -144,10 +144,19 @@ def words_in(value):
             yield from words_in(entry)
 
 
-@settings(PROPERTY, max_examples=400)
-@given(CHAT, st.sampled_from(["gemma3", "gemma4"]), st.sampled_from(["keep", "mask", "drop"]))
-def test_every_word_of_a_chat_is_in_the_tokens_or_counted(tiny_tokenizer, messages, family, thoughts):
+@pytest.mark.parametrize("num_draws", [300, 10_000])
+def test_every_word_of_a_chat_is_in_the_tokens_or_counted(tiny_tokenizer, num_draws):
     """What isn't there is a question at the end or a thought, and is counted. What is marked is not learnt."""
+
+    @settings(PROPERTY, max_examples=num_draws)
+    @given(CHAT, st.sampled_from(["gemma3", "gemma4"]), st.sampled_from(["keep", "mask", "drop"]))
+    def check(messages, family, thoughts):
+        check_chat(tiny_tokenizer, messages, family, thoughts)
+
+    check()
+
+
+def check_chat(tiny_tokenizer, messages, family, thoughts):
     errors, counter, template = [], RowCounter(), template_for(family)
     row = Row({"messages": messages}, "f:1")
     examples = list(to_examples([row], errors.append, RowOptions(thoughts=thoughts), counter))

@@ -2,15 +2,15 @@
 
 import functools
 import json
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gemma_tune.data.example import Turn
-from gemma_tune.data.rows.cell_text import answer_text, cell_text, joined_parts
+from gemma_tune.data.rows.cell_text import cell_text, joined_parts
+from gemma_tune.data.rows.message_lists import message_list
 from gemma_tune.data.rows.ready_made import without_end_tokens
 from gemma_tune.data.rows.thoughts import THINK_SWITCH, split_thoughts
-from gemma_tune.data.rows.tool_steps import call_names, call_turns, result_turn
+from gemma_tune.data.rows.tool_steps import call_names, call_turns, is_native_result, native_result_turns, result_turn
 from gemma_tune.errors import DataError, did_you_mean
 
 # Role as it is spelled elsewhere, in lower case and with `_` for spaces and hyphens -> role of a turn.
@@ -36,7 +36,6 @@ _KEYS = {
     "name": ("name",),
     "call_id": ("tool_call_id",),
 }
-_SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant|User): ?")
 
 
 class MessageKeys(NamedTuple):
@@ -72,7 +71,7 @@ def chat_turns(messages: Any, origin: str, changes: list[str], unused: dict[str,
     Raises:
         DataError: A message is of another shape, has an unknown role, or holds something that is no text.
     """
-    messages = _as_list(messages, origin, name)
+    messages = message_list(messages, origin, name)
     turns: list[Turn] = []
     names: dict[str, str] = {}  # Of the tools, by the ids of their calls.
     called: list[str] = []
@@ -105,20 +104,6 @@ def chat_turns(messages: Any, origin: str, changes: list[str], unused: dict[str,
     if not turns:
         raise DataError(f"{origin}: {name!r}: expected a list of turns, found none with content.")
     return turns
-
-
-def _as_list(messages: Any, origin: str, name: str) -> list:
-    if isinstance(messages, str) and messages.strip()[:1] in ("[", "{"):
-        try:
-            messages = json.loads(messages)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{origin}: {name!r} is a text, but no JSON of a list of turns: {error}.") from error
-    if isinstance(messages, str) and (spoken := _SPEAKER.split(messages))[0].strip() == "" and len(spoken) > 1:
-        pairs = zip(spoken[1::2], spoken[2::2], strict=True)
-        messages = [{"role": speaker, "content": text.strip()} for speaker, text in pairs]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{origin}: {name!r}: expected a list of turns, found {messages!r:.60}.")
-    return messages
 
 
 def _keys_of(message: Mapping[str, Any]) -> MessageKeys:
@@ -165,6 +150,7 @@ def _steps(message: Mapping[str, Any], keys: MessageKeys, role: str, origin: str
     if not is_learnt:
         changes.append("turns_not_learnt")
     if role == "call":
+        changes.append("with_tools")
         return call_turns(content, origin, is_learnt)
     steps: list[Turn] = []
     if isinstance(content, list):
@@ -184,7 +170,7 @@ def _steps(message: Mapping[str, Any], keys: MessageKeys, role: str, origin: str
             steps.append(Turn("model", text, is_learnt))
         steps += calls
         for result in (message[keys.results] or []) if keys.results else []:
-            steps += _native_results(result, origin)
+            steps += native_result_turns(result, origin)
         return steps
     results = [step for step in extra if step.role == "tool"]
     if role == "system" and THINK_SWITCH in text:
@@ -241,10 +227,10 @@ def _results(
     """Returns the results in a message of a tool, with the name of the tool where it can be known."""
     changes.append("with_tools")
     content = message[keys.content] if keys.content else ""
-    if isinstance(content, list) and content and all(_is_native_result(part) for part in content):
-        return [step for part in content for step in _native_results(part, origin)]
-    if _is_native_result(content):
-        return _native_results(content, origin)
+    if isinstance(content, list) and content and all(is_native_result(part) for part in content):
+        return [step for part in content for step in native_result_turns(part, origin)]
+    if is_native_result(content):
+        return native_result_turns(content, origin)
     name = message[keys.name] if keys.name else ""
     if not name and keys.call_id:
         name = names.get(str(message[keys.call_id]), "")
@@ -253,19 +239,3 @@ def _results(
     if not isinstance(content, Mapping) or "type" in content:
         content = _content_text(content, keys.content, origin, changes)
     return [result_turn(cell_text(name, "name", origin, []), content, origin)]
-
-
-def _is_native_result(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("name"), str) and value.get("response") is not None
-
-
-def _native_results(result: Any, origin: str) -> list[Turn]:
-    """Returns the step of a result as Google's own formats have it."""
-    if not _is_native_result(result):
-        raise DataError(f"{origin}: a tool's response needs 'name' and 'response', found {result!r:.60}.")
-    return [result_turn(result["name"], result["response"], origin)]
-
-
-def transcript_text(value: Any, name: str, origin: str, changes: list[str]) -> str:
-    """Returns an answer as text; arguments and errors are those of `answer_text`. Control tokens at its end go."""
-    return without_end_tokens(answer_text(value, name, origin, changes), changes)

@@ -175,7 +175,7 @@ def _found(names: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:
             if name in folded and folded[name] not in taken:
                 found[kind] = folded[name]
                 break
-    if "messages" in mapping or "text" in mapping or {"prompt", "instruction"} & set(mapping):
+    if any(mapping.get(kind) for kind in ("messages", "text", "prompt", "instruction", "completion")):
         # What a user names decides the format.
         shadowed = ("messages", "text", "instruction", "prompt", "completion", "chosen", "rejected")
         keep = {"messages": ("messages",), "text": ("text",)}

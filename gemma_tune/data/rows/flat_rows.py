@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_tune.data.example import Turn
-from gemma_tune.data.rows.cell_text import cell_text, joined_parts
-from gemma_tune.data.rows.chat_rows import chat_turns, transcript_text
+from gemma_tune.data.rows.cell_text import answer_text, cell_text, joined_parts
+from gemma_tune.data.rows.chat_rows import chat_turns
 from gemma_tune.data.rows.columns import ColumnPlan
 from gemma_tune.data.rows.ready_made import other_template, parse_gemma_text, without_end_tokens
 from gemma_tune.data.rows.thoughts import split_thoughts
@@ -63,7 +63,7 @@ def flat_turns(
         return said if any(turn.role == "user" for turn in said) else [*turns, *said]
     if isinstance(answer, list) and answer and all(isinstance(part, Mapping) and "type" in part for part in answer):
         answer = joined_parts(answer, name, origin, changes)
-    inline, text = split_thoughts(transcript_text(answer, name, origin, changes))
+    inline, text = split_thoughts(without_end_tokens(answer_text(answer, name, origin, changes), changes))
     return [*turns, *row_thoughts(fields, plan, inline, origin), Turn("model", text)]
 
 

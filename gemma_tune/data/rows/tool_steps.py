@@ -74,6 +74,22 @@ def call_names(calls: Any) -> dict[str, str]:
     return names
 
 
+def is_native_result(value: Any) -> bool:
+    """Returns whether a value is a result as Google has it: an object with `name` and `response`."""
+    return isinstance(value, Mapping) and isinstance(value.get("name"), str) and value.get("response") is not None
+
+
+def native_result_turns(result: Any, origin: str) -> list[Turn]:
+    """Returns the step of a result as Google has it.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if not is_native_result(result):
+        raise DataError(f"{origin}: a tool's response needs 'name' and 'response', found {result!r:.60}.")
+    return [result_turn(result["name"], result["response"], origin)]
+
+
 def _declaration(tool: Any, origin: str) -> dict[str, Any]:
     tool = _parsed(tool)
     function = tool.get("function") if isinstance(tool, Mapping) else None
