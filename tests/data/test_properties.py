@@ -164,7 +164,7 @@ def check_chat(tiny_tokenizer, messages, family, thoughts):
         assert "to learn" in str(errors[0]) or "no user turn" in str(errors[0])
         return
     (tokens,) = tokenize_examples(examples, template, tiny_tokenizer, 4000, "error").examples
-    text = tiny_tokenizer.decode(tokens.token_ids.tolist())
+    text = template.render(examples[0].turns)
     learnt = tiny_tokenizer.decode(tokens.token_ids[tokens.is_target].tolist())
     end = len(messages)
     while messages[end - 1]["role"] in ("user", "tool", "system"):
@@ -182,8 +182,9 @@ def check_chat(tiny_tokenizer, messages, family, thoughts):
     for turn in examples[0].turns:
         if turn.role == "model" and turn.is_learnt:
             assert turn.content in learnt
-    whole = tiny_tokenizer.encode(template.render(examples[0].turns).removeprefix(template.bos))
-    assert tokens.token_ids.tolist()[1:] == whole[: len(tokens.token_ids) - 1]
+    # The tokens are those of the text, up to the last one to learn.
+    whole = tiny_tokenizer.encode(text.removeprefix(template.bos))
+    assert tokens.token_ids.tolist()[1:] == whole[: len(tokens.token_ids) - 1] and tokens.is_target[-1]
 
 
 @PROPERTY

@@ -8,7 +8,7 @@ import re
 from gemma_tune.data.example import Turn
 
 _GEMMA_TURN = re.compile(
-    r"\s*(?:<start_of_turn>|<\|turn>)(user|model|system|developer)\n(.*?)(<end_of_turn>|<turn\|>|\Z)", re.DOTALL
+    r"\s*(?:<start_of_turn>|<\|turn>)(user|model|system|developer)(?:\n|\Z)(.*?)(<end_of_turn>|<turn\|>|\Z)", re.DOTALL
 )
 _BOS, _EOS = "<bos>", "<eos>"
 _AT_END = re.compile(

@@ -35,7 +35,7 @@ def order_turns(
         DataError: No model turn is there to learn; or the order is another and `policy` is `error`.
     """
     if policy == "error":
-        _check_order(turns, origin)
+        _check_order(turns if keep_question else _without_last_question(list(turns), []), origin)
     num_opening = next((i for i, turn in enumerate(turns) if turn.role not in _OPENING), len(turns))
     opening, spoken = list(turns[:num_opening]), list(turns[num_opening:])
     system = _join([turn for turn in opening if turn.role == "system"], changes)
