@@ -1,5 +1,6 @@
 """`export --format=hf` as its readers see it: transformers' logits, token ids and chat template equal ours."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def check_tokenizer(peer, tokenizer, template):
         for is_open in (False, True):
             wanted = template.render([Turn(*turn) for turn in turns], add_generation_prompt=is_open)
             messages = [
-                {"role": "assistant" if role == "model" else role, "content": content} for role, content, _ in turns
+                {"role": "assistant" if role == "model" else role, "content": content} for role, content in turns
             ]
             found = peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
             assert found == wanted
@@ -80,6 +81,31 @@ def test_logits_and_tokens_are_the_same(tiny, family, rng, tmp_path):
     check_tokenizer(peer, tokenizer_of(model), template_for(family))
     settings = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
     assert peer.convert_ids_to_tokens(settings.eos_token_id) == ["<eos>", template_for(family).end_of_turn]
+
+
+def test_a_reader_of_config_json_alone_stops(tiny, rng, tmp_path):
+    """generate() without generation_config.json ends at a turn's end, and goes on if config.json has <eos> alone."""
+    import torch
+    import transformers
+
+    model = tiny("gemma3")
+    shake(model, rng)
+    export_model(model, "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    ids = torch.tensor(rng.integers(10, 1000, (1, 12)))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    end = config["eos_token_id"][1]
+
+    def answer():
+        peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+        rows = peer.get_input_embeddings().weight.data
+        rows[end] = 40 * peer.model(ids).last_hidden_state[0, -1].detach()  # The next token is the end of a turn.
+        return peer.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
+
+    assert answer() == [end]
+    config["eos_token_id"] = config["eos_token_id"][0]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert answer()[0] == end and len(answer()) == 6
 
 
 VARIANTS = {

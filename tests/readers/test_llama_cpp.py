@@ -94,7 +94,7 @@ def test_the_chat_template_in_the_file(random_model, tmp_path):
         [("user", "Hi 'there'")],
         [("system", "Be {brief}."), ("user", " Hi\n"), ("model", 'Hello "you"'), ("user", "Bye")],
     ):
-        messages = [{"role": role.replace("model", "assistant"), "content": content} for role, content, _ in turns]
+        messages = [{"role": role.replace("model", "assistant"), "content": content} for role, content in turns]
         wanted = template.render([Turn(*turn) for turn in turns], add_generation_prompt=True)
         assert llama.render(messages) in (wanted, wanted.removeprefix(template.bos))  # It adds <bos> as a token.
 
