@@ -56,6 +56,15 @@ class DataConfig:
             tokens once; a conversation, which can't be cut up, is truncated), `truncate`, `drop` or `error`. What is
             cut off or dropped is counted, in examples and in tokens.
         on_error: Treatment of unreadable rows: `raise`, or `skip` (counted and reported).
+        columns: What columns with unusual names are: `prompt:User Question,completion:Bot Answer`. A column may be
+            `messages`, `instruction`, `prompt`, `completion`, `input`, `context`, `system`, `tools`, `thought`, `label`
+            or `text`; `label:` with nothing after it means that no column is one.
+        prompt_template: Template of the question, with columns in braces: `{title}\\n{body}`. Empty: the question is
+            the column that says so, with `context` and `input` beside it.
+        on_role_order: What happens to conversations in which user and model don't take turns: `merge` (neighbours are
+            joined, later system turns become the user's, a leading model turn is context; each counted) or `error`.
+        thoughts: What happens to the thoughts before an answer: `keep` (they are learnt, where the chat template has a
+            place for them), `mask` (they are read but not learnt) or `drop`; each counted.
         packing: Whether several examples may share a row, kept apart by the attention mask.
         dedup: What is dropped as a duplicate: examples all of whose turns are equal but for case, spaces and the
             punctuation at their end (`normalized`), equal in every character (`exact`), or nothing (`none`).
@@ -79,6 +88,10 @@ class DataConfig:
     row_length: int = 0
     overlong: str = "chunk"
     on_error: str = "raise"
+    columns: tuple[str, ...] = ()
+    prompt_template: str = ""
+    on_role_order: str = "merge"
+    thoughts: str = "keep"
     packing: bool = True
     dedup: str = "normalized"
     near_dedup_threshold: float = 0.0

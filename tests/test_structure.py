@@ -36,7 +36,7 @@ LAYERS = {
     ),
     "data": (
         ("example", "dedup", "chunks", "mixture"),
-        ("storage",),
+        ("storage", "rows", "tool_markup"),
         ("sources",),
         ("chat_template", "cleaning", "heldout_split", "packing", "fit_length"),
         ("tokenize", "cleaning_report"),

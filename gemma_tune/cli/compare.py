@@ -95,7 +95,17 @@ VERB = Verb(
             "Models with commas between. Without it, the reference in int8, int4 and nf4.",
             group="Model",
         ),
-        *setting_flags("precision", "block_size", "data", "max_length", "batch_size", "on_error", "max_new_tokens"),
+        *setting_flags(
+            "precision",
+            "block_size",
+            "data",
+            "max_length",
+            "batch_size",
+            "on_error",
+            "columns",
+            "prompt_template",
+            "max_new_tokens",
+        ),
         Flag(
             "max_tokens",
             "Maximum number of answer tokens to score. From more data, examples are drawn at random.",

@@ -18,10 +18,14 @@ from gemma_tune.cli.flags import setting_by_flag, setting_flags
 from gemma_tune.cli.verb import Flag, Invocation, Verb
 from gemma_tune.config import Config
 from gemma_tune.data import DataReport, Example
+from gemma_tune.data.rows.written_rows import chat_row
 from gemma_tune.errors import DataError
 from gemma_tune.runtime.atomic_files import disk_errors_as, write_lines
 from gemma_tune.runtime.shell import gemma_tune_command
 from gemma_tune.settings import flatten
+
+# Settings that the rows of --output no longer need.
+_IN_WRITTEN_ROWS = ("data.columns", "data.prompt_template")
 
 
 def _run(invocation: Invocation) -> dict[str, Any]:
@@ -35,7 +39,7 @@ def _run(invocation: Invocation) -> dict[str, Any]:
 
     splits = read_splits(config)
     tokenizer, family = load_tokenizer(config.model.source)
-    template, settings = template_for(family), config.data
+    template, settings = template_for(family, tokenizer), config.data
     data = tokenize_splits(splits, template, tokenizer, settings.max_length, settings.overlong, cache=cache_dir())
     num_shown = min(flags.num_examples, len(data.train))
     console.print(f"{num_shown} of {len(data.train)} training examples. What the model learns is green:\n")
@@ -70,8 +74,8 @@ def _print_report(report: DataReport, counts: Sequence[int], max_length: int, co
         console.print(sources_table(report, counts))
     if advice := repeats_advice(report, counts):
         console.print(f"  {advice}", style="yellow", markup=False)
-    for message in report.notes:
-        console.print(f"  {message}", style="yellow", markup=False)
+    for note in report.notes:
+        console.print(f"  note: {note}", style="yellow", markup=False)
     for message in report.errors:
         console.print(f"  skipped: {message}", style="yellow", markup=False)
 
@@ -84,16 +88,9 @@ def _write(train: Sequence[Example], heldout: Sequence[Example], folder: str) ->
         path = directory / f"{name}.jsonl"
         with disk_errors_as(DataError, path):
             directory.mkdir(parents=True, exist_ok=True)
-            write_lines(path, (json.dumps(_row(example), ensure_ascii=False) for example in examples))
+            write_lines(path, (json.dumps(chat_row(example), ensure_ascii=False) for example in examples))
         paths.append(path)
     return paths
-
-
-def _row(example: Example) -> dict[str, Any]:
-    if example.turns[0].role == "text":
-        return {"text": example.turns[0].content}
-    roles = {"model": "assistant"}
-    return {"messages": [{"role": roles.get(turn.role, turn.role), "content": turn.content} for turn in example.turns]}
 
 
 def _train_command(config: Config, written: Sequence[Path]) -> str:
@@ -101,9 +98,12 @@ def _train_command(config: Config, written: Sequence[Path]) -> str:
     settings, defaults = flatten(config.to_dict()), flatten(Config().to_dict())
     flags = {path: name for name, path in setting_by_flag().items()}
     changed = {
-        flags.get(path, f"config.{path}"): value
+        flags.get(path, f"config.{path}"): ",".join(value) if isinstance(value, tuple | list) else value
         for path, value in settings.items()
-        if path.startswith("data.") and not path.endswith("source") and value != defaults[path]
+        if path.startswith("data.")
+        and not path.endswith("source")
+        and value != defaults[path]
+        and not (written and path in _IN_WRITTEN_ROWS)
     }
     data, eval_data = written or (config.data.source, config.data.eval_source)
     model, workdir = config.model.source, "runs/mine"
@@ -124,6 +124,7 @@ VERB = Verb(
     flags=(
         *setting_flags("data", "eval_data", "model", "max_length", "overlong", "dedup"),
         *setting_flags("near_dedup_threshold", "on_error"),
+        *setting_flags("columns", "prompt_template", "on_role_order", "thoughts"),
         Flag("num_examples", "Number of examples to show.", 3),
         Flag("output", "Folder to write the cleaned train.jsonl and heldout.jsonl to."),
         Flag("save_report", "HTML file for what is kept and dropped, with lengths by source and samples."),

@@ -67,6 +67,8 @@ def rows_table(report: DataReport) -> Table:
     for name, reason in CUT_REASONS.items():
         if count := getattr(report, name):
             table.add_row(reason, f"{count:,}", Text(_example_of(report, name)))
+    for words, count in report.row_change_reasons().items():
+        table.add_row(words, f"{count:,}", "", style="dim")
     table.add_row("for training", f"{report.num_train:,}", _pieces_note(report))
     table.add_row("held out", f"{report.num_heldout:,}", "")
     return table

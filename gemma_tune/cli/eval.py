@@ -156,6 +156,7 @@ VERB = Verb(
             group="Model",
         ),
         *setting_flags("data", "max_length", "batch_size", "mesh", "precision", "quantize", "block_size", "on_error"),
+        *setting_flags("columns", "prompt_template", "on_role_order"),
         Flag("num_questions", "Maximum number of questions that are answered, chosen at random. 0: all.", 200, "Data",
              lower=0),
         Flag("metrics", "Metrics with commas between. Without it, those that suit the data.", (), "Evaluation"),

@@ -63,6 +63,22 @@ _SETTING_FLAGS = {
             "Also drop near duplicates from this similarity on, such as 0.8. 0: keep them.",
         ),
         "on_error": ("data.on_error", "raise: stop at the first unreadable row. skip: count and report such rows."),
+        "columns": (
+            "data.columns",
+            "What columns with unusual names are, such as prompt:User Question,completion:Bot Answer.",
+        ),
+        "prompt_template": (
+            "data.prompt_template",
+            "Template of the question, with columns in braces, such as '{title}\\n{body}'.",
+        ),
+        "on_role_order": (
+            "data.on_role_order",
+            "merge: join turns of one speaker, and keep a leading model turn as context. error: refuse such rows.",
+        ),
+        "thoughts": (
+            "data.thoughts",
+            "Thoughts before an answer. keep: learn them. mask: read but don't learn them. drop: leave them out.",
+        ),
     },
     "LoRA": {
         "lora_rank": ("lora.rank", "Rank of the LoRA factors."),

@@ -88,7 +88,7 @@ VERB = Verb(
         Flag("scheme", f"{', '.join(PTQ_SCHEMES)}.", "int8", group="Quantization"),
         *setting_flags("precision", "block_size", "double_quant", "or_int8", "calibration"),
         Flag("calibration_tokens", "Number of tokens of it that go through the model.", 32_768, "Data", lower=1),
-        *setting_flags("max_length", "on_error"),
+        *setting_flags("max_length", "on_error", "columns", "prompt_template"),
         Flag("output", "Folder for the preset. It must not exist."),
         *setting_flags("seed"),
     ),

@@ -48,7 +48,8 @@ VERB = Verb(
             "model", "data", "eval_data", "workdir", "method", "lora_rank", "lora_alpha", "lora_targets", "lora_layout",
             "use_rslora", "lora_dropout", "use_dora", "adapter", "learning_rate", "loraplus_lr_ratio", "num_epochs",
             "batch_size", "eval_metrics", "best_by", "mesh", "max_length", "precision", "quantize", "qat", "block_size",
-            "double_quant", "or_int8", "on_error", "overlong", "dedup", "near_dedup_threshold", "report_to", "seed",
+            "double_quant", "or_int8", "on_error", "columns", "prompt_template", "on_role_order", "thoughts",
+            "overlong", "dedup", "near_dedup_threshold", "report_to", "seed",
         ),
         Flag("dry_run", "Show examples, parameters, steps and memory, and train nothing.", False),
         Flag(

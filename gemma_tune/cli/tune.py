@@ -158,9 +158,10 @@ VERB = Verb(
     flags=(
         *setting_flags(
             "model", "precision", "quantize", "block_size", "double_quant", "or_int8", "data", "eval_data",
-            "max_length", "on_error", "overlong", "dedup", "near_dedup_threshold", "lora_rank", "lora_alpha",
-            "lora_targets", "lora_layout", "use_rslora", "lora_dropout", "use_dora", "adapter", "learning_rate",
-            "loraplus_lr_ratio", "method", "num_epochs", "batch_size", "qat", "mesh",
+            "max_length", "on_error", "columns", "prompt_template", "on_role_order", "thoughts", "overlong", "dedup",
+            "near_dedup_threshold", "lora_rank", "lora_alpha", "lora_targets", "lora_layout", "use_rslora",
+            "lora_dropout", "use_dora", "adapter", "learning_rate", "loraplus_lr_ratio", "method", "num_epochs",
+            "batch_size", "qat", "mesh",
         ),
         Flag("space", "YAML file with the settings to search: lora.rank: [4, 8, 16], or optimizer.learning_rate: "
              "{low: 1e-5, high: 1e-2, log: true}. Without it, a space that suits the method.", group="Search"),

@@ -11,6 +11,7 @@ from gemma_tune.data.cleaning import Cleaner
 from gemma_tune.data.cleaning_report import DataReport
 from gemma_tune.data.example import Example
 from gemma_tune.data.heldout_split import question_hash
+from gemma_tune.data.rows.row_options import RowCounter, RowOptions
 from gemma_tune.data.sources.readers import read_rows
 from gemma_tune.data.sources.row_formats import to_examples
 from gemma_tune.data.storage.example_store import ExampleWriter
@@ -54,11 +55,20 @@ class CleanedExamplesWriter:
         report: Report that counts what is read and dropped.
         on_error: Treatment of unreadable rows: `raise` or `skip`.
         seed: Random seed of the split.
+        options: Settings of how rows become turns.
     """
 
-    def __init__(self, examples: ExampleWriter, source_numbers: BinaryIO, report: DataReport, on_error: str, seed: int):
+    def __init__(
+        self,
+        examples: ExampleWriter,
+        source_numbers: BinaryIO,
+        report: DataReport,
+        on_error: str,
+        seed: int,
+        options: RowOptions,
+    ):
         self._examples, self._source_numbers, self._report = examples, source_numbers, report
-        self._on_error, self._seed = on_error, seed
+        self._on_error, self._seed, self._options = on_error, seed, options
 
     def write_group(self, sources: Sequence[NamedSplit], cleaner: Cleaner) -> ExampleHashes:
         """Writes the examples of some sources, among which no duplicate is left.
@@ -67,21 +77,21 @@ class CleanedExamplesWriter:
             DataError: A source doesn't exist, a row is unreadable, or no row can be used.
         """
         report, first = self._report, len(self._report.sources)
-        before = report.num_rows, report.num_unreadable, len(report.errors)
+        num_usable, num_errors = _num_usable(report), len(report.errors)
         hashes = [self._write_source(source, cleaner) for source in sources]
-        if report.num_rows - before[0] == report.num_unreadable - before[1]:
-            raise _nothing_usable(report.sources[first:], report.errors[before[2] :])
+        if _num_usable(report) == num_usable:
+            raise _nothing_usable(report.sources[first:], report.errors[num_errors:], report.num_labelled_bad)
         for reason, samples in cleaner.samples.items():
             report.add_samples(f"num_{reason}", samples)
         return ExampleHashes(*(np.concatenate(arrays) for arrays in zip(*hashes, strict=True)))
 
     def _write_source(self, source: NamedSplit, cleaner: Cleaner) -> ExampleHashes:
         report = self._report
-        rows_before, unreadable_before, counts_before = report.num_rows, report.num_unreadable, dict(cleaner.counts)
+        rows_before, usable_before, counts_before = report.num_rows, _num_usable(report), dict(cleaner.counts)
         questions, contents = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
         number = len(report.sources)
         with progress.track_progress("read rows") as advance:
-            for chunk in in_chunks(_read_source(source, self._on_error, report), _NUM_CHARACTERS):
+            for chunk in in_chunks(_read_source(source, self._on_error, report, self._options), _NUM_CHARACTERS):
                 cleaned = cleaner.clean(chunk)
                 self._examples.append(each.example for each in cleaned)
                 self._source_numbers.write(np.full(len(cleaned), number, np.uint16).data)
@@ -90,23 +100,26 @@ class CleanedExamplesWriter:
                 )
                 contents.append(np.array([each.content_hash for each in cleaned], np.uint64))
                 advance(len(chunk))
-        num_dropped = report.count_cleaned(cleaner, counts_before) + report.num_unreadable - unreadable_before
-        report.sources.append(
-            {"name": source.name, "num_rows": report.num_rows - rows_before, "num_dropped": num_dropped}
-        )
+        num_rows = report.num_rows - rows_before
+        num_unusable = num_rows - (_num_usable(report) - usable_before)
+        num_dropped = num_unusable + report.count_cleaned(cleaner, counts_before)
+        report.sources.append({"name": source.name, "num_rows": num_rows, "num_dropped": num_dropped})
         return ExampleHashes(np.concatenate(questions), np.concatenate(contents))
 
 
-def read_examples(names: Sequence[str], split: str, on_error: str) -> list[Example]:
+def read_examples(names: Sequence[str], split: str, on_error: str, options: RowOptions) -> list[Example]:
     """Returns all examples of some sources, without cleaning them. Raises what `write_group` does."""
     report = DataReport()
-    examples = [example for name in names for example in _read_source(NamedSplit(name, split), on_error, report)]
+    sources = [NamedSplit(name, split) for name in names]
+    examples = [example for source in sources for example in _read_source(source, on_error, report, options)]
     if not examples:
-        raise _nothing_usable([{"name": ",".join(names), "num_rows": report.num_rows}], report.errors)
+        raise _nothing_usable(
+            [{"name": ",".join(names), "num_rows": report.num_rows}], report.errors, report.num_labelled_bad
+        )
     return examples
 
 
-def _read_source(source: NamedSplit, on_error: str, report: DataReport) -> Iterator[Example]:
+def _read_source(source: NamedSplit, on_error: str, report: DataReport, options: RowOptions) -> Iterator[Example]:
     def count_or_raise(error: DataError) -> None:
         if on_error == "raise":
             raise DataError(f"{error} (--on_error=skip skips such rows.)") from error
@@ -118,14 +131,23 @@ def _read_source(source: NamedSplit, on_error: str, report: DataReport) -> Itera
         if text not in report.notes:
             report.notes.append(text)
 
-    num_examples, num_unreadable = 0, report.num_unreadable
-    for example in to_examples(read_rows(source.name, source.split, count_or_raise, note), count_or_raise):
+    num_examples, num_unreadable, counter = 0, report.num_unreadable, RowCounter()
+    rows = read_rows(source.name, source.split, count_or_raise, note)
+    for example in to_examples(rows, count_or_raise, options, counter):
         num_examples += 1
         yield example
-    report.num_rows += num_examples + report.num_unreadable - num_unreadable
+    report.num_rows += num_examples + report.num_unreadable - num_unreadable + counter.num_dropped
+    report.count_row_changes(counter)
 
 
-def _nothing_usable(sources: Sequence[dict], errors: Sequence[str]) -> DataError:
+def _num_usable(report: DataReport) -> int:
+    """Returns the number of rows so far that became examples."""
+    return report.num_rows - report.num_unreadable - report.num_labelled_bad
+
+
+def _nothing_usable(sources: Sequence[dict], errors: Sequence[str], num_labelled_bad: int) -> DataError:
     names, num_rows = ",".join(each["name"] for each in sources), sum(each["num_rows"] for each in sources)
     first = f" The first: {errors[0]}" if errors else ""
+    if num_labelled_bad:
+        first += f" {num_labelled_bad} are labelled as bad answers, which are not learnt."
     return DataError(f"{names}: none of {num_rows} rows can be used.{first}")

@@ -124,7 +124,7 @@ class Cleaner:
             return None
         keys = [comparison_key(turn.content) for turn in turns]
         compared = [turn.content for turn in turns] if self._dedup == "exact" else keys
-        content = "\x00".join(f"{turn.role}\x01{text}" for turn, text in zip(turns, compared, strict=True))
+        content = "\x00".join(f"{_marked(turn)}\x01{text}" for turn, text in zip(turns, compared, strict=True))
         question = next((i for i, turn in enumerate(turns) if turn.role in ("user", "text")), None)
         if self._system_prompt and turns[0].role not in ("system", "text"):
             turns = (Turn("system", self._system_prompt), *turns)
@@ -171,3 +171,7 @@ def text_shown(example: Example) -> str:
 def _normalized(turn: Turn) -> Turn:
     content = normalize(turn.content)
     return turn if content is turn.content else turn._replace(content=content)  # Most are as they should be.
+
+
+def _marked(turn: Turn) -> str:
+    return turn.role if turn.is_learnt else f"{turn.role} as context"

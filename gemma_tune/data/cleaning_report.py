@@ -9,10 +9,12 @@ import numpy as np
 from gemma_tune.data.cleaning import SAMPLES_KEPT, Cleaner, DroppedSample, text_shown
 from gemma_tune.data.example import Example
 from gemma_tune.data.fit_length import TokenizedChunk
+from gemma_tune.data.rows.row_options import ROW_CHANGES, ROWS_DROPPED, RowCounter
 
 # Reasons for which rows are dropped or changed, by the field of DataReport that counts them.
 DROP_REASONS = {
     "num_unreadable": "unreadable",
+    "num_labelled_bad": "labelled as bad answers",
     "num_empty": "empty",
     "num_control_tokens": "with control tokens",
     "num_duplicates": "duplicates",
@@ -35,6 +37,7 @@ class DataReport:
         num_unreadable: Number of rows dropped because they can't be read.
         errors: Messages of the first unreadable rows.
         notes: Sentences on how files were read: an encoding, a delimiter, what of them wasn't read.
+        num_labelled_bad: Number of rows that are not learnt because their answer is labelled as a bad one.
         num_empty: Number of rows dropped because a turn is empty.
         num_control_tokens: Number of rows dropped because they contain control tokens.
         num_duplicates: Number of rows dropped because they are duplicates.
@@ -52,12 +55,14 @@ class DataReport:
         samples: The first examples that were dropped or cut, by the field that counts them; each with the fields of
             `DroppedSample`.
         lengths: [n] int32 tokens in each example, before shortening; those for training come first.
+        row_changes: Number of rows by what was changed in them, with the names in `ROW_CHANGES`.
     """
 
     num_rows: int = 0
     num_unreadable: int = 0
     errors: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    num_labelled_bad: int = 0
     num_empty: int = 0
     num_control_tokens: int = 0
     num_duplicates: int = 0
@@ -73,6 +78,7 @@ class DataReport:
     num_heldout: int = 0
     sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     samples: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    row_changes: dict[str, int] = dataclasses.field(default_factory=dict)
     lengths: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
@@ -161,6 +167,18 @@ class DataReport:
         """Keeps the first of some samples, under the field that counts them."""
         kept = self.samples.setdefault(name, [])
         kept += [sample._asdict() for sample in samples[: SAMPLES_KEPT - len(kept)]]
+
+    def count_row_changes(self, counter: RowCounter) -> None:
+        """Adds what was changed in the rows of a source, and what a user should know of its files."""
+        for name, count in counter.changes.items():
+            self.row_changes[name] = self.row_changes.get(name, 0) + count
+        self.num_labelled_bad += counter.num_dropped
+        self.notes += [note for note in counter.notes() if note not in self.notes]
+
+    def row_change_reasons(self) -> dict[str, int]:
+        """Returns the numbers of changed rows by what was done to them, in words."""
+        counts = {name: self.row_changes.get(name, 0) for name in ROW_CHANGES if name not in ROWS_DROPPED}
+        return {ROW_CHANGES[name]: count for name, count in counts.items() if count}
 
     def drop_reasons(self) -> str:
         """Returns a sentence that says why rows were dropped; empty if none were."""

@@ -21,15 +21,23 @@ class Row(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation.
+    """One turn of a conversation, or a step of the model's turn.
 
     Attributes:
-        role: `system`, `user` or `model`; `text` for a document, which is no conversation.
+        role: `system`, `user` or `model`; `text` for a document, which is no conversation. `tools` declares tools after
+            the system turn, as a JSON list of `{"name", "description", "parameters"}`. Steps of the model beside its
+            text are a `thought`, and a `call` of a tool, `{"name", "arguments"}`. `tool` is its result, `{"name",
+            "response"}`.
         content: Text of the turn.
+        is_learnt: Whether the model learns it, if it is a step of the model's; otherwise it is context.
     """
 
     role: str
     content: str
+    is_learnt: bool = True
+
+
+MODEL_STEPS = ("thought", "model", "call")  # What the model says itself.
 
 
 class Example(NamedTuple):
@@ -55,8 +63,20 @@ class Example(NamedTuple):
 
     @property
     def answer(self) -> str:
-        """Returns the last model turn; empty for a document."""
-        return next((turn.content for turn in reversed(self.turns) if turn.role == "model"), "")
+        """Returns what the model says at the end, with its calls as JSON in tags; empty for a document."""
+        said = [step for step in self.turns[len(self.prompt) :] if step.role != "thought"]
+        texts = (
+            step.content if step.role == "model" else f"<tool_call>\n{step.content}\n</tool_call>" for step in said
+        )
+        return "\n".join(texts)
+
+    @property
+    def prompt(self) -> tuple[Turn, ...]:
+        """Returns the turns before the model's last steps: its text or calls, and the thoughts that lead to them."""
+        end = len(self.turns)
+        while end and self.turns[end - 1].role in MODEL_STEPS:
+            end -= 1
+        return self.turns[:end]
 
 
 class TokenizedExample(NamedTuple):

@@ -19,6 +19,7 @@ from gemma_tune.data.dedup import NearDuplicates
 from gemma_tune.data.example import Example
 from gemma_tune.data.heldout_split import heldout_by_question
 from gemma_tune.data.mixture import MixturePart, parse_mixture
+from gemma_tune.data.rows.row_options import RowOptions
 from gemma_tune.data.sources.content_hash import source_fingerprint, without_folders
 from gemma_tune.data.sources.readers import heldout_of
 from gemma_tune.data.storage.array_files import read_array, write_array
@@ -53,18 +54,21 @@ class Splits:
     content_key: str
 
 
-def load_examples(source: str, split: str = "train", on_error: str = "raise") -> list[Example]:
+def load_examples(
+    source: str, split: str = "train", on_error: str = "raise", options: RowOptions | None = None
+) -> list[Example]:
     """Reads all examples of a source, without cleaning them.
 
     Args:
         source: Files, folders or names of data sets, as in `data.source`.
         split: Split to read of a data set that has several.
         on_error: Treatment of unreadable rows: `raise` or `skip`.
+        options: Settings of how rows become turns; None: the defaults.
 
     Raises:
         DataError: The source doesn't exist, or a row is unreadable; says where, what was found and what to do.
     """
-    return read_examples([part.source for part in parse_mixture(source)], split, on_error)
+    return read_examples([part.source for part in parse_mixture(source)], split, on_error, options or RowOptions())
 
 
 def load_splits(
@@ -81,6 +85,7 @@ def load_splits(
     near_dedup_threshold: float,
     seed: int,
     cache: Path | None = None,
+    options: RowOptions | None = None,
 ) -> Splits:
     """Reads, cleans and splits a data set, or finds the result of an earlier run.
 
@@ -90,11 +95,13 @@ def load_splits(
         control_tokens: Control tokens as in `Cleaner`.
         seed: Random seed of the split.
         cache: Folder of the cache; None: a temporary folder.
+        options: Settings of how rows become turns; None: the defaults.
 
     Raises:
         DataError: A source doesn't exist, a row is unreadable, or no training example is left.
         ConfigError: Near duplicates are to be dropped, and the package for it is missing.
     """
+    options = options or RowOptions()
     eval_source = heldout_source(source, eval_source, eval_split)
     groups = [[NamedSplit(part.source, split) for part in parse_mixture(source)]]
     if eval_source:
@@ -109,6 +116,7 @@ def load_splits(
         "dedup": dedup,
         "near_dedup_threshold": near_dedup_threshold,
         "seed": seed,
+        "options": dataclasses.asdict(options),
     }
     key = cache_key({"sources": [list(each) for each in fingerprints], **settings})
     content_key = cache_key({"sources": [without_folders(each) for _, each in fingerprints], **settings})
@@ -116,7 +124,7 @@ def load_splits(
     def build(folder: Path) -> dict[str, Any]:
         report, hashes = DataReport(), []
         with ExampleWriter(folder) as writer, (folder / _SOURCES).open("wb") as numbers, garbage_collector_paused():
-            cleaned_writer = CleanedExamplesWriter(writer, numbers, report, on_error, seed)
+            cleaned_writer = CleanedExamplesWriter(writer, numbers, report, on_error, seed, options)
             for group in groups:
                 near = NearDuplicates(near_dedup_threshold) if near_dedup_threshold else None
                 cleaner = Cleaner(control_tokens, system_prompt, dedup, near)

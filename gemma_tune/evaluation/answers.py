@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from gemma_tune.data import Example
 from gemma_tune.data.dedup import hash_text
+from gemma_tune.data.example import MODEL_STEPS
 
 # Thai and Lao, Burmese, Khmer, Hiragana and Katakana, and Han, which are written without spaces between words.
 _UNSPACED = (
@@ -83,7 +84,9 @@ def choose_questions(examples: Sequence[Example], count: int, seed: int) -> list
         count: Most conversations to return.
         seed: Random seed of the order.
     """
-    answers = {i: hash_text(example.answer) for i, example in enumerate(examples) if example.turns[-1].role == "model"}
+    answers = {
+        i: hash_text(example.answer) for i, example in enumerate(examples) if example.turns[-1].role in MODEL_STEPS
+    }
     chats = list(answers)
     random.Random(seed).shuffle(chats)
     first_of_answer = {answers[i]: i for i in reversed(chats)}

@@ -3,21 +3,25 @@
 from collections.abc import Iterable, Sequence
 
 from gemma_tune.data import Example
-from gemma_tune.data.example import Row, Turn
+from gemma_tune.data.example import MODEL_STEPS, Row, Turn
 from gemma_tune.data.mixture import parse_mixture
+from gemma_tune.data.rows.row_options import RowOptions
 from gemma_tune.data.sources.readers import read_rows
 from gemma_tune.data.sources.row_formats import to_conversation
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.case import EvalCase
 
 
-def read_cases(source: str, split: str = "train", on_error: str = "raise") -> list[EvalCase]:
+def read_cases(
+    source: str, split: str = "train", on_error: str = "raise", options: RowOptions | None = None
+) -> list[EvalCase]:
     """Reads the conversations of a source; documents are left out. A row without a wanted answer has the reference ''.
 
     Args:
         source: Source of the data, as in `data.source`.
         split: Split to read of a data set that has several.
         on_error: Treatment of unreadable rows: `raise` or `skip`.
+        options: Settings of how rows become turns; None: the defaults.
 
     Raises:
         DataError: The source doesn't exist, or a row is unreadable.
@@ -30,7 +34,7 @@ def read_cases(source: str, split: str = "train", on_error: str = "raise") -> li
 
     for row in (row for part in parse_mixture(source) for row in read_rows(part.source, split, skip_or_raise)):
         try:
-            turns = to_conversation(row)
+            turns = to_conversation(row, options)
         except DataError as error:
             skip_or_raise(error)
             continue
@@ -46,16 +50,14 @@ def cases_of(examples: Iterable[Example], rows: Iterable[Row]) -> list[EvalCase]
         examples: Conversations; documents are left out.
         rows: Rows of their source, in any order, found by their origin.
     """
-    asked = [example for example in examples if example.turns[-1].role == "model"]
+    asked = [example for example in examples if example.turns[-1].role in MODEL_STEPS]
     origins = {example.origin for example in asked}
     columns = {row.origin: row.fields for row in rows if row.origin in origins}
     return [
-        EvalCase(example.turns[:-1], example.answer, columns.get(example.origin, {}), example.origin)
-        for example in asked
+        EvalCase(example.prompt, example.answer, columns.get(example.origin, {}), example.origin) for example in asked
     ]
 
 
 def _case(turns: Sequence[Turn], row: Row) -> EvalCase:
-    if turns[-1].role == "model":
-        return EvalCase(tuple(turns[:-1]), turns[-1].content, row.fields, row.origin)
-    return EvalCase(tuple(turns), "", row.fields, row.origin)
+    example = Example(tuple(turns))
+    return EvalCase(example.prompt, example.answer, row.fields, row.origin)

@@ -9,6 +9,7 @@ import numpy as np
 
 from gemma_tune.config import Config
 from gemma_tune.data.mixture import source_labels
+from gemma_tune.data.rows.row_options import ROW_CHANGES
 from gemma_tune.evaluation.evaluation_report import WANTED_ANSWER, answers_html, figures_html, slices_html
 from gemma_tune.evaluation.heldout import HELDOUT_LABELS
 from gemma_tune.evaluation.html_report import (
@@ -175,6 +176,9 @@ def _data(config: Mapping[str, Any], result: Mapping[str, Any], lengths: np.ndar
     sources = [("training", settings["source"]), ("held out", settings["eval_source"])]
     rows = [(label, html.escape(source)) for label, source in sources if source]
     rows += [(label, f"{data[key]:,}") for key, label in _COUNTS.items() if data.get(key)]
+    changes = data.get("row_changes", {})
+    rows += [(words, f"{changes[name]:,}") for name, words in ROW_CHANGES.items() if changes.get(name)]
+    rows += [("note", html.escape(note)) for note in data.get("notes", ())]
     if "length_tokens" in data:
         found = data["length_tokens"]
         rows.append(

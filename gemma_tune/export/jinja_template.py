@@ -26,8 +26,11 @@ _BODY = """\
     {{- raise_exception("A turn's role is system, user or assistant, not " + role + ".") -}}
   {%- endif -%}
 SYSTEM
-    {{- 'START' + role + '\\n' + kept.system + text_of(message['content']) | trim + 'END\\n' -}}
-    {%- set kept.system = '' -%}
+    {{- 'START' + SPELLED + '\\n' + (kept.system if role == 'user' else '') + text_of(message['content']) | trim
+        + 'END\\n' -}}
+    {%- if role == 'user' -%}
+      {%- set kept.system = '' -%}
+    {%- endif -%}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -43,5 +46,7 @@ _OWN_TURN = "  {%- if true -%}"
 
 def jinja_template(template: ChatTemplate) -> str:
     """Returns a Jinja template that renders conversations as `template.render` does."""
+    renamed = f"('{template.system_role}' if role == 'system' else role)"
     body = _BODY.replace("SYSTEM", _OWN_TURN if template.system_has_turn else _KEPT)
+    body = body.replace("SPELLED", "role" if template.system_role == "system" else renamed)
     return _CONTENT + body.replace("START", template.start_of_turn).replace("END", template.end_of_turn)

@@ -165,7 +165,7 @@ def _measure(name: SchemedSource, data: ComparisonData, config: Config) -> _Meas
             model = load_model(name.source, precision=config.model.precision, quant_spec=quant_spec, seed=config.seed)
         with progress.track_progress(f"{name}: read tokens", num_tokens) as advance:
             states = target_states(model, data.batches, advance)
-    prompts = [example.turns[:-1] for example in data.questions]
+    prompts = [example.prompt for example in data.questions]
     with progress.track_progress(f"{name}: answered questions", len(prompts)) as advance:
         answers = timed_answers(model, prompts, config.generation.max_new_tokens, advance)
     groups = parameters(model)

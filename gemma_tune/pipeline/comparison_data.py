@@ -16,6 +16,7 @@ from gemma_tune.evaluation.measure import Targets, targets_of
 from gemma_tune.models.load import load_tokenizer
 from gemma_tune.models.sources.source import SchemedSource, parse_schemed
 from gemma_tune.pipeline.scoring import heldout_of_run, run_config
+from gemma_tune.pipeline.setup import row_options
 from gemma_tune.training.batches import HeldoutBatches
 
 _DEFAULT_SCHEMES = ("int8", "nf4", "int4")
@@ -73,7 +74,7 @@ def find_examples(
     if run:
         return heldout_of_run(run)
     source = data or heldout_of(config.data.source) or config.data.source
-    return load_examples(source, config.data.split, config.data.on_error), source
+    return load_examples(source, config.data.split, config.data.on_error, row_options(config)), source
 
 
 def choose_data(
@@ -119,7 +120,7 @@ def _tokenize(source: str, examples: Sequence[Example], max_length: int) -> list
     """Returns the examples that have target tokens, with their tokens."""
     with model_named_in_errors(source):
         tokenizer, family = load_tokenizer(source)
-    tokens = tokenize_examples(examples, template_for(family), tokenizer, max_length, "truncate")
+    tokens = tokenize_examples(examples, template_for(family, tokenizer), tokenizer, max_length, "truncate")
     return [(examples[i], each) for i, each in zip(tokens.kept.tolist(), tokens.examples, strict=True)]
 
 

@@ -29,7 +29,7 @@ from gemma_tune.models.lora.enable import neutral_lora_values
 from gemma_tune.models.sharding.placement import mesh_sharding_of
 from gemma_tune.models.sources.source import config_with_base, parse_schemed
 from gemma_tune.pipeline.scoring import evaluate, heldout_of_run, run_config
-from gemma_tune.pipeline.setup import heldout_rows
+from gemma_tune.pipeline.setup import heldout_rows, row_options
 from gemma_tune.quantization.spec import QuantSpec
 from gemma_tune.runtime import progress
 from gemma_tune.runtime.backend import keras
@@ -145,9 +145,9 @@ def _data_of_run(run: Config) -> tuple[list[EvalCase], Sequence[Example], str]:
 def _given_data(config: Config) -> tuple[list[EvalCase], Sequence[Example], str]:
     """Returns the questions of `config.data`, its examples, and its name."""
     data = config.data
-    cases = read_cases(data.source, data.split, data.on_error)
+    cases = read_cases(data.source, data.split, data.on_error, row_options(config))
     answered = [Example((*case.prompt, Turn("model", case.reference)), case.origin) for case in cases if case.reference]
-    examples = answered if cases else load_examples(data.source, data.split, data.on_error)
+    examples = answered if cases else load_examples(data.source, data.split, data.on_error, row_options(config))
     return cases, examples, data.source
 
 

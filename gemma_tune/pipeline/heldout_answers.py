@@ -31,7 +31,7 @@ def answer_questions(setup: Setup, examples: Sequence[Example]) -> list[str]:
         return []
     return generate(  # type: ignore[return-value]  # A list of prompts gives a list.
         setup.model,
-        [example.turns[:-1] for example in examples],
+        [example.prompt for example in examples],
         **dataclasses.asdict(setup.config.generation),
         seed=setup.config.seed,
     )

@@ -36,7 +36,9 @@ def evaluate(
     Raises:
         TrainingError: No example has an answer to score.
     """
-    tokens = tokenize_examples(examples, template_for(family_of(model)), tokenizer_of(model), max_length, "chunk")
+    tokenizer = tokenizer_of(model)
+    template = template_for(family_of(model), tokenizer)
+    tokens = tokenize_examples(examples, template, tokenizer, max_length, "chunk")
     if not tokens.examples:
         raise TrainingError(f"None of {len(examples)} examples has an answer that fits into {max_length} tokens.")
     sharding = mesh_sharding_of(model.backbone)

@@ -15,8 +15,10 @@ from gemma_tune.data import (
     template_for,
     tokenize_splits,
 )
+from gemma_tune.data.chat_template import all_control_tokens
 from gemma_tune.data.example import Row
 from gemma_tune.data.mixture import EpochSampler, examples_per_epoch, parse_mixture
+from gemma_tune.data.rows.row_options import RowOptions
 from gemma_tune.data.sources.readers import read_rows
 from gemma_tune.data.splits import heldout_source
 from gemma_tune.errors import ConfigError
@@ -96,10 +98,9 @@ class Setup:
 def read_splits(config: Config) -> Splits:
     """Reads, cleans and splits the data. This needs no model, so that bad data fails at once."""
     data = config.data
-    family_tokens = {token for family in ("gemma3", "gemma4") for token in template_for(family).control_tokens}
     return load_splits(
         data.source,
-        sorted(family_tokens),
+        all_control_tokens(),
         eval_source=data.eval_source,
         split=data.split,
         eval_split=data.eval_split,
@@ -110,7 +111,14 @@ def read_splits(config: Config) -> Splits:
         near_dedup_threshold=data.near_dedup_threshold,
         seed=config.seed,
         cache=cache_dir(),
+        options=row_options(config),
     )
+
+
+def row_options(config: Config) -> RowOptions:
+    """Returns the settings of how rows become turns."""
+    data = config.data
+    return RowOptions(data.columns, data.prompt_template, data.on_role_order, data.thoughts)
 
 
 def heldout_rows(config: Config) -> Iterator[Row]:
@@ -124,7 +132,8 @@ def heldout_rows(config: Config) -> Iterator[Row]:
 
 def prepare_data(config: Config, splits: Splits, model: keras.Model) -> TokenizedSplits:
     """Tokenizes the data for a model."""
-    template, tokenizer = template_for(family_of(model)), tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
+    template = template_for(family_of(model), tokenizer)
     return tokenize_splits(splits, template, tokenizer, config.data.max_length, config.data.overlong, cache=cache_dir())
 
 

@@ -92,6 +92,12 @@ def run_training(config: Config) -> RunResult:
 
 
 def _describe(setup: Setup) -> None:
+    report = setup.data.report
+    if changes := report.row_change_reasons():
+        listed = ", ".join(f"{count:,} {words}" for words, count in changes.items())
+        progress.console.print(f"Rows that were changed: {listed}.", markup=False)
+    for note in report.notes:
+        _warn(note)
     if setup.sharding:
         progress.console.print(f"Mesh: {setup.sharding}", markup=False)
     elif jax.device_count() > 1:

@@ -105,7 +105,9 @@ class FeedbackStore:
     def write(self, exchange: Exchange) -> None:
         """Writes an exchange in place of an earlier one with the same id. Without any feedback, it is only removed."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        messages = json.dumps([turn._asdict() for turn in exchange.turns], ensure_ascii=False)
+        messages = json.dumps(
+            [{"role": turn.role, "content": turn.content} for turn in exchange.turns], ensure_ascii=False
+        )
         with self._errors(), self._connection() as connection:
             row = connection.execute("select created_at from exchanges where id = ?", (exchange.id,)).fetchone()
             connection.execute("delete from exchanges where id = ?", (exchange.id,))

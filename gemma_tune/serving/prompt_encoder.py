@@ -17,7 +17,7 @@ class PromptEncoder:
     Attributes:
         tokenizer: The model's tokenizer.
         template: Chat template of the model's family.
-        stop_ids: Tokens that end an answer: the end of a turn, and `<eos>`.
+        stop_ids: Tokens that end an answer: the end of a turn, `<eos>`, and what asks for the result of a tool.
 
     Raises:
         ModelError: The vocabulary lacks a token of the chat template.
@@ -25,7 +25,10 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: TextTokenizer, template: ChatTemplate):
         self.tokenizer, self.template = tokenizer, template
-        self.stop_ids = (tokenizer.id_of(template.end_of_turn), tokenizer.eos_id)
+        self.stop_ids: tuple[int, ...] = (tokenizer.id_of(template.end_of_turn), tokenizer.eos_id)
+        response_start = tokenizer.encode(template.tools.response_start)
+        if len(response_start) == 1:  # The model waits for the result of a call.
+            self.stop_ids += tuple(response_start)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Returns the token ids of a question or conversation, `<bos>` included, up to where the answer begins."""
@@ -43,4 +46,5 @@ def prompt_encoder_of(model: keras.Model) -> PromptEncoder:
     Raises:
         ModelError: The model has no preprocessor, hence no tokenizer.
     """
-    return PromptEncoder(tokenizer_of(model), template_for(family_of(model)))
+    tokenizer = tokenizer_of(model)
+    return PromptEncoder(tokenizer, template_for(family_of(model), tokenizer))

@@ -138,6 +138,10 @@ def reference_tokens(part, tokenizer, max_length, overlong, counts, lengths):
     return kept
 
 
+def pairs(example):
+    return tuple((turn.role, turn.content) for turn in example.turns)
+
+
 COUNTS = (
     "num_empty", "num_control_tokens", "num_duplicates", "num_in_heldout", "num_truncated", "num_overlong_dropped",
     "num_without_target",
@@ -159,7 +163,7 @@ def test_streaming_gives_what_lists_in_memory_give(write, monkeypatch, tiny_toke
     counts, lengths = dict.fromkeys(COUNTS, 0), []
     wanted = reference_splits(source, eval_source, 0.2, system_prompt, seed, counts)
     for examples, part in zip((splits.train, splits.heldout), wanted, strict=True):
-        assert [example.turns for example in examples] == part
+        assert [pairs(example) for example in examples] == part
     for tokens, part in zip((data.train, data.heldout), wanted, strict=True):
         kept = reference_tokens(part, tiny_tokenizer, 32, overlong, counts, lengths)
         assert [(t.token_ids.tolist(), t.is_target.tolist()) for t in tokens] == [
@@ -167,7 +171,7 @@ def test_streaming_gives_what_lists_in_memory_give(write, monkeypatch, tiny_toke
         ]
         assert tokens.counts.num_tokens.tolist() == [len(ids) for _, ids, _ in kept]
         assert tokens.counts.num_targets.tolist() == [sum(marks) for *_, marks in kept]
-    assert [example.turns for example in data.heldout_examples] == [wanted[1][place] for place, *_ in kept]
+    assert [pairs(example) for example in data.heldout_examples] == [wanted[1][place] for place, *_ in kept]
     assert {name: getattr(data.report, name) for name in COUNTS} == counts
     assert data.report.lengths.tolist() == lengths
     assert (data.report.num_train, data.report.num_heldout) == (len(data.train), len(data.heldout))

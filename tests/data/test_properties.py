@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from gemma_tune.data.chat_template import template_for
 from gemma_tune.data.cleaning import Cleaner, comparison_key, normalize
-from gemma_tune.data.example import Example, Row, TokenizedExample, Turn
+from gemma_tune.data.example import MODEL_STEPS, Example, Row, TokenizedExample, Turn
 from gemma_tune.data.packing import EpochPlan, make_batch, num_positions, plan_rows
+from gemma_tune.data.rows.row_options import RowCounter, RowOptions
 from gemma_tune.data.sources.readers import read_rows
-from gemma_tune.data.sources.row_formats import ROW_FORMATS, to_examples
+from gemma_tune.data.sources.row_formats import detect_format, to_examples
 from gemma_tune.data.tokenize import tokenize_examples
 from gemma_tune.errors import DataError
 
@@ -47,12 +48,18 @@ KEYS = [
     "output",
     "text",
     "system",
+    "tools",
+    "label",
+    "thinking",
+    "chosen",
     "role",
     "content",
     "from",
     "value",
 ]
-ROLES = st.sampled_from(["system", "user", "assistant", "model", "human", "gpt", "User", "tool", ""])
+ROLES = st.sampled_from(
+    ["system", "user", "assistant", "model", "human", "gpt", "User", "tool", "function_call", "system", ""]
+)
 MESSAGES = st.lists(
     st.one_of(
         st.fixed_dictionaries({"role": ROLES, "content": st.one_of(ANY_TEXT, ANYTHING)}),
@@ -85,7 +92,16 @@ def check_examples(examples, errors):
     for found in examples:
         assert found.turns and all(isinstance(turn.content, str) for turn in found.turns)
         "".join(turn.content for turn in found.turns).encode()  # A tokenizer can read it.
-        assert {turn.role for turn in found.turns} <= {"system", "user", "model", "text"}
+        assert {turn.role for turn in found.turns} <= {
+            "system",
+            "tools",
+            "user",
+            "model",
+            "thought",
+            "call",
+            "tool",
+            "text",
+        }
     for error in errors:
         str(error).encode()  # It can be printed.
 
@@ -94,10 +110,81 @@ def check_examples(examples, errors):
 @given(st.lists(ROWS, min_size=1, max_size=3))
 @example([{"text": "\ud800"}])
 def test_any_rows(rows):
-    errors = []
-    examples = list(to_examples([Row(row, f"f:{i}") for i, row in enumerate(rows, 1)], errors.append))
+    errors, counter = [], RowCounter()
+    rows = [Row(row, f"f:{i}") for i, row in enumerate(rows, 1)]
+    examples = list(to_examples(rows, errors.append, counter=counter))
     check_examples(examples, errors)
-    assert len(examples) + len(errors) == len(rows)
+    assert len(examples) + len(errors) + counter.num_dropped == len(rows)
+
+
+WORDS = st.text("abcdef", min_size=5, max_size=8)
+CALL = st.builds(lambda name, word: {"function": {"name": name, "arguments": {"x": word}}}, WORDS, WORDS)
+CHAT = st.lists(
+    st.one_of(
+        st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant"]), "content": WORDS}),
+        st.fixed_dictionaries({"role": st.just("assistant"), "content": WORDS, "reasoning_content": WORDS}),
+        st.fixed_dictionaries({"role": st.just("assistant"), "content": WORDS, "weight": st.sampled_from([0, 1])}),
+        st.fixed_dictionaries({"role": st.just("assistant"), "content": st.one_of(st.none(), WORDS), "tool_calls": st.lists(CALL, min_size=1, max_size=2)}),
+        st.fixed_dictionaries({"role": st.just("tool"), "name": WORDS, "content": WORDS}),
+    ),
+    min_size=1,
+    max_size=6,
+)  # fmt: skip
+
+
+def words_in(value):
+    """Yields every word that somebody wrote in a chat, but for roles and keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from words_in(entry) if key not in ("role", "weight") else ()
+    elif isinstance(value, list):
+        for entry in value:
+            yield from words_in(entry)
+
+
+@pytest.mark.parametrize("num_draws", [300, 10_000])
+def test_every_word_of_a_chat_is_in_the_tokens_or_counted(tiny_tokenizer, num_draws):
+    """What isn't there is a question at the end or a thought, and is counted. What is marked is not learnt."""
+
+    @settings(PROPERTY, max_examples=num_draws)
+    @given(CHAT, st.sampled_from(["gemma3", "gemma4"]), st.sampled_from(["keep", "mask", "drop"]))
+    def check(messages, family, thoughts):
+        check_chat(tiny_tokenizer, messages, family, thoughts)
+
+    check()
+
+
+def check_chat(tiny_tokenizer, messages, family, thoughts):
+    errors, counter, template = [], RowCounter(), template_for(family)
+    row = Row({"messages": messages}, "f:1")
+    examples = list(to_examples([row], errors.append, RowOptions(thoughts=thoughts), counter))
+    if errors:
+        assert "to learn" in str(errors[0]) or "no user turn" in str(errors[0])
+        return
+    (tokens,) = tokenize_examples(examples, template, tiny_tokenizer, 4000, "error").examples
+    text = template.render(examples[0].turns)
+    learnt = tiny_tokenizer.decode(tokens.token_ids[tokens.is_target].tolist())
+    end = len(messages)
+    while messages[end - 1]["role"] in ("user", "tool", "system"):
+        end -= 1
+    assert (end < len(messages)) <= ("last_question_dropped" in counter.changes)
+    counted = {name for name in counter.changes if name in ("thoughts_dropped", "earlier_thoughts_dropped")}
+    for message in messages[:end]:
+        thought = message.get("reasoning_content", "")
+        for word in words_in({key: value for key, value in message.items() if key != "reasoning_content"}):
+            assert word in text
+        assert not thought or thought in text or counted
+    learnt_words = " ".join(turn.content for turn in examples[0].turns if turn.is_learnt and turn.role in MODEL_STEPS)
+    given_words = [word for message in messages if message["role"] != "assistant" for word in words_in(message)]
+    assert not [word for word in given_words if word in learnt and word not in learnt_words]
+    for turn in examples[0].turns:
+        if turn.role == "model" and turn.is_learnt:
+            assert turn.content in learnt
+    # The tokens are those of the text, up to the last one to learn.
+    whole = tiny_tokenizer.encode(text.removeprefix(template.bos))
+    assert tokens.token_ids.tolist()[1:] == whole[: len(tokens.token_ids) - 1] and tokens.is_target[-1]
 
 
 @PROPERTY
@@ -108,7 +195,7 @@ def test_rows_come_back_from_json_lines(tmp_path, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples, errors = collected(file)
     check_examples(examples, errors)
-    assert len(examples) + len(errors) == len(rows)
+    assert len(examples) + len(errors) <= len(rows)  # The others are labelled as bad answers.
 
 
 JSON_LIKE = st.one_of(
@@ -226,7 +313,7 @@ def test_every_format_is_met():
         def meet(row):
             for found in to_examples([Row(row, "f:1")], lambda error: None):
                 del found
-                met.add(next(known.name for known in ROW_FORMATS if known.matches(row)))
+                met.add(detect_format(Row(row, "f:1")).name)
 
         meet()
         if {"text", "instruction", "prompt_completion"} <= met:

@@ -129,9 +129,16 @@ def test_tokenizer_json_alone_gives_the_same_tokens(tiny, family, tmp_path):
         assert again.encode(text) == tokenizer_of(model).encode(text)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+class FunctionGemmaVocabulary:
+    """Has FunctionGemma's tokens for tools."""
+
+    def encode(self, text):
+        return [7]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "functiongemma"])
 def test_the_jinja_template_renders_what_ours_does(family):
-    template = template_for(family)
+    template = template_for("gemma3", FunctionGemmaVocabulary()) if family == "functiongemma" else template_for(family)
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
     def refuse(message):
@@ -142,6 +149,7 @@ def test_the_jinja_template_renders_what_ours_does(family):
     for turns in (
         [("user", "Hi")],
         [("system", " Be {kind}.\n"), ("user", "\n Hi 'there'  "), ("model", '"Hello" \\n'), ("user", "…")],
+        [("system", "Be kind."), ("model", "Welcome."), ("user", "Hi"), ("model", "Yes?"), ("user", "No.")],
     ):
         for is_open in (False, True):
             messages = [{"role": role, "content": content} for role, content in turns]

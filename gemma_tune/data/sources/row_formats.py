@@ -1,217 +1,233 @@
 """Recognizes the format of a row and makes an Example of it.
 
-    chat                 {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-    sharegpt             {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
+    chat                 {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, or
+                         ShareGPT's {"conversations": [{"from": "human", "value": "…"}, …]}
     instruction          {"instruction": "…", "response": "…"}, with an optional "input" or "context"
     prompt_completion    {"prompt": "…", "completion": "…"}, as texts or as lists of messages
     text                 {"text": "…"}: a document, learnt completely
 
-All rows of a file have the format of its first row.
+Each row is recognized by its columns (data/rows/columns.py), but documents and conversations don't stand in one file.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from gemma_tune.data.example import Example, OnRowError, Row, Turn
+from gemma_tune.data.rows.chat_rows import chat_turns
+from gemma_tune.data.rows.columns import ColumnPlan, check_mapping, parse_columns, plan_columns, propose_mapping
+from gemma_tune.data.rows.flat_rows import (
+    context_text,
+    document_turns,
+    flat_turns,
+    is_labelled_bad,
+    row_thoughts,
+    template_fields,
+)
+from gemma_tune.data.rows.row_options import RowCounter, RowOptions
+from gemma_tune.data.rows.thoughts import apply_thoughts
+from gemma_tune.data.rows.tool_steps import tools_turn
+from gemma_tune.data.rows.turn_order import order_turns
 from gemma_tune.errors import DataError
 
-_ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "model": "model", "assistant": "model", "gpt": "model", "bot": "model",
-}  # fmt: skip
-_PROMPTS = ("prompt", "question", "query")
-_COMPLETIONS = ("completion", "answer", "response", "output")
-_INPUTS = ("input", "context")
-_RESPONSES = ("response", "output", "answer", "completion")
+_KNOWN = (
+    "messages; conversations; instruction (+ input or context) and response or output; prompt and completion; question "
+    "and answer; text"
+)
 
 
-class RowFormat(NamedTuple):
-    """A row format.
-
-    Attributes:
-        name: Name of the format.
-        matches: Function that returns whether a row's fields have the format.
-        turns: Function that returns the turns in a row's fields, given the row's origin.
-    """
-
-    name: str
-    matches: Callable[[Mapping[str, Any]], bool]
-    turns: Callable[[Mapping[str, Any], str], list[Turn]]
-
-
-def to_examples(rows: Iterable[Row], on_error: OnRowError) -> Iterator[Example]:
-    """Yields an Example for each row.
+def to_examples(
+    rows: Iterable[Row], on_error: OnRowError, options: RowOptions | None = None, counter: RowCounter | None = None
+) -> Iterator[Example]:
+    """Yields an Example for each row, except for those whose answer is labelled as a bad one.
 
     Args:
         rows: Rows of one or several files.
         on_error: Function that is called with the error of each row that can't be used.
+        options: Settings of how rows become turns; None: the defaults.
+        counter: Counter of what was changed in rows.
+
+    Raises:
+        ConfigError: `options.columns` or `options.prompt_template` is wrong.
     """
-    formats: dict[str, tuple[RowFormat, str]] = {}  # Format of each file, and the row that it comes from.
+    counter = RowCounter() if counter is None else counter
+    converter = _RowConverter(options or RowOptions(), counter)
     for row in rows:
+        changes: list[str] = []
         try:
-            file = _file(row.origin)
-            if file not in formats:
-                formats[file] = (detect_format(row), row.origin)
-            settled, first = formats[file]
-            if not settled.matches(row.fields):
-                raise DataError(
-                    f"{row.origin}: {first} has the format {settled.name!r}, but this row has the keys "
-                    f"{sorted(row.fields)}. Use one format in a file."
-                )
-            yield Example(tuple(_checked(settled.turns(row.fields, row.origin), row.origin)), row.origin)
+            turns = converter.turns_to_learn(row, changes)
         except DataError as error:
             on_error(error)
+            continue
+        if changes:
+            counter.count(changes)
+        if turns:
+            yield Example(tuple(turns), row.origin)
 
 
-def to_conversation(row: Row) -> tuple[Turn, ...]:
+def to_conversation(row: Row, options: RowOptions | None = None) -> tuple[Turn, ...]:
     """Returns the turns of a row that is asked, not learnt: the last turn may be the user's, without a wanted answer.
+
+    Thoughts are left out, and labels have no meaning.
 
     Raises:
         DataError: The row has no known format.
     """
-    fields = row.fields
-    question = _first(fields, ("instruction", *_PROMPTS))
-    if isinstance(fields.get(question), str) and ("choices" in fields or not _first(fields, _COMPLETIONS)):
-        without_answer = {
-            "instruction": fields[question],
-            "response": "",
-            **{n: fields[n] for n in _INPUTS if n in fields},
-        }
-        return _asked(_instruction_turns(without_answer, row.origin)[:-1], row.origin)
-    return _asked(detect_format(row).turns(fields, row.origin), row.origin)
+    return tuple(_RowConverter(options or RowOptions(), RowCounter()).turns_to_ask(row))
 
 
-def detect_format(row: Row) -> RowFormat:
-    """Returns the format of a row.
+def detect_format(row: Row, options: RowOptions | None = None) -> ColumnPlan:
+    """Returns the format of a row, and which columns are used for what.
 
     Raises:
-        DataError: The row has no known format; says which keys were found and which are known.
+        DataError: The row has no known format; says which columns were found and which are known.
     """
-    for candidate in ROW_FORMATS:
-        if candidate.matches(row.fields):
-            return candidate
-    raise DataError(
-        f"{row.origin}: no known row format has the keys {sorted(map(str, row.fields))}. Known: messages; "
-        "conversations; instruction (+ input or context) and response or output; prompt and completion; question and "
-        "answer; text."
+    return _RowConverter(options or RowOptions(), RowCounter()).plan(row, for_learning=True)
+
+
+class _RowConverter:
+    """Converts the rows of one or several files, whose formats it remembers."""
+
+    def __init__(self, options: RowOptions, counter: RowCounter):
+        self._options, self._counter = options, counter
+        self._mapping = parse_columns(options.columns)
+        self._template_names = template_fields(options.prompt_template)
+        self._plans: dict[tuple[str, tuple[str, ...]], ColumnPlan] = {}  # By file and columns.
+        self._first: dict[str, tuple[str, str]] = {}  # Format of each file's first row, and where that is.
+
+    def turns_to_learn(self, row: Row, changes: list[str]) -> list[Turn]:
+        """Returns the turns of a row; none if its answer is labelled as a bad one."""
+        plan = self.plan(row, for_learning=True)
+        if "label" in plan.column_of and is_labelled_bad(row.fields, plan):
+            changes.append("labelled_bad")
+            return []
+        unused: dict[str, None] = {}
+        turns = self._turns(row, plan, changes, unused)
+        if unused:
+            self._counter.add_unused(_file(row.origin), unused)
+        if turns[0].role == "text":
+            if "other_templates" in changes:
+                self._counter.add_note(_other_template_note(_file(row.origin)))
+            return turns
+        return self._arranged(turns, row.origin, changes, self._options.thoughts)
+
+    def turns_to_ask(self, row: Row) -> list[Turn]:
+        """Returns the turns of a row whose last turn may be the user's."""
+        plan = self.plan(row, for_learning=False)
+        if "choices" in row.fields and plan.name in ("instruction", "prompt_completion"):
+            plan = plan._replace(column_of={k: v for k, v in plan.column_of.items() if k != "completion"})
+        turns = self._turns(row, plan, [], {})
+        return turns if turns[0].role == "text" else self._arranged(turns, row.origin, [], "drop", keep_question=True)
+
+    def plan(self, row: Row, for_learning: bool) -> ColumnPlan:
+        """Returns what the columns of a row are used for."""
+        fields, file = row.fields, _file(row.origin)
+        names = tuple(fields)
+        if None in fields.values():
+            names = tuple(name for name in names if fields[name] is not None)
+        plan = self._plans.get((file, names))
+        if plan is None:
+            plan = self._plans[file, names] = self._make_plan(row, names, for_learning)
+            self._counter.add_unused(file, plan.unused)
+        format_of_first, origin_of_first = self._first.setdefault(file, (plan.name, row.origin))
+        if (plan.name == "text") != (format_of_first == "text"):
+            raise DataError(
+                f"{row.origin}: {origin_of_first} has the format {format_of_first!r}, but this row has the keys "
+                f"{sorted(map(str, names))}: documents and conversations can't stand in one file. Put them into two."
+            )
+        return plan
+
+    def _make_plan(self, row: Row, names: tuple[str, ...], for_learning: bool) -> ColumnPlan:
+        every = [str(name) for name in row.fields]
+        check_mapping(every, self._mapping, self._template_names, row.origin)
+        # A null answer is an empty one: then the format is that of all the columns.
+        plan = plan_columns(names, self._mapping, self._template_names)
+        if plan is None or (plan.name == "prompt_only" and for_learning):
+            plan = plan_columns(every, self._mapping, self._template_names)
+        if plan is None and not for_learning:  # A question is asked whatever stands beside it.
+            others = [name for name in names if name.strip().lower() not in ("text", "chosen", "rejected")]
+            plan = plan_columns(others, self._mapping, self._template_names)
+        if plan is None or (plan.name == "prompt_only" and for_learning):
+            raise DataError(f"{row.origin}: {_why_unknown(row.fields, plan)}")
+        label = next((name for name in names if name.strip().lower() == "label"), "")
+        if for_learning and plan.name == "text" and label and not {"text", "label"} & set(self._mapping):
+            text = plan.column_of["text"]
+            raise DataError(
+                f"{row.origin}: {text!r} with {label!r} isn't learnt as a document, because its label would be left "
+                f"out. To learn to say the label: --columns=prompt:{text},completion:{label}. To learn the text alone: "
+                f"--columns=text:{text}."
+            )
+        return plan
+
+    def _turns(self, row: Row, plan: ColumnPlan, changes: list[str], unused: dict[str, None]) -> list[Turn]:
+        fields, origin = row.fields, row.origin
+        if plan.name == "text":
+            return document_turns(fields, plan, origin, changes)
+        if plan.name == "chat":
+            turns = _chat(fields, plan, origin, changes, unused)
+        else:
+            turns = flat_turns(fields, plan, self._options.prompt_template, origin, changes, unused)
+        if "tools" in plan.column_of and (tools := tools_turn(fields[plan.column_of["tools"]], origin)):
+            changes.append("with_tools")
+            turns.insert(0, tools)
+        return turns
+
+    def _arranged(
+        self, turns: list[Turn], origin: str, changes: list[str], thoughts: str, keep_question: bool = False
+    ) -> list[Turn]:
+        """Returns turns in the order that the chat templates need, with the thoughts that are wanted."""
+        if len(turns) == 2 and turns[0].role == "user" and turns[1].role == "model" and turns[1].is_learnt:
+            return turns  # Most rows.
+        turns = order_turns(turns, self._options.on_role_order, origin, changes, keep_question)
+        if any(turn.role == "thought" for turn in turns):
+            turns = apply_thoughts(turns, thoughts, changes)
+        return turns
+
+
+def _chat(
+    fields: Mapping[str, Any], plan: ColumnPlan, origin: str, changes: list[str], unused: dict[str, None]
+) -> list[Turn]:
+    name = plan.column_of["messages"]
+    turns = chat_turns(fields[name], origin, changes, unused, name)
+    if len(plan.column_of) == 1:
+        return turns
+    system = context_text(fields, plan, "system", origin, changes)
+    if system.strip() and not (turns[0].role == "system" and turns[0].content.strip() == system.strip()):
+        turns.insert(0, Turn("system", system))
+    given = [context_text(fields, plan, kind, origin, changes) for kind in ("context", "input")]
+    asked = next((i for i, turn in enumerate(turns) if turn.role == "user"), -1)
+    if asked >= 0 and any(text.strip() for text in given):
+        content = "\n\n".join(text for text in (*given, turns[asked].content) if text.strip())
+        turns[asked] = turns[asked]._replace(content=content)
+    last = next((i for i in reversed(range(len(turns))) if turns[i].role == "model"), -1)
+    if last >= 0:
+        turns[last:last] = row_thoughts(fields, plan, "", origin)
+    return turns
+
+
+def _why_unknown(fields: Mapping[str, Any], plan: ColumnPlan | None) -> str:
+    keys = sorted(map(str, fields))
+    lower = {str(name).lower(): name for name in fields}
+    if "chosen" in lower and "rejected" in lower:
+        is_whole = isinstance(fields[lower["chosen"]], list) or not {"prompt", "question", "instruction"} & set(lower)
+        kind = "messages" if is_whole else "completion"
+        return (
+            "a pair of a chosen and a rejected answer is for preference training, and is no row to imitate. To learn "
+            f"the chosen answers alone: --columns={kind}:{lower['chosen']}."
+        )
+    proposal = propose_mapping(fields)
+    hint = f" Say what they are, for example {proposal}." if proposal else ""
+    if plan is not None:
+        question = next(iter(plan.column_of.values()))
+        return f"there is no answer beside {question!r}. Columns: {keys}. Name it with --columns=completion:COLUMN."
+    return f"no known row format has the keys {keys}. Known: {_KNOWN}.{hint}"
+
+
+def _other_template_note(file: str) -> str:
+    return (
+        f"{file}: some documents hold a chat template of another kind (such as ### Response:). They are learnt as they "
+        "are, questions included. To learn the answers alone, give questions and answers in columns of their own."
     )
 
 
 def _file(origin: str) -> str:
     return origin.rsplit("[", 1)[0] if origin.endswith("]") else origin.rsplit(":", 1)[0]
-
-
-def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    return next((name for name in names if name in fields), "")
-
-
-def _chat_turns(fields: Mapping[str, Any], origin: str) -> list[Turn]:
-    return _messages(fields["messages" if "messages" in fields else "conversations"], "role", "content", origin)
-
-
-def _sharegpt_turns(fields: Mapping[str, Any], origin: str) -> list[Turn]:
-    turns = _messages(fields["conversations"], "from", "value", origin)
-    system = fields.get("system")
-    return [Turn("system", _text(system, "system", origin)), *turns] if system else turns
-
-
-def _instruction_turns(fields: Mapping[str, Any], origin: str) -> list[Turn]:
-    instruction = _text(fields["instruction"], "instruction", origin)
-    name = _first(fields, _INPUTS)
-    extra = _text(fields[name] or "", name, origin) if name else ""
-    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    name = _first(fields, _RESPONSES)
-    system = fields.get("system")
-    turns = [Turn("user", question), Turn("model", _text(fields[name], name, origin))]
-    return [Turn("system", _text(system, "system", origin)), *turns] if system else turns
-
-
-def _prompt_turns(fields: Mapping[str, Any], origin: str) -> list[Turn]:
-    turns = []
-    for names, role in ((_PROMPTS, "user"), (_COMPLETIONS, "model")):
-        name = _first(fields, names)
-        if isinstance(fields[name], list):
-            turns += _messages(fields[name], "role", "content", origin)
-        else:
-            turns.append(Turn(role, _text(fields[name], name, origin)))
-    return turns
-
-
-def _text_turns(fields: Mapping[str, Any], origin: str) -> list[Turn]:
-    return [Turn("text", _text(fields["text"], "text", origin))]
-
-
-def _messages(messages: Any, role_key: str, content_key: str, origin: str) -> list[Turn]:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{origin}: expected a list of turns, found {messages!r:.60}.")
-    turns = []
-    for message in messages:
-        if not isinstance(message, Mapping) or role_key not in message or content_key not in message:
-            raise DataError(f"{origin}: a turn needs {role_key!r} and {content_key!r}, found {message!r:.60}.")
-        role = _ROLES.get(str(message[role_key]).lower())
-        if role is None:
-            raise DataError(f"{origin}: role {message[role_key]!r} is not one of {', '.join(_ROLES)}.")
-        turns.append(Turn(role, _text(_joined(message[content_key]), content_key, origin)))
-    return turns
-
-
-def _joined(content: Any) -> Any:
-    """Joins the parts of a content list, `[{"type": "text", "text": "…"}]`, as in OpenAI's chat format."""
-    if isinstance(content, list) and all(
-        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    return content
-
-
-def _text(value: Any, name: str, origin: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{origin}: {name!r} must be a string, found {type(value).__name__}: {value!r:.60}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, which no tokenizer can read.
-            half = value[error.start]
-            raise DataError(f"{origin}: {name!r} holds {half!r}, half of a surrogate pair.") from error
-    return value
-
-
-def _checked(turns: list[Turn], origin: str) -> list[Turn]:
-    """Checks the order of turns that the chat templates need: maybe a system turn, then user and model alternately."""
-    if turns[0].role == "text":
-        return turns
-    spoken = turns[1:] if turns[0].role == "system" else turns
-    for index, turn in enumerate(spoken):
-        expected = ("user", "model")[index % 2]
-        if turn.role != expected:
-            raise DataError(
-                f"{origin}: turn {index + 1} should be the {expected}'s, found {turn.role}. User and model take turns, "
-                "and the user begins."
-            )
-    if len(spoken) < 2:
-        raise DataError(f"{origin}: there is no model turn, so there is nothing to learn.")
-    return turns
-
-
-def _asked(turns: list[Turn], origin: str) -> tuple[Turn, ...]:
-    """Checks the order of turns that may end with the user's."""
-    if turns[-1].role != "user":
-        return tuple(_checked(turns, origin))
-    return tuple(_checked([*turns, Turn("model", "")], origin)[:-1])
-
-
-def _is_list_with(fields: Mapping[str, Any], name: str, key: str) -> bool:
-    entries = fields.get(name)
-    return isinstance(entries, list) and bool(entries) and isinstance(entries[0], Mapping) and key in entries[0]
-
-
-ROW_FORMATS = (
-    RowFormat("chat", lambda f: "messages" in f or _is_list_with(f, "conversations", "role"), _chat_turns),
-    RowFormat("sharegpt", lambda f: "conversations" in f, _sharegpt_turns),
-    RowFormat("instruction", lambda f: "instruction" in f and bool(_first(f, _RESPONSES)), _instruction_turns),
-    RowFormat(
-        "prompt_completion", lambda f: bool(_first(f, _PROMPTS)) and bool(_first(f, _COMPLETIONS)), _prompt_turns
-    ),
-    RowFormat("text", lambda f: "text" in f, _text_turns),
-)

@@ -20,7 +20,7 @@ from gemma_tune.runtime.atomic_files import disk_errors_as, find_damage, write_t
 from gemma_tune.runtime.atomic_folder import PARTIAL, atomic_folder
 
 CONTENTS = "contents.json"
-_FORMAT = 3  # Increase it when the files of an entry, or their meaning (what cleaning changes and drops too), change.
+_FORMAT = 4  # Increase it when the files of an entry, or their meaning (what cleaning changes and drops too), change.
 _DAYS_KEPT_UNUSED = 30
 _DAYS_KEPT_PARTIAL = 1
 _ADVICE = "Make room there, or name another folder in the environment variable GEMMA_TUNE_CACHE."

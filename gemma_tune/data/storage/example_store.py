@@ -18,7 +18,7 @@ _FORGET_EVERY_BYTES = 16 << 20
 
 
 class ExampleWriter(contextlib.ExitStack):
-    """Writes examples to a folder, as lines `["origin", [["role", "content"], …]]`. Use as a context manager."""
+    """Writes examples to a folder, as lines `["origin", [["role", "content", true], …]]`. Use as a context manager."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -88,4 +88,4 @@ def _to_line(example: Example) -> bytes:
 
 def _from_line(line: bytes) -> Example:
     origin, turns = json.loads(line.decode("utf-8", errors="surrogatepass"))
-    return Example(tuple(Turn(role, content) for role, content in turns), origin)
+    return Example(tuple(Turn(*turn) for turn in turns), origin)

@@ -74,12 +74,12 @@ def write_gguf(model: Any, file: str | os.PathLike, scheme: str = "f16", *, name
         add_hyperparameters(writer, config, family)
         writer.add_file_type(GGUF_SCHEMES[scheme].file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        add_tokenizer(writer, tokenizer, template_for(family))
+        add_tokenizer(writer, tokenizer, template_for(family, tokenizer))
         _write_tensors(writer, entries)
     finally:
         writer.close()
     context = min(_CONTEXT_OF_MODELFILE, config["max_position_embeddings"])
-    write_text(path.with_name("Modelfile"), modelfile(path.name, template_for(family), context))
+    write_text(path.with_name("Modelfile"), modelfile(path.name, template_for(family, tokenizer), context))
     return path
 
 

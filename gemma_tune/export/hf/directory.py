@@ -28,7 +28,8 @@ def write_hf(model: Any, folder: Path, options: ExportOptions) -> WrittenExport:
     Raises:
         ModelError: transformers' class of the family can't represent the model, or float16 can't hold a weight.
     """
-    tokenizer, template = tokenizer_of(model), template_for(family_of(model))
+    tokenizer = tokenizer_of(model)
+    template = template_for(family_of(model), tokenizer)
     config = hf_config(model, tokenizer, options.dtype)
     tensors = tensors_of(model.backbone, config)
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -112,7 +112,7 @@ def _added_tokens(pieces: list[Any], template: ChatTemplate) -> list[dict[str, A
     tokens = []
     for number, piece in enumerate(pieces):
         if piece.type in (piece.CONTROL, piece.UNKNOWN, piece.USER_DEFINED):
-            is_special = piece.type != piece.USER_DEFINED or piece.piece in template.control_tokens
+            is_special = piece.type != piece.USER_DEFINED or piece.piece in template.turn_tokens
             token = {"id": number, "content": piece.piece, "single_word": False, "lstrip": False, "rstrip": False}
             tokens.append({**token, "normalized": not is_special, "special": is_special})
     return tokens

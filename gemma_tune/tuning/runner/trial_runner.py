@@ -228,7 +228,7 @@ class TrialRunner:
     def _check_data(self, config: Config) -> None:
         names = (
             "source", "eval_source", "split", "eval_split", "eval_fraction", "system_prompt", "on_error", "dedup",
-            "near_dedup_threshold",
+            "near_dedup_threshold", "columns", "prompt_template", "on_role_order", "thoughts",
         )  # fmt: skip
         for name in names:
             of_trial, of_search = getattr(config.data, name), getattr(self._config.data, name)
