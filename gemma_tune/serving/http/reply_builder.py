@@ -125,9 +125,9 @@ class ReplyBuilder:
         content: dict[str, Any] = {"text": answer.text}
         if self._kind.is_chat:
             message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-            content = {
-                "message": {**message, "content": answer.text or None, "tool_calls": calls} if calls else message
-            }
+            if calls:
+                message |= {"content": answer.text or None, "tool_calls": calls}
+            content = {"message": message}
         logprobs = self._logprobs(answer, 0)
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": answer.finish_reason}
 

@@ -2,8 +2,8 @@
 
 Gemma 3 was not trained on one form of tool calls. Google's guide to function calling with Gemma
 (ai.google.dev/gemma/docs/capabilities/function-calling) describes two, of which this is the one with JSON: functions
-are declared in the instructions, and a call is an answer that is nothing but `{"name": …, "parameters": {…}}`, or a list
-of such objects.
+are declared in the instructions, and a call is an answer that is nothing but `{"name": …, "parameters": {…}}`, or a
+list of such objects.
 
     instructions   You can call these functions:
                    [{"name": "find", "description": "…", "parameters": {…}}]
