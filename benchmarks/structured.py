@@ -1,6 +1,6 @@
 """JSON answers: how many follow their schema, and what a constrained token costs.
 
-    python -m benchmarks.structured [--model=tiny] [--num_schemas=200] [--max_tokens=128] [--cost_model=demo] [--json]
+    python -m benchmarks.structured [--model=tiny] [--num_schemas=200] [--max_tokens=400] [--cost_model=demo] [--json]
 
 Validity: different random schemas, asked of the serving engine at temperature 1, several at once. Each answer must be
 JSON that the package jsonschema finds valid, and the engine must compile nothing after its start. With --model=tiny the
@@ -25,7 +25,7 @@ from benchmarks.verdicts import Verdict, exit_with
 
 _MODEL = flags.DEFINE_string("model", "tiny", "The model whose answers are checked.")
 _NUM_SCHEMAS = flags.DEFINE_integer("num_schemas", 200, "Number of schemas.", lower_bound=1)
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Longest answer, in tokens.", lower_bound=1)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 400, "Longest answer, in tokens.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the schemas and the answers.")
 _COST_MODEL = flags.DEFINE_string("cost_model", "demo", "The model whose tokens are timed; empty: none.")
 _COST_TOKENS = flags.DEFINE_integer("cost_tokens", 96, "Tokens of a timed answer.", lower_bound=2)
@@ -142,7 +142,9 @@ def main(argv: list[str]) -> None:
     if _COST_MODEL.value:
         for at_once, seconds in measure_cost().items():
             ratio = seconds["constrained"] / seconds["free"]
-            verdicts.append((f"{at_once} at once: time of a constrained token, of a free", ratio, "≤ 1.1", ratio <= 1.1))
+            verdicts.append(
+                (f"{at_once} at once: time of a constrained token, of a free", ratio, "≤ 1.1", ratio <= 1.1)
+            )
     exit_with(verdicts, _JSON.value)
 
 

@@ -24,6 +24,7 @@ _MAX_CACHED = 256
 _LONGEST_CLOSING = 512
 # From so many spare tokens on, each token is tried before it is taken.
 _TRIED_TOKENS = 64
+_MAX_FAILURES = 8
 
 
 class TokenConstraint:
@@ -63,6 +64,7 @@ class GrammarState:
     def __init__(self, matcher: Any, tokenizer: GrammarTokenizer, num_left: int, closing: list[int] | None):
         self.matcher, self._tokenizer, self._num_left = matcher, tokenizer, num_left
         self.was_cut_short = False
+        self._num_failures = 0
         self._plan(closing)
 
     @property
@@ -104,8 +106,11 @@ class GrammarState:
         self._closing = list(closing or ())
         spare = self._num_left - len(self._closing)
         is_near = spare <= _TRIED_TOKENS
-        # Without a way to complete it nothing is tried again.
-        self._try_at = -1 if closing is None or spare < 0 else self._num_left - (1 if is_near else spare // 2)
+        if closing is None or spare < 0:
+            self._num_failures += 1  # There may be a way after the next token.
+            self._try_at = self._num_left - 1 if self._num_failures <= _MAX_FAILURES else -1
+        else:
+            self._try_at = self._num_left - (1 if is_near else spare // 2)
         self._closing_is_current = closing is not None and is_near
 
 
