@@ -66,7 +66,8 @@ def check_validity() -> dict[str, Any]:
     from gemma_tune.serving.sampling import Sampling
 
     engine, encoder = started_engine(_MODEL.value, 64 + _MAX_TOKENS.value)
-    rng, schemas = random.Random(_SEED.value), {}
+    rng = random.Random(_SEED.value)
+    schemas: dict[str, dict[str, Any]] = {}
     while len(schemas) < _NUM_SCHEMAS.value:
         schema = random_schema(rng)
         schemas[json.dumps(schema)] = schema

@@ -60,7 +60,8 @@ def _way_to_end_of_text(matcher: Any, tokenizer: GrammarTokenizer) -> list[int]:
     """
     quote = tokenizer.token_of('"')
     tried = [token for text in _TRIED if (token := tokenizer.token_of(text)) is not None]
-    queue, known = collections.deque([(matcher, [])]), {matcher.compute_bitmask()}
+    queue: collections.deque[tuple[Any, list[int]]] = collections.deque([(matcher, [])])
+    known = {matcher.compute_bitmask()}
     while queue and len(known) < _MAX_TRIED_STATES:
         state, way = queue.popleft()
         allowed = allowed_tokens(state)
