@@ -75,6 +75,12 @@ def set_row(rows: RowChanges, row: int, changes: LogitChanges) -> None:
         rows.bias_ids[row, index], rows.bias[row, index] = token, value
 
 
+def has_changes(rows: RowChanges) -> jax.Array:
+    """Returns [] bool: whether any row changes anything."""
+    is_penalized = (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
+    return jnp.any(is_penalized | rows.is_constrained) | jnp.any(rows.bias != 0)
+
+
 def changed_logits(logits: jax.Array, rows: RowChanges, counts: jax.Array, count_rows: jax.Array) -> jax.Array:
     """Returns the logits, [B, V] float32, after penalties, bias and constraints.
 

@@ -10,6 +10,7 @@ from gemma_tune.serving.engine.kv_cache import CacheSlot
 from gemma_tune.serving.engine.request import AnswerDelta, Request, TokenLogprob
 from gemma_tune.serving.text_stream import TextStream
 
+_UNKNOWN_LOGPROB = -9999.0  # As in OpenAI's API. JSON has no infinity.
 Deliver = Callable[[AnswerDelta], None]
 
 
@@ -77,7 +78,13 @@ class Answer:
     def add_token(self, token: int, logprob: float, top_ids: Sequence[int], top_logprobs: Sequence[float]) -> None:
         """Adds the next token and delivers its delta. The log-probabilities are read only if they were asked for."""
         if self.grammar is not None:
-            token = self.grammar.advance(token)
+            taken = self.grammar.advance(token)
+            if taken is None:
+                self.end("length")
+                return
+            if taken != token:  # Its log-probability is known only if it is among the most likely.
+                logprob = dict(zip(top_ids, top_logprobs, strict=True)).get(taken, _UNKNOWN_LOGPROB)
+                token = taken
         if token in self._stop_ids:
             self.end("stop")
             return

@@ -23,7 +23,7 @@ from gemma_tune.serving.engine.adapters import StackedFactors
 from gemma_tune.serving.engine.cached_attention import CacheIndex, LayerCache, attention_over_cache, empty_cache
 from gemma_tune.serving.engine.matmul import lm_head_logits, opaque_one
 from gemma_tune.serving.engine.parameters import EngineParams, called_linear_layers, engine_params, linear_call
-from gemma_tune.serving.logit_changes import RowChanges, changed_logits, no_row_changes
+from gemma_tune.serving.logit_changes import RowChanges, changed_logits, has_changes, no_row_changes
 from gemma_tune.serving.sampling import MAX_LOGPROBS, Logprobs, RowSampling, log_probabilities, sample
 
 PREFILL_CHUNK = 64  # Prompt tokens that are prefilled at once.
@@ -211,8 +211,13 @@ class Programs:
             logits = lm_head_logits(embedding, params.lm_head, hidden, one)
         is_penalized = jnp.any(batch.sampling.repetition_penalty != 1)
         seen_by_row = lax.cond(is_penalized, lambda: seen[batch.seen_rows], lambda: jnp.zeros(logits.shape, bool))
-        changed = changed_logits(logits, batch.changes, counts, batch.seen_rows)
-        tokens = sample(changed, batch.sampling, seen_by_row)
+        tokens = sample(
+            logits,
+            batch.sampling,
+            seen_by_row,
+            has_changes(batch.changes),
+            lambda logits: changed_logits(logits, batch.changes, counts, batch.seen_rows),
+        )
         logprobs = lax.cond(jnp.any(batch.wants_logprobs > 0), log_probabilities, _no_logprobs, logits, tokens)
         return updated, seen, counts, DecodeOutput(tokens, jnp.isfinite(jnp.max(logits, axis=-1)), logprobs)
 

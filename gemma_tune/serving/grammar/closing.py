@@ -15,7 +15,7 @@ from gemma_tune.serving.grammar.grammar_tokenizer import GrammarTokenizer
 _LETTERS = ("q", "x", "z")  # All three are allowed within a text, and hardly anywhere else.
 _ORDER = ("}", "]", '"', "0", "1", ",", ":", "Z", "n", "t", "f", "[", "{", "-")
 _TRIED = ('"', "q", "@", ".", "-", ":", "/", "0", "1", " ", "T", "Z", "A")
-_MAX_TRIED_STATES = 64
+_MAX_TRIED_STATES = 32
 
 
 def closing_tokens(matcher: Any, tokenizer: GrammarTokenizer, limit: int) -> list[int] | None:

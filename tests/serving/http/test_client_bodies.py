@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from test_requests import CHAT, TEXT, USER, answer_at_once, asked_of, events_of
+from helpers.chat_requests import CHAT, TEXT, USER, answer_at_once, asked_of, events_of
 
 from gemma_tune.models.load import load_tokenizer
 from gemma_tune.serving.engine.request import AnswerDelta

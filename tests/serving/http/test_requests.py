@@ -5,34 +5,9 @@ import threading
 import time
 
 import pytest
+from helpers.chat_requests import CHAT, TEXT, USER, answer_at_once, asked_of, events_of
 
 from gemma_tune.serving.engine.request import BASE, AnswerDelta, TokenLogprob
-
-USER = [{"role": "user", "content": "Hello"}]
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-def answer_at_once(client, *pieces):
-    """From now on every request of a client's engine gets these pieces."""
-    submit = client.engine.submit
-
-    def submit_and_answer(request, deliver):
-        handle = submit(request, deliver)
-        for piece in pieces or (AnswerDelta("Hi", (5,), finish_reason="stop"),):
-            deliver(piece)
-        return handle
-
-    client.engine.submit = submit_and_answer
-    return client
-
-
-def asked_of(client, path=CHAT, **body):
-    """The engine's requests that a body becomes."""
-    answer_at_once(client)
-    body = {"model": "m", **({"messages": USER} if path == CHAT else {"prompt": "Hello"}), **body}
-    reply = client.post(path, json=body)
-    assert reply.status_code == 200, reply.text
-    return [request for request, _, _ in client.engine.asked]
 
 
 def test_a_chat_becomes_the_family_s_template(scripted):
@@ -250,10 +225,6 @@ def test_a_byte_of_a_character_is_shown_as_that_byte(scripted):
     reply = client.post(CHAT, json={"model": "m", "messages": USER, "logprobs": True}).json()
     content = reply["choices"][0]["logprobs"]["content"]
     assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "\N{ELEPHANT}"
-
-
-def events_of(reply):
-    return [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line.startswith("data: ")]
 
 
 def test_a_stream_is_the_reply_in_pieces(scripted):
