@@ -6,6 +6,7 @@ JSON schemas in it. For each token it finds all tokens that may come next, which
 
 import collections
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -192,4 +193,5 @@ def write_allowed(states: Sequence[tuple[int, GrammarState]], allowed: np.ndarra
 
 
 def _first_line(message: str) -> str:
-    return message.strip().split("\n")[0][:500]
+    """Returns llguidance's message without the place in the grammar, which the user hasn't written."""
+    return re.sub(r"^at \d+\(\d+\): ", "", message.strip().split("\n")[0])[:500]

@@ -160,11 +160,11 @@ def _max_new_tokens(service: Service, num_prompt_tokens: int, max_tokens: int | 
 
 
 def _changes(service: Service, body: GenerationRequest) -> LogitChanges:
-    bias = tuple((int(token), value) for token, value in (body.logit_bias or {}).items() if value)
-    outside = [token for token, _ in bias if token >= service.encoder.tokenizer.vocabulary_size]
+    given, size = body.logit_bias or {}, service.encoder.tokenizer.vocabulary_size
+    outside = [key for key in given if not (key.isdecimal() and len(key) < 10 and int(key) < size)]
     if outside:
-        size = service.encoder.tokenizer.vocabulary_size
-        raise invalid("logit_bias", f"token ids must be below {size}, got {outside[0]}")
+        raise invalid("logit_bias", f"its names must be token ids below {size}, got {outside[0][:100]!r}")
+    bias = tuple((int(token), value) for token, value in given.items() if value)
     return LogitChanges(body.presence_penalty or 0.0, body.frequency_penalty or 0.0, bias)
 
 

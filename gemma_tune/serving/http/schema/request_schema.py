@@ -33,7 +33,6 @@ def _no_length_of_zero(value: int) -> int:
 
 
 MaxTokens = Annotated[int, Field(ge=-1), AfterValidator(_no_length_of_zero)]
-TokenIdText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
@@ -57,7 +56,7 @@ class GenerationRequest(StrictBody):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
-    logit_bias: dict[TokenIdText, Bias] | None = Field(None, max_length=MAX_BIASED_TOKENS)
+    logit_bias: dict[Unicode, Bias] | None = Field(None, max_length=MAX_BIASED_TOKENS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopStrings | None = None
     stream: bool | None = None
