@@ -112,13 +112,13 @@ class GrammarState:
         """Decides when to look for the next way to complete the text, given the present one."""
         self._closing = list(closing or ())
         spare = self._num_left - len(self._closing)
-        is_near = spare <= _TRIED_TOKENS
-        if closing is None or spare < 0:
-            self._num_failures += 1  # There may be a way after the next token.
-            self._try_at = self._num_left - 1 if self._num_failures <= _MAX_FAILURES else -1
-        else:
+        is_possible, is_near = closing is not None and spare >= 0, spare <= _TRIED_TOKENS
+        self._closing_is_current = is_possible and is_near
+        if is_possible:
             self._try_at = self._num_left - (1 if is_near else spare // 2)
-        self._closing_is_current = closing is not None and is_near
+        else:  # There may be a way after the next token.
+            self._num_failures += 1
+            self._try_at = self._num_left - 1 if self._num_failures <= _MAX_FAILURES else -1
 
 
 class Grammars:

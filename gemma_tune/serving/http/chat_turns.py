@@ -51,7 +51,7 @@ def turns_of(
             turns[-1] = Turn(role, _joined([turns[-1].content, text]))
         else:
             turns.append(Turn(role, text))
-    if waiting:
+    if waiting and messages[-1].role != "assistant":
         before = [turns.pop().content] if turns[-1].role == "user" else []
         turns.append(Turn("user", _joined([*before, *waiting])))
     if not turns or turns[-1].role != "user":
