@@ -12,6 +12,7 @@ from gemma_tune.serving.logit_changes import LogitChanges
 from gemma_tune.serving.prompt_encoder import prompt_encoder_of
 from gemma_tune.serving.sampling import Sampling
 
+pytestmark = pytest.mark.slow
 PROMPT, NUM_NEW = (2, 17, 300, 45, 800), 24
 BOOK = {
     "type": "object",
