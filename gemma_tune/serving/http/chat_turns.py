@@ -30,8 +30,19 @@ def turns_of(
         ApiError: The assistant is first or last, a message lacks its content, the result of a tool belongs to no call,
             or a text holds a control token.
     """
+    system, turns = _system_and_turns(messages, control_tokens)
+    if not turns or turns[-1].role != "user":
+        raise invalid("messages", "the last message must have the role 'user' or 'tool'")
+    declared = declaration_text(tools)
+    _check_no_control(declared, "tools", control_tokens)
+    system_text = _joined([*system, declared])
+    return (Turn("system", system_text), *turns) if system_text else tuple(turns)
+
+
+def _system_and_turns(messages: Sequence[Message], control_tokens: Sequence[str]) -> tuple[list[str], list[Turn]]:
+    """Returns the system texts at the beginning, and the turns of user and model."""
     system: list[str] = []
-    waiting: list[str] = []
+    waiting: list[str] = []  # Texts of later system messages.
     turns: list[Turn] = []
     names: dict[str, str] = {}  # Id of a call -> name of the function.
     for index, message in enumerate(messages):
@@ -47,19 +58,18 @@ def turns_of(
             )
         if role == "user":
             text, waiting = _joined([*waiting, text]), []
-        if turns and turns[-1].role == role:
-            turns[-1] = Turn(role, _joined([turns[-1].content, text]))
-        else:
-            turns.append(Turn(role, text))
+        _add(turns, role, text)
     if waiting and messages[-1].role != "assistant":
-        before = [turns.pop().content] if turns[-1].role == "user" else []
-        turns.append(Turn("user", _joined([*before, *waiting])))
-    if not turns or turns[-1].role != "user":
-        raise invalid("messages", "the last message must have the role 'user' or 'tool'")
-    declared = declaration_text(tools)
-    _check_no_control(declared, "tools", control_tokens)
-    system_text = _joined([*system, declared])
-    return (Turn("system", system_text), *turns) if system_text else tuple(turns)
+        _add(turns, "user", _joined(waiting))
+    return system, turns
+
+
+def _add(turns: list[Turn], role: str, text: str) -> None:
+    """Appends a turn, or joins it to the last if that has the same role."""
+    if turns and turns[-1].role == role:
+        turns[-1] = Turn(role, _joined([turns[-1].content, text]))
+    else:
+        turns.append(Turn(role, text))
 
 
 def _joined(texts: Sequence[str]) -> str:
