@@ -64,7 +64,8 @@ LAYERS = {
         ("run",),
     ),
     "serving": (
-        ("sampling", "text_stream", "prompt_encoder", "feedback"),
+        ("sampling", "text_stream", "feedback", "logit_changes", "grammar"),
+        ("prompt_encoder", "tools"),
         ("engine",),
         ("decode",),
         ("generation",),
@@ -99,6 +100,7 @@ WITHOUT_KERAS = (
     "training.moments",
     "training.optimizer",
     "training.batches",
+    "serving.logit_changes",
     "serving.sampling",
     "evaluation.answers",
     "evaluation.case",

@@ -1,11 +1,13 @@
 """Encodes questions and conversations as prompts: chat turns to token ids, the same way for every use of a model."""
 
+import functools
 from collections.abc import Sequence
 
 from gemma_tune.data import ChatTemplate, Turn, template_for
 from gemma_tune.models.family import family_of
 from gemma_tune.models.sources.tokenizer import TextTokenizer, tokenizer_of
 from gemma_tune.runtime.backend import keras
+from gemma_tune.serving.grammar.constraints import Grammars
 
 # A question, or a conversation that ends with the user's turn.
 Prompt = str | Sequence[Turn]
@@ -29,6 +31,11 @@ class PromptEncoder:
         response_start = tokenizer.encode(template.tools.response_start)
         if len(response_start) == 1:  # The model waits for the result of a call.
             self.stop_ids += tuple(response_start)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """What compiles grammars for answers of this model."""
+        return Grammars(self.tokenizer, self.stop_ids)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Returns the token ids of a question or conversation, `<bos>` included, up to where the answer begins."""

@@ -4,6 +4,7 @@ The settings are data and not part of the compiled program: every row has its ow
 what a row draws depends only on its own logits, seed and number of tokens.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -85,7 +86,13 @@ def uniform_rows(sampling: Sampling, num_rows: int, seed: int = 0, index: int = 
     )
 
 
-def sample(logits: jax.Array, rows: RowSampling, seen: jax.Array) -> jax.Array:
+def sample(
+    logits: jax.Array,
+    rows: RowSampling,
+    seen: jax.Array,
+    is_changed: Any = False,
+    change: Callable[[jax.Array], jax.Array] = lambda logits: logits,
+) -> jax.Array:
     """Returns the next token ids, [B] int32.
 
     Args:
@@ -93,9 +100,16 @@ def sample(logits: jax.Array, rows: RowSampling, seen: jax.Array) -> jax.Array:
         rows: Settings of the rows. top_k and top_p (arXiv:1904.09751) choose among the 1,024 most likely tokens; min_p
             (arXiv:2407.01082) leaves out tokens whose probability is below this share of the most likely token's.
         seen: [B, V] bool, tokens that repetition_penalty (arXiv:1909.05858, section 4.1) makes less likely.
+        is_changed: [] bool, whether the logits are changed first.
+        change: Function that changes them. It runs only where it is needed, since a copy of all logits takes a while.
     """
-    is_plain = jnp.all((rows.temperature == 0) & (rows.repetition_penalty == 1))
-    return lax.cond(is_plain, lambda: tiled_argmax(logits), lambda: _sample(logits, rows, seen))
+    is_plain = jnp.all((rows.temperature == 0) & (rows.repetition_penalty == 1)) & ~jnp.asarray(is_changed)
+
+    def sampled() -> jax.Array:
+        changed = lax.cond(jnp.asarray(is_changed), lambda: change(logits), lambda: logits)
+        return _sample(changed, rows, seen)
+
+    return lax.cond(is_plain, lambda: tiled_argmax(logits), sampled)
 
 
 def _sample(logits: jax.Array, rows: RowSampling, seen: jax.Array) -> jax.Array:

@@ -203,6 +203,14 @@ def test_faults():
 
 
 @pytest.mark.nightly
+def test_structured():
+    result, _ = run("structured", "--cost_model=tiny", "--cost_tokens=8", "--repeats=1", code=None)
+    assert result["answers that follow their schema"] == 200
+    assert result["programs compiled after the start"] == 0
+    assert result["1 at once: time of a constrained token, of a free"] > 0
+
+
+@pytest.mark.nightly
 def test_serving_tiny():
     arguments = ("--model=tiny", "--contenders=float32,int8,keras_hub", "--repeats=1")
     result, _ = run("serving", *arguments, code=None)  # A tiny model's time says nothing of a real one's.

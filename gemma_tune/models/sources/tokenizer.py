@@ -48,6 +48,16 @@ class TextTokenizer:
         """Returns a token as it is spelled in the vocabulary."""
         return self._processor.id_to_piece(int(token_id))
 
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """Returns a token's bytes, or None for a control token, the unknown token, and one that is never used."""
+        processor = self._processor
+        if processor.is_control(token_id) or processor.is_unknown(token_id) or processor.is_unused(token_id):
+            return None
+        piece = processor.id_to_piece(token_id)
+        if processor.is_byte(token_id):
+            return bytes([int(piece[3:5], 16)])  # Spelled <0xE2>.
+        return piece.replace("\u2581", " ").encode()
+
     def id_of(self, token: str) -> int:
         """Returns the id of a special token.
 

@@ -10,6 +10,7 @@ from gemma_tune.serving.engine.kv_cache import CacheSlot
 from gemma_tune.serving.engine.request import AnswerDelta, Request, TokenLogprob
 from gemma_tune.serving.text_stream import TextStream
 
+_UNKNOWN_LOGPROB = -9999.0  # As in OpenAI's API. JSON has no infinity.
 Deliver = Callable[[AnswerDelta], None]
 
 
@@ -48,6 +49,7 @@ class Answer:
         num_generated: Tokens of the answer so far.
         last_token: Input of the next decode step: the prompt's last token, then each generated one.
         finish_reason: Why it has ended; "" while it goes on.
+        grammar: What the grammar allows next, if the request has one.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Answer:
         self.seen_row, self.num_prefilled, self.num_generated = -1, 0, 0
         self.last_token = request.prompt_ids[-1]
         self.finish_reason = ""
+        self.grammar = None if request.constraint is None else request.constraint.begin(request.max_new_tokens)
         self._deliver, self._tokenizer = deliver, tokenizer
         self._stop_ids = frozenset(request.stop_ids)
         self._text = TextStream(tokenizer.decode, request.stop_strings)
@@ -74,6 +77,14 @@ class Answer:
 
     def add_token(self, token: int, logprob: float, top_ids: Sequence[int], top_logprobs: Sequence[float]) -> None:
         """Adds the next token and delivers its delta. The log-probabilities are read only if they were asked for."""
+        if self.grammar is not None:
+            taken = self.grammar.advance(token)
+            if taken is None:
+                self.end("length")
+                return
+            if taken != token:  # Its log-probability is known only if it is among the most likely.
+                logprob = dict(zip(top_ids, top_logprobs, strict=True)).get(taken, _UNKNOWN_LOGPROB)
+                token = taken
         if token in self._stop_ids:
             self.end("stop")
             return
@@ -87,6 +98,9 @@ class Answer:
             logprobs["top_logprobs"] = (tuple(self._token_logprob(*each) for each in most_likely),)
         if self._text.stopped:
             self._finish(AnswerDelta(text, (token,), finish_reason="stop", **logprobs))
+        elif self.grammar is not None and self.grammar.is_complete:
+            reason = "length" if self.grammar.was_cut_short else "stop"
+            self._finish(AnswerDelta(text + self._text.finish(), (token,), finish_reason=reason, **logprobs))
         elif self.num_generated == self.request.max_new_tokens:
             self._finish(AnswerDelta(text + self._text.finish(), (token,), finish_reason="length", **logprobs))
         else:

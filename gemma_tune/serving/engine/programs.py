@@ -23,6 +23,7 @@ from gemma_tune.serving.engine.adapters import StackedFactors
 from gemma_tune.serving.engine.cached_attention import CacheIndex, LayerCache, attention_over_cache, empty_cache
 from gemma_tune.serving.engine.matmul import lm_head_logits, opaque_one
 from gemma_tune.serving.engine.parameters import EngineParams, called_linear_layers, engine_params, linear_call
+from gemma_tune.serving.logit_changes import RowChanges, changed_logits, has_changes, no_row_changes
 from gemma_tune.serving.sampling import MAX_LOGPROBS, Logprobs, RowSampling, log_probabilities, sample
 
 PREFILL_CHUNK = 64  # Prompt tokens that are prefilled at once.
@@ -38,10 +39,11 @@ class DecodeBatch(NamedTuple):
         token_ids: Last token of each prompt or answer.
         slot_starts: First position of each row's cache slot.
         positions: Position of the token in its slot.
-        seen_rows: Each row's row in the table of seen tokens.
+        seen_rows: Each row's row in the tables of seen tokens and of the answers' tokens.
         adapters: Index of each row's adapter.
         wants_logprobs: 1 where log-probabilities are asked for, else 0.
         sampling: Sampling settings of each row.
+        changes: Changes of each row's logits.
     """
 
     token_ids: Any
@@ -51,6 +53,7 @@ class DecodeBatch(NamedTuple):
     adapters: Any
     wants_logprobs: Any
     sampling: RowSampling
+    changes: RowChanges
 
 
 class DecodeOutput(NamedTuple):
@@ -99,10 +102,13 @@ class Programs:
         self._padding_seen_row = max_concurrent
         self.vocabulary_size: int = model.backbone.token_embedding.input_dim
         self._seen = jnp.zeros((max_concurrent + 1, self.vocabulary_size), bool)
-        self._decode = jax.jit(self._decode_fn, donate_argnums=(1, 2))
+        self._counts = jnp.zeros(self._seen.shape, jnp.int32)
+        self._no_changes: dict[int, RowChanges] = {}  # By number of rows; they stay on the device.
+        self._decode = jax.jit(self._decode_fn, donate_argnums=(1, 2, 3))
         self._prefill = jax.jit(self._prefill_fn, donate_argnums=(1,))
         self._copy = jax.jit(_copy_chunks, donate_argnums=(0,))
         self._mark = jax.jit(lambda seen, row, tokens: seen.at[row].set(tokens), donate_argnums=(0,))
+        self._clear = jax.jit(lambda counts, row: counts.at[row].set(0), donate_argnums=(0,))
 
     def start(self, batch_sizes: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles all programs by running each of them once.
@@ -118,11 +124,12 @@ class Programs:
             todo.append(functools.partial(self.decode, self.empty_batch(size)))
         todo.append(functools.partial(self.copy, self._padding_start, self._padding_start, 1))
         todo.append(functools.partial(self.mark_seen, self._padding_seen_row, ()))
+        todo.append(functools.partial(self.clear_counts, self._padding_seen_row))
         for done, run in enumerate(todo):
             if progress:
                 progress(done, len(todo))
             run()
-        jax.block_until_ready((self._cache, self._seen))
+        jax.block_until_ready((self._cache, self._seen, self._counts))
         if progress:
             progress(len(todo), len(todo))
 
@@ -136,7 +143,8 @@ class Programs:
 
     def decode(self, batch: DecodeBatch) -> DecodeOutput:
         """Returns each row's next token. Rows beyond the answers come from `empty_batch`."""
-        self._cache, self._seen, output = self._decode(self._params, self._cache, self._seen, batch)
+        state = (self._cache, self._seen, self._counts)
+        self._cache, self._seen, self._counts, output = self._decode(self._params, *state, batch)
         return jax.device_get(output)
 
     def copy(self, source: int, target: int, num_chunks: int) -> None:
@@ -149,8 +157,18 @@ class Programs:
         tokens[list(token_ids)] = True
         self._seen = self._mark(self._seen, np.int32(seen_row), tokens)
 
+    def clear_counts(self, seen_row: int) -> None:
+        """Sets to 0 how often an answer has each token, before its first step. Without penalties nobody reads it."""
+        self._counts = self._clear(self._counts, np.int32(seen_row))
+
+    def empty_changes(self, size: int) -> RowChanges:
+        """Returns arrays, to be filled, for rows whose logits stay as they are."""
+        return no_row_changes(size, self.vocabulary_size)
+
     def empty_batch(self, size: int) -> DecodeBatch:
-        """Returns padding rows: greedy, and written where nothing is read."""
+        """Returns padding rows: greedy, and written where nothing is read. Their `changes` can't be written to."""
+        if size not in self._no_changes:
+            self._no_changes[size] = jax.device_put(self.empty_changes(size))
         zeros = np.zeros(size, np.int32)
         sampling = RowSampling(
             temperature=np.zeros(size, np.float32),
@@ -169,6 +187,7 @@ class Programs:
             adapters=zeros.copy(),
             wants_logprobs=zeros.copy(),
             sampling=sampling,
+            changes=self._no_changes[size],
         )
 
     def _prefill_fn(
@@ -180,9 +199,11 @@ class Programs:
         return updated
 
     def _decode_fn(
-        self, params: EngineParams, cache: list[LayerCache], seen: Any, batch: DecodeBatch
-    ) -> tuple[Any, Any, DecodeOutput]:
+        self, params: EngineParams, cache: list[LayerCache], seen: Any, counts: Any, batch: DecodeBatch
+    ) -> tuple[Any, Any, Any, DecodeOutput]:
         seen = seen.at[batch.seen_rows, batch.token_ids].set(True)
+        # The first step's token is the prompt's last.
+        counts = counts.at[batch.seen_rows, batch.token_ids].add((batch.sampling.index > 0).astype(jnp.int32))
         index = CacheIndex(batch.slot_starts, batch.positions, self._attention_lengths)
         with self._replacements(params, cache, index, batch.adapters) as updated:
             hidden = self._hidden(batch.token_ids[:, None])[:, 0]
@@ -190,9 +211,15 @@ class Programs:
             logits = lm_head_logits(embedding, params.lm_head, hidden, one)
         is_penalized = jnp.any(batch.sampling.repetition_penalty != 1)
         seen_by_row = lax.cond(is_penalized, lambda: seen[batch.seen_rows], lambda: jnp.zeros(logits.shape, bool))
-        tokens = sample(logits, batch.sampling, seen_by_row)
+        tokens = sample(
+            logits,
+            batch.sampling,
+            seen_by_row,
+            has_changes(batch.changes),
+            lambda logits: changed_logits(logits, batch.changes, counts, batch.seen_rows),
+        )
         logprobs = lax.cond(jnp.any(batch.wants_logprobs > 0), log_probabilities, _no_logprobs, logits, tokens)
-        return updated, seen, DecodeOutput(tokens, jnp.isfinite(jnp.max(logits, axis=-1)), logprobs)
+        return updated, seen, counts, DecodeOutput(tokens, jnp.isfinite(jnp.max(logits, axis=-1)), logprobs)
 
     def _hidden(self, token_ids: Any) -> jax.Array:
         ones = jnp.ones(token_ids.shape, jnp.int32)

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from gemma_tune.serving.grammar.constraints import TokenConstraint
+from gemma_tune.serving.logit_changes import NO_CHANGES, LogitChanges
 from gemma_tune.serving.sampling import GREEDY, Sampling
 
 BASE = ""  # As an adapter's name: the model as it was loaded.
@@ -21,6 +23,8 @@ class Request(NamedTuple):
         adapter: Name of the engine's LoRA adapter that answers, or `BASE`.
         num_logprobs: Number of most likely tokens to return with each token. 0: none, and no log-probability of the
             token itself either.
+        changes: Penalties of the answer's own tokens, and a bias of single tokens.
+        constraint: Grammar that the answer follows, or None.
     """
 
     prompt_ids: tuple[int, ...]
@@ -31,6 +35,8 @@ class Request(NamedTuple):
     stop_strings: tuple[str, ...] = ()
     adapter: str = BASE
     num_logprobs: int = 0
+    changes: LogitChanges = NO_CHANGES
+    constraint: TokenConstraint | None = None
 
 
 class TokenLogprob(NamedTuple):

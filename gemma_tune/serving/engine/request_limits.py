@@ -1,10 +1,12 @@
 """Checks a request against what an engine can answer at all."""
 
+import math
 from collections.abc import Sequence
 
 from gemma_tune.config_checks import MAX_TOP_K
 from gemma_tune.errors import ConfigError, did_you_mean
 from gemma_tune.serving.engine.request import BASE, Request
+from gemma_tune.serving.logit_changes import MAX_BIASED_TOKENS, LogitChanges
 from gemma_tune.serving.sampling import MAX_LOGPROBS, Sampling
 
 
@@ -33,8 +35,20 @@ def check_request(request: Request, adapters: Sequence[str], max_length: int, vo
     if outside:
         raise ConfigError(f"Token id {outside[0]} is outside the vocabulary of {vocabulary_size} tokens.")
     _check_sampling(request.sampling)
+    _check_changes(request.changes, vocabulary_size)
     if not 0 <= request.num_logprobs <= MAX_LOGPROBS:
         raise ConfigError(f"num_logprobs must be from 0 to {MAX_LOGPROBS}, got {request.num_logprobs}.")
+
+
+def _check_changes(changes: LogitChanges, vocabulary_size: int) -> None:
+    if len(changes.bias) > MAX_BIASED_TOKENS:
+        raise ConfigError(f"A bias may name at most {MAX_BIASED_TOKENS} tokens, got {len(changes.bias)}.")
+    outside = [token for token, _ in changes.bias if not 0 <= token < vocabulary_size]
+    if outside:
+        raise ConfigError(f"The bias of token {outside[0]} is outside the vocabulary of {vocabulary_size} tokens.")
+    numbers = (changes.presence_penalty, changes.frequency_penalty, *(value for _, value in changes.bias))
+    if not all(math.isfinite(number) for number in numbers):
+        raise ConfigError("Penalties and biases must be finite.")
 
 
 def _check_sampling(sampling: Sampling) -> None:

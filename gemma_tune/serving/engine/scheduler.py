@@ -11,6 +11,8 @@ from gemma_tune.serving.engine.answer import Answer
 from gemma_tune.serving.engine.kv_cache import KVCacheAllocator
 from gemma_tune.serving.engine.programs import PREFILL_CHUNK, DecodeBatch, Programs
 from gemma_tune.serving.engine.stats import EngineStats
+from gemma_tune.serving.grammar.constraints import write_allowed
+from gemma_tune.serving.logit_changes import NO_CHANGES, set_row
 
 # Prompt tokens that are prefilled between two decode steps: a long prompt delays the running answers so much at most.
 _PREFILL_BUDGET = 4 * PREFILL_CHUNK
@@ -123,6 +125,8 @@ class Scheduler:
                 self._totals["reused"] += allocation.num_reused
             if answer.request.sampling.repetition_penalty != 1:
                 self._programs.mark_seen(answer.seen_row, prompt)
+            if answer.request.changes.has_penalties:
+                self._programs.clear_counts(answer.seen_row)
 
     def _prefill(self) -> None:
         """Reads the next chunks of the prompts that aren't in the cache yet, up to the budget."""
@@ -151,6 +155,8 @@ class Scheduler:
         for row, answer in enumerate(answers):
             if not output.are_finite[row]:
                 answer.end("error", "The model's logits are not finite.")
+            elif answer.grammar is not None and answer.grammar.error:
+                answer.end("error", f"The grammar can't be followed: {answer.grammar.error}")
             else:
                 logprob = output.logprobs.chosen[row]
                 answer.add_token(int(output.token_ids[row]), logprob, top_ids[row], top_logprobs[row])
@@ -170,7 +176,18 @@ class Scheduler:
                 getattr(batch.sampling, name)[row] = value
             batch.sampling.seed[row] = np.uint32(request.seed & 0xFFFFFFFF)
             batch.sampling.index[row] = answer.num_generated
-        return batch
+        return self._with_changes(batch, answers)
+
+    def _with_changes(self, batch: DecodeBatch, answers: list[Answer]) -> DecodeBatch:
+        """Returns a batch with what requests change in the logits. Most change nothing, and nothing is sent then."""
+        if all(answer.request.changes == NO_CHANGES and answer.grammar is None for answer in answers):
+            return batch
+        changes = self._programs.empty_changes(len(batch.token_ids))
+        for row, answer in enumerate(answers):
+            set_row(changes, row, answer.request.changes)
+            changes.is_constrained[row] = answer.grammar is not None
+        write_allowed([(row, answer.grammar) for row, answer in enumerate(answers) if answer.grammar], changes.allowed)
+        return batch._replace(changes=changes)
 
     def _release(self, answer: Answer) -> None:
         """Takes a finished answer out of the running ones or the queue, and frees its cache slot."""

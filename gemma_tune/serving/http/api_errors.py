@@ -67,6 +67,11 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def invalid(param: str, message: str) -> ApiError:
+    """Returns the error for a wrong parameter."""
+    return ApiError(400, f"{param}: {message}.", param=param, code="invalid_value")
+
+
 def queue_full() -> ApiError:
     """Returns the error for a request that finds the queue full."""
     return ApiError(

@@ -20,8 +20,8 @@ from gemma_tune.serving.http.page_routes import page_routes
 from gemma_tune.serving.http.pending_answers import ClientDisconnected, PendingAnswers, unless_disconnected
 from gemma_tune.serving.http.prometheus import Metrics, MetricsMiddleware
 from gemma_tune.serving.http.reply_builder import CHAT, TEXT, CompletionKind, ReplyBuilder
-from gemma_tune.serving.http.request_schema import ChatRequest, CompletionRequest, GenerationRequest
-from gemma_tune.serving.http.response_schema import (
+from gemma_tune.serving.http.schema.request_schema import ChatRequest, CompletionRequest, GenerationRequest
+from gemma_tune.serving.http.schema.response_schema import (
     ChatReply,
     CompletionReply,
     HealthReply,
@@ -92,10 +92,13 @@ def _openai_routes(service: Service, settings: ServeConfig, metrics: Metrics) ->
         kind: CompletionKind,
         num_top: int | None,
         make_requests: Callable[[Service, Any, int], list[Request]],
+        tool_names: Sequence[str] = (),
     ) -> Response:
         # Tokenizing a long text takes a while, which must not block other requests.
         requests = await run_in_threadpool(make_requests, service, body, settings.max_answers)
-        builder = ReplyBuilder(kind, service.model(body.model), requests, num_top, service.encoder.tokenizer)
+        builder = ReplyBuilder(
+            kind, service.model(body.model), requests, num_top, service.encoder.tokenizer, tool_names
+        )
         answers = PendingAnswers(service.engine, requests, settings.request_timeout_seconds, metrics, body.model)
         if body.stream:
             options = body.stream_options
@@ -111,7 +114,8 @@ def _openai_routes(service: Service, settings: ServeConfig, metrics: Metrics) ->
     async def chat_completions(http: HttpRequest, body: ChatRequest) -> Response:
         """Answers a conversation."""
         num_top = (body.top_logprobs or 0) if body.logprobs else None
-        return await reply(http, body, CHAT, num_top, chat_requests)
+        names = [tool.function.name for tool in body.offered_tools]
+        return await reply(http, body, CHAT, num_top, chat_requests, names)
 
     @router.post("/completions", response_model=CompletionReply, responses=_GENERATION_RESPONSES)
     async def completions(http: HttpRequest, body: CompletionRequest) -> Response:

@@ -11,8 +11,8 @@ from gemma_tune.data import Turn
 from gemma_tune.serving.feedback import Exchange, FeedbackStore, RatedAnswer
 from gemma_tune.serving.http.api_errors import ApiError
 from gemma_tune.serving.http.page import Page
-from gemma_tune.serving.http.request_schema import FeedbackBody
-from gemma_tune.serving.http.response_schema import FeedbackStored, documented_responses
+from gemma_tune.serving.http.schema.request_schema import FeedbackBody
+from gemma_tune.serving.http.schema.response_schema import FeedbackStored, documented_responses
 from gemma_tune.serving.http.served_models import Service
 
 

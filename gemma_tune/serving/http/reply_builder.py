@@ -1,8 +1,9 @@
 """Builds replies in the form of OpenAI's API from the engine's deltas, whole or as events."""
 
+import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any, NamedTuple
 
 from gemma_tune.models.sources.tokenizer import TextTokenizer
@@ -11,6 +12,8 @@ from gemma_tune.serving.http.logprobs import chat_logprobs, text_logprobs
 from gemma_tune.serving.http.pending_answers import PendingAnswers
 from gemma_tune.serving.http.served_models import ServedModel
 from gemma_tune.serving.http.streaming import DONE, KEEP_ALIVE, event
+from gemma_tune.serving.tools.answer_reader import AnswerReader
+from gemma_tune.serving.tools.tool_text import CalledTool
 
 
 class CompletionKind(NamedTuple):
@@ -45,6 +48,7 @@ class ReplyBuilder:
         requests: Requests to the engine, in the order of the reply's choices.
         num_top: Number of most likely tokens to show at each position; None: no log-probabilities.
         tokenizer: Tokenizer of the model.
+        tool_names: Names of the tools that may be called.
     """
 
     def __init__(
@@ -54,7 +58,9 @@ class ReplyBuilder:
         requests: Sequence[Request],
         num_top: int | None,
         tokenizer: TextTokenizer,
+        tool_names: Collection[str] = (),
     ):
+        self._tool_names = tool_names
         self._kind, self._num_answers, self._num_top, self._tokenizer = kind, len(requests), num_top, tokenizer
         self._head = {
             "id": f"{kind.prefix}-{uuid.uuid4().hex}",
@@ -93,11 +99,17 @@ class ReplyBuilder:
                 first = {"role": "assistant", "content": "", "refusal": None}
                 yield chunk({"index": index, "delta": first, "logprobs": None, "finish_reason": None})
         num_generated, offsets = 0, [0] * self._num_answers
+        readers = [AnswerReader(self._tool_names) for _ in range(self._num_answers)]
         async for index, delta in answers:
             if delta is None:
                 yield KEEP_ALIVE
                 continue
             num_generated += len(delta.token_ids)
+            if self._tool_names:
+                delta, calls = _read(readers[index], delta)
+                if calls:
+                    called = {"tool_calls": [{"index": place, **call} for place, call in enumerate(calls)]}
+                    yield chunk({"index": index, "delta": called, "logprobs": None, "finish_reason": None})
             if delta.text or delta.finish_reason or delta.logprobs:
                 yield chunk(self._chunk_choice(index, delta, offsets[index]))
                 offsets[index] += sum(len(token.text) for token in delta.logprobs)
@@ -107,9 +119,15 @@ class ReplyBuilder:
         yield DONE
 
     def _choice(self, index: int, answer: AnswerDelta) -> dict[str, Any]:
+        calls: list[dict[str, Any]] = []
+        if self._tool_names:
+            answer, calls = _read(AnswerReader(self._tool_names), answer)
         content: dict[str, Any] = {"text": answer.text}
         if self._kind.is_chat:
-            content = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+            message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+            if calls:
+                message |= {"content": answer.text or None, "tool_calls": calls}
+            content = {"message": message}
         logprobs = self._logprobs(answer, 0)
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": answer.finish_reason}
 
@@ -133,6 +151,21 @@ class ReplyBuilder:
             "completion_tokens": num_generated,
             "total_tokens": self._num_prompt_tokens + num_generated,
         }
+
+
+def _read(reader: AnswerReader, delta: AnswerDelta) -> tuple[AnswerDelta, list[dict[str, Any]]]:
+    """Returns a delta with the text for the user alone, and the tool calls, which come with the last delta."""
+    text = reader.push(delta.text)
+    if not delta.finish_reason:
+        return delta._replace(text=text), []
+    end = reader.finish()
+    reason = "tool_calls" if end.calls and delta.finish_reason == "stop" else delta.finish_reason
+    return delta._replace(text=text + end.text, finish_reason=reason), [_call_body(call) for call in end.calls]
+
+
+def _call_body(call: CalledTool) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def _joined(deltas: Sequence[AnswerDelta]) -> AnswerDelta:

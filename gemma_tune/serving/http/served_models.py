@@ -91,7 +91,7 @@ class Service(NamedTuple):
         names = ", ".join(self.models)
         raise ApiError(
             404,
-            f"There is no model {name[:100]!r}.{did_you_mean(name[:100], self.models)} Available: {names}.",
+            f"There is no model {name[:100]!r}.{did_you_mean(name[:100], self.models)} Models: {names}.",
             param="model",
             code="model_not_found",
         )

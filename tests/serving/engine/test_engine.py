@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.engine_runs import answers, started, text, tokens
 
 from gemma_tune.errors import ConfigError, EngineClosed, EngineFull, ModelError
 from gemma_tune.models.functional import hidden_states
@@ -21,36 +22,6 @@ from gemma_tune.serving.sampling import Sampling
 LONG = tuple(2 + (7 * index * index + index) % 900 for index in range(150))  # Three chunks, nine windows.
 PROMPTS = ((2, 17, 300, 45, 800), tuple(range(20, 60)), (2, 5, 9), LONG, (7,), (*LONG[:130], 5, 6, 7))
 NUM_NEW = 12
-
-
-def started(model, max_concurrent=4, max_tokens_in_flight=1024, max_length=320, max_queued=64, adapters=None):
-    engine = Engine(
-        model,
-        adapters=adapters,
-        max_concurrent=max_concurrent,
-        max_tokens_in_flight=max_tokens_in_flight,
-        max_length=max_length,
-        max_queued=max_queued,
-    )
-    engine.start()
-    return engine
-
-
-def answers(engine, requests):
-    """Submits all requests at once; returns the deltas of each."""
-    deltas = [[] for _ in requests]
-    handles = [engine.submit(request, each.append) for request, each in zip(requests, deltas, strict=True)]
-    for handle in handles:
-        assert handle.done.wait(60)
-    return deltas
-
-
-def tokens(deltas):
-    return tuple(token for delta in deltas for token in delta.token_ids)
-
-
-def text(deltas):
-    return "".join(delta.text for delta in deltas)
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def scripted():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def listen():
     """`with listen(app) as url:`"""
     return listening

@@ -150,11 +150,9 @@ def test_errors_are_the_client_s_own(client):
         client.chat.completions.create(model="gpt-4o", messages=USER)
     assert (error.value.code, error.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError, match="together may have at most 160"):
-        client.chat.completions.create(model=BASE, messages=USER, max_tokens=1000)
-    with pytest.raises(openai.BadRequestError, match="tools: is not supported by this server"):
-        client.chat.completions.create(
-            model=BASE, messages=USER, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}]
-        )
+        client.chat.completions.create(model=BASE, messages=[{"role": "user", "content": "word " * 200}])
+    with pytest.raises(openai.BadRequestError, match="reasoning_effort: is not supported by this server"):
+        client.chat.completions.create(model=BASE, messages=USER, reasoning_effort="high")
     with pytest.raises(openai.BadRequestError, match="only text"):
         image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
         client.chat.completions.create(model=BASE, messages=[{"role": "user", "content": [image]}])

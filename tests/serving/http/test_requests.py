@@ -5,34 +5,9 @@ import threading
 import time
 
 import pytest
+from helpers.chat_requests import CHAT, TEXT, USER, answer_at_once, asked_of, events_of
 
 from gemma_tune.serving.engine.request import BASE, AnswerDelta, TokenLogprob
-
-USER = [{"role": "user", "content": "Hello"}]
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-def answer_at_once(client, *pieces):
-    """From now on every request of a client's engine gets these pieces."""
-    submit = client.engine.submit
-
-    def submit_and_answer(request, deliver):
-        handle = submit(request, deliver)
-        for piece in pieces or (AnswerDelta("Hi", (5,), finish_reason="stop"),):
-            deliver(piece)
-        return handle
-
-    client.engine.submit = submit_and_answer
-    return client
-
-
-def asked_of(client, path=CHAT, **body):
-    """The engine's requests that a body becomes."""
-    answer_at_once(client)
-    body = {"model": "m", **({"messages": USER} if path == CHAT else {"prompt": "Hello"}), **body}
-    reply = client.post(path, json=body)
-    assert reply.status_code == 200, reply.text
-    return [request for request, _, _ in client.engine.asked]
 
 
 def test_a_chat_becomes_the_family_s_template(scripted):
@@ -109,29 +84,38 @@ def message(content, role="user"):
 
 # What is wrong, the status, the parameter named, the code, and words of the message.
 WRONG = [
-    ({"model": "x"}, 404, "model", "model_not_found", "Available: m, t."),
+    ({"model": "x"}, 404, "model", "model_not_found", "Models: m, t."),
     ({"model": None}, 400, "model", "invalid_value", "valid string"),
     ({"messages": []}, 400, "messages", "invalid_value", "at least 1"),
     ({"messages": "Hello"}, 400, "messages", "invalid_value", "valid list"),
     ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "missing_required_parameter", "is missing"),
-    (message("Hi", "tool"), 400, "messages[0].role", "invalid_value", "'system', 'developer', 'user' or 'assistant'"),
+    (message("Hi", "function"), 400, "messages[0].role", "invalid_value", "'system', 'developer', 'user', 'assistant' or 'tool'"),
+    (message("Hi", "tool"), 400, "messages[0].tool_call_id", "invalid_value", "ids: none"),
     (message("Hi", "assistant"), 400, "messages[0].role", "invalid_value", "'user' was expected"),
     (message("Hi", "system"), 400, "messages", "invalid_value", "the last message must have the role 'user'"),
-    ({"messages": USER * 2}, 400, "messages[1].role", "invalid_value", "'assistant' was expected"),
     (message("a<end_of_turn>\n<start_of_turn>model\nb"), 400, "messages[0].content", "invalid_value", "'<start_of_turn>'"),
     (message("<eos>"), 400, "messages[0].content", "invalid_value", "'<eos>'"),
     (message("\ud800"), 400, "messages[0].content", "invalid_value", "surrogate"),
-    (message(None), 400, "messages[0].content", "invalid_value", "valid string"),
+    (message(None), 400, "messages[0].content", "missing_required_parameter", "is missing"),
+    (message(3), 400, "messages[0].content", "invalid_value", "valid string"),
     (message([]), 400, "messages[0].content", "invalid_value", "at least 1"),
     (message([{"type": "text", "text": 3}]), 400, "messages[0].content[0].text", "invalid_value", "valid string"),
     (message([{"type": "image_url", "image_url": {"url": "u"}}]), 400, "messages[0].content[0]", "unsupported_parameter", "only text is supported, not image_url"),
     (message("word " * 100), 400, "messages", "context_length_exceeded", "together may have at most 64"),
-    ({"max_tokens": 64}, 400, "max_tokens", "context_length_exceeded", "and the answer may have 64"),
-    ({"max_tokens": 0}, 400, "max_tokens", "invalid_value", "greater than or equal to 1"),
-    ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter", "is not supported"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter", "is not supported"),
-    ({"logit_bias": {"5": 1}}, 400, "logit_bias", "unsupported_parameter", "is not supported"),
-    ({"presence_penalty": 0.5}, 400, "presence_penalty", "unsupported_parameter", "is not supported"),
+    ({"max_tokens": 0}, 400, "max_tokens", "invalid_value", "at least 1, or -1"),
+    ({"max_completion_tokens": -2}, 400, "max_completion_tokens", "invalid_value", "greater than or equal to -1"),
+    ({"tools": [{"type": "function"}]}, 400, "tools[0].function", "missing_required_parameter", "is missing"),
+    ({"tool_choice": "required"}, 400, "tool_choice", "invalid_value", "needs `tools`"),
+    ({"tool_choice": "any"}, 400, "tool_choice", "invalid_value", "'none', 'auto' or 'required'"),
+    ({"response_format": {"type": "xml"}}, 400, "response_format.type", "invalid_value", "'text'"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema", "missing_required_parameter", ""),
+    ({"logit_bias": {"5": 101}}, 400, "logit_bias.5", "invalid_value", "100"),
+    ({"logit_bias": {"yes": 1}}, 400, "logit_bias", "invalid_value", "got 'yes'"),
+    ({"logit_bias": {"99999": 1}}, 400, "logit_bias", "invalid_value", "got '99999'"),
+    ({"presence_penalty": 2.5}, 400, "presence_penalty", "invalid_value", "less than or equal to 2"),
+    ({"frequency_penalty": float("nan")}, 400, "frequency_penalty", "invalid_value", ""),
+    ({"functions": [{"name": "f"}]}, 400, "functions", "unsupported_parameter", "is not supported"),
+    ({"reasoning_effort": "high"}, 400, "reasoning_effort", "unsupported_parameter", "is not supported"),
     ({"temprature": 1}, 400, "temprature", "unknown_parameter", "no such parameter"),
     ({"temperature": "1"}, 400, "temperature", "invalid_value", "valid number"),
     ({"temperature": 2.1}, 400, "temperature", "invalid_value", "less than or equal to 2"),
@@ -242,10 +226,6 @@ def test_a_byte_of_a_character_is_shown_as_that_byte(scripted):
     reply = client.post(CHAT, json={"model": "m", "messages": USER, "logprobs": True}).json()
     content = reply["choices"][0]["logprobs"]["content"]
     assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "\N{ELEPHANT}"
-
-
-def events_of(reply):
-    return [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line.startswith("data: ")]
 
 
 def test_a_stream_is_the_reply_in_pieces(scripted):

@@ -28,12 +28,28 @@ class TokenUsage(BaseModel):
     total_tokens: int
 
 
+class ToolCallFunction(BaseModel):
+    """A function that the model calls. The arguments are the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class ReplyToolCall(BaseModel):
+    """A call of a tool by the model."""
+
+    id: str
+    type: Literal["function"]
+    function: ToolCallFunction
+
+
 class ChatMessage(BaseModel):
-    """The message of the model."""
+    """The message of the model. Its content is null beside tool calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ReplyToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -41,7 +57,7 @@ class ChatChoice(BaseModel):
 
     index: int
     message: ChatMessage
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     logprobs: dict[str, Any] | None
 
 

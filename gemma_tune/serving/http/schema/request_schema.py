@@ -3,115 +3,37 @@
 Parameters that this server doesn't support are refused by name, unless their value asks for nothing.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from gemma_tune.config_checks import MAX_TOP_K
+from gemma_tune.serving.http.schema.message_schema import Message, kind_of
+from gemma_tune.serving.http.schema.strict_body import StrictBody, Unicode
+from gemma_tune.serving.http.schema.tool_schema import ResponseFormat, ToolBody, ToolChoice
+from gemma_tune.serving.logit_changes import MAX_BIASED_TOKENS
 from gemma_tune.serving.sampling import MAX_LOGPROBS
 
 _MAX_STOP_CHARACTERS = 256
-# Known parameter that isn't supported -> values that ask for nothing.
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
-    "tool_calls": (None, []),
-    "tool_call_id": (None,),
-    "functions": (None, []),
-    "function_call": (None, "none"),
-    "audio": (None,),
-    "annotations": (None, []),
-    "refusal": (None,),
-    "modalities": (None, ["text"]),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "response_format": (None, {"type": "text"}),
-    "prediction": (None,),
-    "reasoning_effort": (None, "none"),
-    "web_search_options": (None,),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "echo": (None, False),
-}
-
-
-def _without_lone_surrogates(text: str) -> str:
-    """Returns the text if it is valid Unicode. JSON can spell lone surrogates."""
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("value", "must be valid Unicode, but contains a lone surrogate") from None
-    return text
-
-
-Unicode = Annotated[str, AfterValidator(_without_lone_surrogates)]
-
-
-class StrictBody(BaseModel):
-    """A body without guesses: "1" is not a number, and a parameter that doesn't exist is an error."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_unsupported(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        kept = {}
-        for name, value in values.items():
-            if name in cls.model_fields or name not in _UNSUPPORTED:
-                kept[name] = value
-            elif value not in _UNSUPPORTED[name]:
-                raise PydanticCustomError("unsupported", "is not supported by this server", {"param": name})
-        return kept
-
-
-class TextPart(StrictBody):
-    """A part of a message. Only text is supported."""
-
-    type: Literal["text"]
-    text: Unicode
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_text(cls, values: Any) -> Any:
-        kind = values.get("type") if isinstance(values, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise PydanticCustomError("unsupported", "only text is supported, not {kind}", {"kind": kind})
-        return values
-
-
-def _kind_of(value: Any) -> str:
-    return "<list>" if isinstance(value, list) else "<text>"
-
-
-Content = Annotated[
-    Annotated[Unicode, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1), Tag("<list>")],
-    Discriminator(_kind_of),
-]
 Text = Annotated[Unicode, Field(min_length=1, max_length=_MAX_STOP_CHARACTERS)]
 StopStrings = Annotated[
     Annotated[Text, Tag("<text>")] | Annotated[list[Text], Field(max_length=16), Tag("<list>")],
-    Discriminator(_kind_of),
+    Discriminator(kind_of),
 ]
 
 
-class Message(StrictBody):
-    """A message of a conversation."""
+AS_MUCH_AS_FITS = -1  # As max_tokens, which several clients send.
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
 
-    @property
-    def text(self) -> str:
-        """The whole text of the message."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+def _no_length_of_zero(value: int) -> int:
+    if value < 1 and value != AS_MUCH_AS_FITS:
+        raise PydanticCustomError("value", "must be at least 1, or -1 for as much as there is room")
+    return value
+
+
+MaxTokens = Annotated[int, Field(ge=-1), AfterValidator(_no_length_of_zero)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
 class StreamOptions(StrictBody):
@@ -126,12 +48,15 @@ class GenerationRequest(StrictBody):
 
     model: Unicode = Field(examples=["gemma"])
     n: int | None = Field(None, ge=1, le=128)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: MaxTokens | None = Field(None, description="-1, or more than there is room: as much as there is.")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_TOP_K, description="0 and -1 mean all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    logit_bias: dict[Unicode, Bias] | None = Field(None, max_length=MAX_BIASED_TOKENS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopStrings | None = None
     stream: bool | None = None
@@ -159,13 +84,22 @@ class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: MaxTokens | None = None
+    tools: list[ToolBody] | None = Field(None, max_length=128)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
+    @property
+    def offered_tools(self) -> list[ToolBody]:
+        """The tools that the model may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("value", "requires logprobs=true", {"param": "top_logprobs"})
         return self
 
@@ -194,7 +128,6 @@ class CompletionRequest(GenerationRequest):
 
     prompt: CompletionPrompt
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: int | None = Field(None, ge=1, le=1)
 
 
 class RatedAnswerBody(StrictBody):
@@ -221,7 +154,7 @@ class FeedbackBody(StrictBody):
     messages: list[TurnBody] = Field(min_length=1)
     answers: list[RatedAnswerBody] = Field(min_length=1, max_length=8)
     choice: int | None = Field(None, ge=0, lt=8)
-    sampling: dict[str, float | int | Unicode | None] = {}
+    sampling: dict[str, float | int | Unicode | None] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_choice(self) -> "FeedbackBody":

@@ -1,0 +1,1 @@
+"""Grammars that answers follow: which tokens may come next, by llguidance."""
