@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gemma_tune.data.example import OnNote, OnRowError, Row
+from gemma_tune.data.rows.columns import USUAL_NAMES
 from gemma_tune.data.sources.file_formats.data_file import DataFile, format_of
 from gemma_tune.data.sources.locations.split_names import no_split, same_split
 from gemma_tune.errors import DataError
 
+_CHAT_KEYS = USUAL_NAMES["messages"]
 _TEXT_KEYS = ("prompt", "question", "query", "instruction", "completion", "answer", "response", "output", "text")
 
 
@@ -31,7 +33,7 @@ def rows_of_document(value: Any, file: DataFile, on_error: OnRowError, on_note: 
         yield from _rows_of_list(value, file, "", on_error)
     elif not isinstance(value, Mapping):
         raise DataError(f"{file.name}: expected a list of objects, found {type(value).__name__}.")
-    elif any(_are_turns(entry) for entry in value.values()):
+    elif any(_are_turns(entry) for entry in value.values()) or _is_chat_line(value, file):
         yield Row(value, f"{file.name}:1")
     elif _is_squad(value):
         yield from _rows_of_squad(value["data"], file, on_note)
@@ -89,6 +91,11 @@ def _key_of_split(lists: list[str], file: DataFile) -> str:
     if not found:
         raise no_split(file.name, file.split, lists)
     return found[0]
+
+
+def _is_chat_line(value: Mapping, file: DataFile) -> bool:
+    """Returns whether the only line of a .jsonl file has the key of a chat, whatever its value is."""
+    return format_of(file.path.name) == ".jsonl" and any(key.strip().lower() in _CHAT_KEYS for key in value)
 
 
 def _are_objects_or_empty(entry: Any) -> bool:
