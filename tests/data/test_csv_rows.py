@@ -136,7 +136,9 @@ def test_the_rest_of_a_broken_row_is_not_taken_for_a_row(write):
 def test_the_report_says_how_files_were_read(write):
     source = write("a.csv", "prompt;completion\nOù?;Là.\nQui?;Moi.\n".encode("cp1252"))
     settings = {"eval_source": "", "split": "train", "eval_split": "", "eval_fraction": 0.0, "system_prompt": ""}
-    splits = load_splits(str(source), [], **settings, dedup="normalized", near_dedup_threshold=0.0, on_error="raise", seed=0)
+    splits = load_splits(
+        str(source), [], **settings, dedup="normalized", near_dedup_threshold=0.0, on_error="raise", seed=0
+    )
     assert len(splits.report.notes) == 2
     assert "cp1252" in splits.report.notes[0] + splits.report.notes[1]
     assert splits.report.to_dict()["notes"] == splits.report.notes
