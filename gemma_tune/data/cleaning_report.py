@@ -168,12 +168,18 @@ class DataReport:
         kept = self.samples.setdefault(name, [])
         kept += [sample._asdict() for sample in samples[: SAMPLES_KEPT - len(kept)]]
 
-    def count_row_changes(self, counter: RowCounter) -> None:
-        """Adds what was changed in the rows of a source, and what a user should know of its files."""
+    def count_row_changes(self, counter: RowCounter, with_notes: bool = True) -> None:
+        """Adds what was changed in the rows of a source.
+
+        Args:
+            counter: The counter of these rows.
+            with_notes: Whether its notes on files are kept, such as which columns aren't used.
+        """
         for name, count in counter.changes.items():
             self.row_changes[name] = self.row_changes.get(name, 0) + count
         self.num_labelled_bad += counter.num_dropped
-        self.notes += [note for note in counter.notes() if note not in self.notes]
+        notes = counter.notes() if with_notes else []
+        self.notes += [note for note in notes if note not in self.notes]
 
     def row_change_reasons(self) -> dict[str, int]:
         """Returns the numbers of changed rows by what was done to them, in words."""

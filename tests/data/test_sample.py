@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 
+from gemma_tune.data import load_splits
 from gemma_tune.data.cleaning import comparison_key
 from gemma_tune.data.sources.locations.source_files import SAMPLES
 
@@ -44,6 +45,18 @@ def test_each_answer_begins_with_its_subject():
             subjects[row["topic"]].add(subject)
     assert all(len(names) == 1 for names in subjects.values())
     assert len(set().union(*subjects.values())) == len(subjects)
+
+
+def test_its_column_of_topics_is_no_news(tmp_path):
+    settings = {"split": "train", "eval_split": "", "eval_fraction": 0.1, "system_prompt": "", "on_error": "raise"}
+    settings |= {"dedup": "normalized", "near_dedup_threshold": 0.0, "seed": 0}
+    sample = load_splits("sample:smartphone_support", [], eval_source="", **settings)
+    assert len(sample.train) == 790
+    assert sample.report.notes == []
+    copy = tmp_path / "train.jsonl"
+    copy.write_bytes((SAMPLES / "smartphone_support/train.jsonl").read_bytes())
+    (note,) = load_splits(str(copy), [], eval_source="", **settings).report.notes
+    assert "not used: topic" in note
 
 
 def test_the_worked_example_is_there():
