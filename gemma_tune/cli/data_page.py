@@ -76,15 +76,13 @@ def write_data_page(path: Path, page: DataPage) -> Path:
 
 def _cards(report: DataReport) -> list[tuple[str, str, str]]:
     """Returns label, value and note of each card."""
-    num_dropped = sum(getattr(report, name) for name in DROP_REASONS)
-    lost = report.num_tokens_lost / max(1, report.num_tokens)
     return [
         ("rows read", f"{report.num_rows:,}", ""),
-        ("dropped", f"{num_dropped:,}", f"{num_dropped / max(1, report.num_rows):.1%} of the rows"),
+        ("dropped", f"{report.num_dropped:,}", f"{report.num_dropped / max(1, report.num_rows):.1%} of the rows"),
         ("for training", f"{report.num_train:,}", "examples"),
         ("held out", f"{report.num_heldout:,}", "examples"),
         ("tokens", f"{report.num_tokens:,}", "before cutting"),
-        ("tokens lost", f"{report.num_tokens_lost:,}", f"{lost:.1%}, in examples that are too long"),
+        ("tokens lost", f"{report.num_tokens_lost:,}", f"{report.share_lost:.1%}, in examples that are too long"),
     ]
 
 

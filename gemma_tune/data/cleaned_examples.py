@@ -127,12 +127,8 @@ def _read_source(source: NamedSplit, on_error: str, report: DataReport, options:
         if len(report.errors) < _ERRORS_KEPT:
             report.errors.append(str(error))
 
-    def note(text: str) -> None:
-        if text not in report.notes:
-            report.notes.append(text)
-
     num_examples, num_unreadable, counter = 0, report.num_unreadable, RowCounter()
-    rows = read_rows(source.name, source.split, count_or_raise, note)
+    rows = read_rows(source.name, source.split, count_or_raise, report.add_note)
     for example in to_examples(rows, count_or_raise, options, counter):
         num_examples += 1
         yield example

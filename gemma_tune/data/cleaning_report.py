@@ -87,6 +87,11 @@ class DataReport:
         return int(self.lengths.sum(dtype=np.int64))
 
     @property
+    def num_dropped(self) -> int:
+        """Number of rows and examples that were dropped, for all reasons together."""
+        return sum(getattr(self, name) for name in DROP_REASONS)
+
+    @property
     def share_lost(self) -> float:
         """Share of the tokens that were cut off or dropped because examples are too long."""
         return self.num_tokens_lost / max(1, self.num_tokens)
@@ -94,8 +99,7 @@ class DataReport:
     @property
     def loses_much(self) -> bool:
         """Whether so many rows or tokens are lost that one should look at the data again."""
-        num_dropped = sum(getattr(self, name) for name in DROP_REASONS)
-        return max(self.share_lost, num_dropped / max(1, self.num_rows)) >= _MANY_LOST
+        return max(self.share_lost, self.num_dropped / max(1, self.num_rows)) >= _MANY_LOST
 
     def counts(self) -> dict[str, Any]:
         """Returns everything except the lengths, as plain values."""
@@ -178,8 +182,13 @@ class DataReport:
         for name, count in counter.changes.items():
             self.row_changes[name] = self.row_changes.get(name, 0) + count
         self.num_labelled_bad += counter.num_dropped
-        notes = counter.notes() if with_notes else []
-        self.notes += [note for note in notes if note not in self.notes]
+        for note in counter.notes() if with_notes else ():
+            self.add_note(note)
+
+    def add_note(self, note: str) -> None:
+        """Adds a sentence on the files, once."""
+        if note not in self.notes:
+            self.notes.append(note)
 
     def row_change_reasons(self) -> dict[str, int]:
         """Returns the numbers of changed rows by what was done to them, in words."""

@@ -103,9 +103,7 @@ def load_splits(
     """
     options = options or RowOptions()
     eval_source = heldout_source(source, eval_source, eval_split)
-    groups = [[NamedSplit(part.source, split) for part in parse_mixture(source)]]
-    if eval_source:
-        groups.append([NamedSplit(part.source, eval_split or split) for part in _without_weights(eval_source)])
+    groups = _groups(source, eval_source, split, eval_split)
     fingerprints = [(each.name, source_fingerprint(*each)) for group in groups for each in group]
     settings = {
         "groups": [len(group) for group in groups],
@@ -154,6 +152,14 @@ def heldout_source(source: str, eval_source: str, eval_split: str) -> str:
     if eval_source or not eval_split:
         return eval_source or heldout_of(source)
     return ",".join(part.source for part in parse_mixture(source))
+
+
+def _groups(source: str, eval_source: str, split: str, eval_split: str) -> list[list[NamedSplit]]:
+    """Returns the sources of the training data, and those of the held-out data if it has sources of its own."""
+    groups = [[NamedSplit(part.source, split) for part in parse_mixture(source)]]
+    if eval_source:
+        groups.append([NamedSplit(part.source, eval_split or split) for part in _without_weights(eval_source)])
+    return groups
 
 
 def _without_weights(eval_source: str) -> list[MixturePart]:
